@@ -1,6 +1,6 @@
 """Three tasks on one encoder, one after another: PEFT's several adapters, each with the ranks that its task needs.
 
-    python examples/tasks_in_a_row.py results/tasks --data ../shared/data
+    python examples/tasks_in_a_row.py runs/tasks --data ../shared/data
 
 The frozen weights are held once. Each task has an adapter and a head of its own, so no task is forgotten, and each
 adapter is saved, loaded and served by itself. The table says what each task scores when all have been learnt.
@@ -62,7 +62,7 @@ def main():
         max_steps=options.steps,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         warmup_steps=10,
         save_strategy="no",
         report_to="none",

@@ -11,8 +11,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # On a disk each of thousands of saved files makes its fsync and its removal wait for milliseconds.
 if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 4 << 30:
     os.environ["TMPDIR"] = tempfile.tempdir = "/dev/shm"
-# Trackio reads it when it is imported.
-os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import jinja2
 import pytest
@@ -26,7 +24,6 @@ LONGEST = (
     "test_zero",
     "test_resume",
     "test_trl",
-    "test_search_postgres",
     "test_engine",
     "test_grid_kill",
     "test_trial_resume",
@@ -34,7 +31,6 @@ LONGEST = (
     "test_notebooks",
     "test_sharded",
     "test_distributed",
-    "test_nursery",
     "test_language_model",
     "test_rank_kills",
     "test_kills",
@@ -65,10 +61,6 @@ torch.set_num_threads(1)
 
 # PEFT writes a model card beside every adapter, and compiles the card's template each time.
 jinja2.Environment.compile = cache(jinja2.Environment.compile)
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -66,10 +66,6 @@ static int strike(void) {
 
 ON_PATH(rename, (const char *a, const char *b), b, a, b)
 ON_PATH(renameat, (int i, const char *a, int j, const char *b), b, i, a, j, b)
-ON_PATH(renameat2, (int i, const char *a, int j, const char *b, unsigned f), b, i, a, j, b, f)
-ON_PATH(link, (const char *a, const char *b), b, a, b)
-ON_PATH(linkat, (int i, const char *a, int j, const char *b, int f), b, i, a, j, b, f)
-ON_PATH(symlink, (const char *a, const char *b), b, a, b)
 ON_PATH(unlink, (const char *a), a, a)
 ON_PATH(rmdir, (const char *a), a, a)
 ON_PATH(mkdir, (const char *a, mode_t m), a, a, m)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from aroma.report.facts import MatrixFacts, Result, RunFacts
+from aroma.report.run import MatrixFacts, Result, RunFacts
 
 KINDS = ("attention.self.query", "attention.self.value", "output.dense")
 MODULES = [f"encoder.layer.{layer}.{kind}" for layer in range(3) for kind in KINDS]
@@ -18,21 +18,6 @@ RANKS = {
     module: [[0, 0], *([step, place + 1] for place, step in enumerate(steps))] for module, steps in MERGES.items()
 }
 """Rank of every matrix, from each step on."""
-
-
-def events() -> list[dict[str, Any]]:
-    """First checks and merges as `Event.as_dict()` has them, in order."""
-    return sorted(
-        (
-            {
-                **{"kind": "merged" if rank else "checked", "step": step, "outer_step": 1, "inner_step": 0},
-                **{"module": module, "value": 0.1, "rank": rank, "converged": False},
-            }
-            for module, ranks in RANKS.items()
-            for step, rank in ranks
-        ),
-        key=lambda one: one["step"],
-    )
 
 
 def made_up(**changes: Any) -> RunFacts:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from aroma.files import write_json, write_tensors, write_text
+from aroma.files import write_json, write_text
 
 PARTS = (
     "attention.self.query",
@@ -25,14 +24,6 @@ NO_RANKS: dict[str, Any] = {
     "curve": {"planned_steps": 100, "parameters": [[0, 30]], "total_rank": [], "ranks": {}},
     "ranks": {},
 }
-UNTRAINED: dict[str, Any] = {
-    **NO_RANKS,
-    "kind": "pretrained",
-    "steps": 0,
-    "parameters": {"initial": 0, "average": 0.0, "final": 0, "head": 0},
-    "epoch_seconds": [],
-}
-"""What differs for a run of the method `pretrained`, which trains nothing."""
 
 
 def write_grid(output: Path, methods: list[str]) -> None:
@@ -79,16 +70,6 @@ def write_run(output: Path, task: str, method: str, seed: int, **changes: Any) -
     write_json(folder / "curve.json", curve or default)
     write_json(folder / "history.json", {"evaluations": evaluations})
     return folder
-
-
-def write_adapter(folder: Path, updates: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Write a plain LoRA adapter of scale 1, module by module B and A, into a run's folder."""
-    tensors = {f"base_model.model.{name}.lora_A.weight": A for name, (_, A) in updates.items()}
-    tensors |= {f"base_model.model.{name}.lora_B.weight": B for name, (B, _) in updates.items()}
-    ranks = {name: A.shape[0] for name, (_, A) in updates.items()}
-    config = {"peft_type": "LORA", "target_modules": [*ranks], "rank_pattern": ranks, "alpha_pattern": ranks}
-    write_tensors(folder / "adapter" / "adapter_model.safetensors", tensors)
-    write_json(folder / "adapter" / "adapter_config.json", config)
 
 
 def edit(path: Path, change: Callable[[Any], object]) -> None:

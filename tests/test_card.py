@@ -118,13 +118,6 @@ def test_a_merged_regression_answers_with_its_number(tmp_path: Path) -> None:
     assert answer > 10
 
 
-def test_an_adapter_of_an_older_version_is_told_of(tmp_path: Path) -> None:
-    classifier(tmp_path / "adapter")
-    (tmp_path / "adapter" / "aroma_state.json").unlink()
-    with pytest.warns(AromaWarning, match=r"adapter: it names no labels, so the merged model calls them LABEL_0"):
-        export_merged(tmp_path / "adapter", tmp_path / "merged")
-
-
 def test_labels_that_were_edited_are_noticed(tmp_path: Path) -> None:
     classifier(tmp_path)
     state = json.loads((tmp_path / "aroma_state.json").read_text())

@@ -169,6 +169,7 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         (["export", "a", "out", "--merged", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),
         (["lab", "run", "absent.yaml"], "error: grid='absent.yaml': cannot be read (No such file or directory)"),
         (["demo", "--threads", "0"], "error: training.threads=0: give 1 or more"),
+        (["train", "[bold]absent[/bold].yaml"], "error: recipe='[bold]absent[/bold].yaml'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -203,14 +204,6 @@ def test_a_missing_extra_is_named(arguments, extra, capsys, monkeypatch):
     assert "matplotlib" in message
 
 
-def test_debugging_shows_where_an_error_comes_from(monkeypatch):
-    from aroma.errors import ConfigError
-
-    monkeypatch.setenv("AROMA_DEBUG", "1")
-    with pytest.raises(ConfigError):
-        main(["train", "absent.yaml"])
-
-
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
@@ -218,11 +211,6 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr("aroma_lab.cli.train.run", interrupted)
     assert main(["train", "recipe.yaml"]) == 130
     assert capsys.readouterr().err == "error: interrupted; what was saved before is whole\n"
-
-
-def test_a_markup_in_an_error_is_printed_as_it_stands(capsys):
-    assert main(["train", "[bold]absent[/bold].yaml"]) == 2
-    assert "recipe='[bold]absent[/bold].yaml'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -233,11 +221,6 @@ def test_wrong_arguments_end_with_usage_and_code_2(arguments, capsys):
         main(arguments)
     assert end.value.code == 2
     assert "usage: aroma" in capsys.readouterr().err
-
-
-def test_the_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "aroma.cli", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"aroma {__version__}\n"
 
 
 @pytest.mark.parametrize("command", [["train", "r.yaml"], ["lab", "run", "g.yaml"]])

@@ -382,7 +382,7 @@ def test_batches_are_even_small_and_many(count: int, most: int, parts: int) -> N
 WITHOUT_EXTRAS = """
 import importlib.machinery, sys
 extras = {"datasets", "jsonargparse", "matplotlib", "optuna", "pandas", "PIL", "pyarrow", "scipy", "seaborn",
-          "sklearn", "sqlalchemy", "tabulate", "threadpoolctl", "trl", "gguf", "lm_eval", "bitsandbytes"}
+          "sklearn", "tabulate", "threadpoolctl", "trl", "gguf", "lm_eval", "bitsandbytes"}
 find = importlib.machinery.PathFinder.find_spec
 importlib.machinery.PathFinder.find_spec = classmethod(
     lambda cls, name, *others: None if name.partition(".")[0] in extras else find(name, *others)

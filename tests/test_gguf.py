@@ -111,20 +111,7 @@ def test_every_update_is_there_and_in_the_order_of_its_rows(tmp_path: Path, sour
         name = f"blk.{layer}.{NAMES[kind]}.weight"
         torch.testing.assert_close(as_transformers_reads(name, found.pop(name)), delta, rtol=1e-5, atol=1e-6)
     assert not found
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["out.gguf", "out.md"]
-    assert "--lora out.gguf" in (tmp_path / "out.md").read_text()
-
-
-def test_matrices_keep_their_ranks_and_those_of_rank_0_are_left_out(tmp_path: Path) -> None:
-    model = adapted("llama")
-    ranks = set_ranks(model, [0, 1, 5])
-    live_adapter(model).ever_controlled = True
-    model.save_pretrained(tmp_path / "adapter")
-    found = export_gguf(tmp_path / "adapter", tmp_path / "out.gguf", saved_base("llama"))
-    assert sorted(found.values()) == sorted(rank for rank in ranks.values() if rank)
-    shapes = {tensor.name: tuple(tensor.data.shape) for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
-    assert {name.removesuffix(".lora_a"): shape[0] for name, shape in shapes.items() if "lora_a" in name} == found
-    assert {name.removesuffix(".lora_b"): shape[1] for name, shape in shapes.items() if "lora_b" in name} == found
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.gguf"]
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
@@ -174,7 +161,7 @@ def _base(folder: Path, **changes: Any) -> str:
 
 def test_another_architecture_is_refused_with_the_way_out(tmp_path: Path) -> None:
     lora(tmp_path / "adapter", "gpt2")
-    with pytest.raises(ConfigError, match=r"^base_model=.*architecture gpt2.*export --merged"):
+    with pytest.raises(ConfigError, match=r"^base_model=.*for llama only, not for gpt2; export --merged"):
         export_gguf(tmp_path / "adapter", tmp_path / "out.gguf")
 
 
@@ -199,11 +186,10 @@ def test_what_has_no_place_in_the_file_is_refused(tmp_path: Path, changes: dict[
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 1}, r"layers\.1\.mlp\.down_proj is 32×48, this model has no such layer"),
-        ({"num_key_value_heads": 2}, r"k_proj is 16×32, this model has 32×32 there"),
-        ({"intermediate_size": 64}, r"down_proj is 32×48, this model has 32×64 there"),
+        ({"num_hidden_layers": 1}, r"it has no model\.layers\.1\.mlp\.down_proj of shape \(32, 48\)"),
+        ({"num_key_value_heads": 2}, r"it has no model\.layers\.0\.self_attn\.k_proj of shape \(16, 32\)"),
     ],
-    ids=["layers", "heads", "width"],
+    ids=["layers", "heads"],
 )
 def test_a_base_model_other_than_the_adapters_is_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
@@ -234,18 +220,6 @@ def test_bad_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         export_gguf(tmp_path / "adapter", tmp_path / "out.gguf")
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lora(tmp_path / "adapter")
-
-    def full(writer: Any) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full)
-    with pytest.raises(OSError, match="no space left"):
-        export_gguf(tmp_path / "adapter", tmp_path / "out.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
 # The command ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,18 +231,3 @@ def test_the_command_writes_the_file_and_says_what_it_is(tmp_path: Path, capsys:
     assert len(GGUFReader(out).tensors) == 28
     assert main(["export", str(tmp_path / "adapter"), str(out), "--gguf"]) == 2
     assert capsys.readouterr().err.startswith("error: OUT=")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--gguf", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),
-        (["--gguf", "--dtype", "float16"], "error: --dtype='float16': it has a meaning only with --merged"),
-        (["--uniform", "--base-model", "x"], "error: --base-model='x': it has a meaning only with --merged or --gguf"),
-    ],
-)
-def test_options_of_other_exports_are_refused(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", "adapter", "out.gguf", *options]) == 2
-    assert capsys.readouterr().err.startswith(message)

@@ -8,57 +8,42 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from aroma_lab.study.grid import load_grid
+from aroma_lab.run.run import run_trial
+from aroma_lab.study.grid import expand, load_grid
 from aroma_lab.study.run import run_grid
-from fake_trial import SAVED_EVERY
-from study_files import (
-    FAKE,
-    comparable,
-    environment,
-    grid_values,
-    output_of,
-    real_grid,
-    run_undisturbed,
-    start_command,
-    start_machine,
-    wait_for_checkpoint,
-    wait_until,
-    write_yaml,
-)
+from fake_trial import SAVED_EVERY, attempt
+from study_files import grid_values, output_of, real_grid, start_command, wait_until, write_yaml
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
+pytestmark = pytest.mark.slow
 
 STEPS = 20
 NAMES = [f"mrpc/{method}/seed-{seed}" for seed in (0, 1) for method in "ab"]
+COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds", "git_revision"}
 
 
 @pytest.fixture
-def grid_file(monkeypatch, tmp_path) -> Path:
+def grid_file(tmp_path: Path) -> Path:
     """A grid of four trials of a second each, whose trials are stand-ins."""
-    for key, value in environment(tmp_path / "log.txt").items():
-        monkeypatch.setenv(key, value)
-    return write_grid(tmp_path, pause=0.05)
-
-
-def write_grid(folder: Path, pause: float) -> Path:
-    methods = {label: {"kind": "x", "pause": pause} for label in "ab"}
-    values = grid_values(folder / "out", methods=methods, training={"max_steps": STEPS})
-    return write_yaml(folder / "grid.yaml", values)
+    methods = {label: {"kind": "x", "pause": 0.05} for label in "ab"}
+    values = grid_values(tmp_path / "out", methods=methods, training={"max_steps": STEPS})
+    return write_yaml(tmp_path / "grid.yaml", values)
 
 
 def start(grid_file: Path) -> subprocess.Popen[str]:
-    return start_machine(grid_file, grid_file.parent / "log.txt")
+    return start_command(grid_file, grid_file.parent / "log.txt")
 
 
 def finish(grid_file: Path) -> tuple[int, int]:
     """Run what is left, and require that every step was taken, again only since the last checkpoint."""
-    outcome = run_grid(load_grid(grid_file), module=FAKE)
-    assert outcome.failed == []
+    outcome = run_grid(load_grid(grid_file), attempt=attempt)
+    assert outcome.failed == {}
     for taken in map(lines, folders(grid_file)):
         assert taken.count("finished") == 1
         numbers = [int(line.split()[1]) for line in taken[:-1]]
@@ -79,9 +64,9 @@ def lines(folder: Path) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
-def trial_processes(grid_file: Path) -> list[int]:
-    files = [folder / "environment.json" for folder in folders(grid_file)]
-    return [json.loads(file.read_text())["pid"] for file in files if file.exists()]
+def workers(grid_file: Path) -> list[int]:
+    files = [folder / "pid.json" for folder in folders(grid_file)]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def is_alive(process: int) -> bool:
@@ -91,59 +76,40 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_the_trial_of_a_killed_process_is_taken_up_again_from_its_checkpoint(grid_file):
-    runner, victim = start(grid_file), folders(grid_file)[0]
+def test_the_trial_of_a_killed_worker_is_taken_up_again_from_its_checkpoint(grid_file: Path) -> None:
+    command, victim = start(grid_file), folders(grid_file)[0]
     wait_until(lambda: f"step {SAVED_EVERY + 2}" in lines(victim))
-    os.kill(json.loads((victim / "environment.json").read_text())["pid"], signal.SIGKILL)
-    assert output_of(runner) == "4 0 0\n"  # finished, skipped, failed
+    os.kill(json.loads((victim / "pid.json").read_text()), signal.SIGKILL)
+    assert output_of(command) == "4 0 0\n"  # finished, skipped, failed
     assert len(lines(victim)) > STEPS + 1, "it was killed"
     assert finish(grid_file) == (0, 4)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_killed_runner_takes_its_trials_along_even_stopped_ones(grid_file, stopped):
-    runner = start(grid_file)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_or_interrupted_command_takes_its_workers_along(grid_file: Path, how: signal.Signals) -> None:
+    command = start(grid_file)
     wait_until(lambda: all(f"step {SAVED_EVERY + 1}" in lines(folder) for folder in folders(grid_file)[:2]))
-    processes = trial_processes(grid_file)
+    processes = workers(grid_file)
     assert len(processes) == 2
-    for process in processes:
-        assert is_alive(process)
-        if stopped:
-            os.kill(process, signal.SIGSTOP)
-    runner.kill()
-    runner.communicate()
+    assert all(map(is_alive, processes))
+    command.send_signal(how)
+    command.communicate()
     wait_until(lambda: not any(map(is_alive, processes)), seconds=5)
-    assert finish(grid_file) == (4, 0)
-
-
-def test_the_next_runner_waits_for_a_runner_that_is_held_up_and_runs_the_rest(grid_file):
-    write_grid(grid_file.parent, pause=0.2)  # the other command starts meanwhile
-    runner = start(grid_file)
-    wait_until(lambda: len(trial_processes(grid_file)) == 2)
-    runner.send_signal(signal.SIGSTOP)
-    following = start(grid_file)
-    wait_until(lambda: all("finished" in lines(folder) for folder in folders(grid_file)))
-    assert following.poll() is None, "the scores of the first two are not told yet"
-    runner.send_signal(signal.SIGCONT)
-    for command in (runner, following):
-        now, earlier, failed = map(int, output_of(command).split())
-        assert (now + earlier, failed) == (4, 0)
-    whole = [f"step {n}" for n in range(1, STEPS + 1)] + ["finished"]
-    assert all(lines(folder) == whole for folder in folders(grid_file))
-
-
-def test_an_interrupt_stops_the_trials_first(grid_file):
-    runner = start(grid_file)
-    wait_until(lambda: len(trial_processes(grid_file)) == 2)
-    processes = trial_processes(grid_file)
-    runner.send_signal(signal.SIGINT)
-    assert output_of(runner).splitlines()[-1] == "KeyboardInterrupt"
-    assert not any(map(is_alive, processes))
     assert not any((folder / "failure.json").exists() for folder in folders(grid_file))  # interrupted, not failed
     assert finish(grid_file) == (4, 0)
 
 
-def test_kills_at_any_moment_lose_nothing_finished(grid_file):
+def test_commands_on_one_folder_share_its_trials_and_take_up_those_of_a_killed_one(grid_file: Path) -> None:
+    doomed, following = start(grid_file), start(grid_file)
+    wait_until(lambda: all(lines(folder) for folder in folders(grid_file)))
+    doomed.kill()
+    doomed.communicate()
+    now, earlier, failed = map(int, output_of(following).split())
+    assert (now + earlier, failed) == (4, 0)
+    assert finish(grid_file) == (0, 4)
+
+
+def test_kills_at_any_moment_lose_nothing_finished(grid_file: Path) -> None:
     moments = random.Random(0)
     finished: dict[Path, float] = {}
 
@@ -152,11 +118,11 @@ def test_kills_at_any_moment_lose_nothing_finished(grid_file):
 
     for _ in range(12):
         goal = steps_taken() + moments.randrange(25)  # by steps, not by time: machines differ
-        runner = start(grid_file)
-        wait_until(lambda: steps_taken() >= goal or runner.poll() is not None)  # noqa: B023
+        command = start(grid_file)
+        wait_until(lambda: steps_taken() >= goal or command.poll() is not None)  # noqa: B023
         time.sleep(moments.uniform(0, 0.3))
-        runner.kill()
-        runner.communicate()
+        command.kill()
+        command.communicate()
         for result in [folder / "result.json" for folder in folders(grid_file)]:
             if result.exists():
                 assert finished.setdefault(result, result.stat().st_mtime) == result.stat().st_mtime
@@ -165,21 +131,42 @@ def test_kills_at_any_moment_lose_nothing_finished(grid_file):
     assert all(result.stat().st_mtime == written for result, written in finished.items())
 
 
-def test_real_trials_end_as_if_runner_and_process_had_not_been_killed(tmp_path):
-    whole = run_undisturbed(real_grid(tmp_path, "whole"))
-    killed, said = real_grid(tmp_path, "killed"), tmp_path / "said.log"
-    trials = [tmp_path / "killed" / "runs" / "words" / method / "seed-0" for method in ("lora", "aroma")]
-
-    runner = start_command("run", str(killed), said=said)
-    wait_for_checkpoint(trials[0], runner, said)
-    runner.kill()
-    runner.wait(60)
-    assert not (trials[0] / "result.json").exists()
-
-    runner = start_command("run", str(killed), said=said)
-    os.kill(wait_for_checkpoint(trials[1], runner, said), signal.SIGKILL)
-    assert not (trials[1] / "result.json").exists()
-    assert runner.wait(300) == 0, said.read_text()  # it takes the trial up itself
+def test_real_trials_of_one_killed_command_and_worker_end_as_if_nothing_had_been(tmp_path: Path) -> None:
+    whole, killed, said = real_grid(tmp_path, "whole"), real_grid(tmp_path, "killed"), tmp_path / "said.log"
+    trials = expand(load_grid(whole))
     for trial in trials:
-        assert comparable(trial) == comparable(whole / trial.relative_to(tmp_path / "killed" / "runs"))
-        assert not (trial / "checkpoints").exists()
+        run_trial(trial, tmp_path / "whole" / "runs" / trial.name)
+    ours = [tmp_path / "killed" / "runs" / trial.name for trial in trials]
+
+    def command() -> subprocess.Popen[bytes]:
+        with said.open("wb") as log:
+            return subprocess.Popen([sys.executable, "-m", "aroma.cli", "lab", "run", killed], stdout=log, stderr=log)
+
+    def wait_for_checkpoint(folder: Path) -> None:
+        def has_checkpoint() -> bool:
+            assert running.poll() is None, said.read_text()
+            return any(folder.glob("checkpoints/checkpoint-*/trainer_state.json"))
+
+        wait_until(has_checkpoint, seconds=200)
+
+    running = command()
+    wait_for_checkpoint(ours[0])
+    running.kill()
+    running.wait(60)
+    assert not (ours[0] / "result.json").exists()
+    running = command()
+    wait_for_checkpoint(ours[1])
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    for child in children:
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    assert not (ours[1] / "result.json").exists()
+    assert running.wait(300) == 0, said.read_text()  # it takes the trial up itself
+    for folder in ours:
+        assert comparable(folder) == comparable(tmp_path / "whole" / folder.relative_to(tmp_path / "killed"))
+        assert not (folder / "checkpoints").exists()
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """Return the result of a trial without what is of the machine and the moment."""
+    return {key: value for key, value in json.loads((folder / "result.json").read_text()).items() if key not in COSTS}

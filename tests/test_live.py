@@ -44,18 +44,7 @@ def trained_after_collecting(model: Any, optimizer: torch.optim.Optimizer, folde
     train(model, batch("bert"), optimizer, 1)
 
 
-def merged_after_collecting(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    get_peft_model_state_dict(model)
-    next(iter(aroma_layers(model).values())).merge_pair("default")
-
-
-def loaded_after_collecting(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    saved(model, optimizer, folder)
-    get_peft_model_state_dict(model)
-    model.load_adapter(str(folder / "adapter"), "default", is_trainable=True)
-
-
-@pytest.mark.parametrize("before", [saved, trained_after_collecting, merged_after_collecting, loaded_after_collecting])
+@pytest.mark.parametrize("before", [saved, trained_after_collecting])
 def test_the_configuration_saved_alone_is_the_configuration(tmp_path: Path, before: Callable[..., None]) -> None:
     model = adapted("bert")
     optimizer = optimizer_of(model)
@@ -69,17 +58,6 @@ def test_the_configuration_saved_alone_is_the_configuration(tmp_path: Path, befo
     model.save_pretrained(tmp_path / "whole")
     assert written(tmp_path / "whole")["peft_type"] == "LORA"
     verify_adapter(tmp_path / "whole")
-
-
-def test_a_step_that_moves_only_the_controller_counts(tmp_path: Path) -> None:
-    model = adapted("bert", outer_tolerance=10.0)
-    optimizer = optimizer_of(model)
-    growth, _ = grow(model, batch("bert"), 8, optimizer)
-    assert growth.finished
-    get_peft_model_state_dict(model)
-    train(model, batch("bert"), optimizer, 1)
-    model.peft_config["default"].save_pretrained(tmp_path)
-    assert written(tmp_path)["peft_type"] == "AROMA"
 
 
 def test_what_was_collected_is_written_once_and_for_its_own_model(tmp_path: Path) -> None:

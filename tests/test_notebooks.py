@@ -40,7 +40,7 @@ def test_classification(tmp_path: Path) -> None:
     printed = printed_by("classification", tmp_path)
     accuracy = float(re.findall(r"'eval_accuracy': ([\d.]+)", printed)[-1])
     assert accuracy > 0.8
-    assert printed.count("directions stay in") == 3
+    assert printed.count("directions stay in") == 2
     assert "'sports'" in printed.splitlines()[-1]
     assert (tmp_path / "ranks.png").stat().st_size > 5000
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
@@ -51,5 +51,5 @@ def test_instructions(tmp_path: Path) -> None:
     printed = printed_by("instructions", tmp_path)
     before, after = map(float, re.search(r": ([\d.]+) before, ([\d.]+) after", printed).groups())
     assert after < before / 2
-    assert printed.count("directions stay in") == 3
+    assert printed.count("directions stay in") == 2
     assert printed.splitlines()[-2:] == ["Question A: is 5 even or odd?", "It is odd ."]

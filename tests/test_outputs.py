@@ -6,7 +6,6 @@ import argparse
 import errno
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from aroma.cli import main, make_parser
-from aroma.errors import AromaError, OutputError, bad_value
+from aroma.errors import OutputError, bad_value
 from aroma.export import export_merged, export_uniform
-from aroma.files import write_bytes, write_json, write_tensors, write_text
+from aroma.files import write_tensors, write_text
 from aroma.gguf import export_gguf
 from full_disk import room_for
 from models import saved_base
@@ -40,7 +39,7 @@ FILES: dict[str, tuple[list[str], str]] = {
     "generate --out": (["generate", "a", "x.jsonl", "--out", "OUT"], ".jsonl"),
     "bench --out": (["bench", "--out", "OUT"], ".json"),
     "lab table --out": (["lab", "table", "r", "--out", "OUT"], ".csv"),
-    "lab figure --out": (["lab", "figure", "curves", "r", "--out", "OUT"], ".png"),
+    "lab figure --out": (["lab", "figure", "ranks", "r", "--out", "OUT"], ".png"),
     "lab collect --out": (["lab", "collect", "r", "--out", "OUT"], ".parquet"),
 }
 """Every file that a command writes: the command, and the suffix of the file."""
@@ -52,11 +51,10 @@ FOLDERS: dict[str, list[str]] = {
     "train output": ["train", RECIPE, "output=OUT"],
     "lab run output": ["lab", "run", LAB, "output=OUT"],
     "lab search output": ["lab", "search", SEARCH, "output=OUT"],
-    "lab worker output": ["lab", "worker", LAB, "output=OUT"],
 }
 """Every folder that a command fills."""
 
-OPEN_FOLDERS = ("lab run output", "lab search output", "lab worker output")
+OPEN_FOLDERS = ("lab run output", "lab search output")
 """Those that may hold something: what is there is not overwritten, but added to."""
 
 
@@ -98,28 +96,8 @@ def _full_folder(root: Path, suffix: str) -> Path:
     return root / f"there{suffix}"
 
 
-def _dangling(root: Path, suffix: str) -> Path:
-    (root / f"link{suffix}").symlink_to(root / "absent")
-    return root / f"link{suffix}"
-
-
-def _loop(root: Path, suffix: str) -> Path:
-    (root / f"one{suffix}").symlink_to(root / "two")
-    (root / "two").symlink_to(root / f"one{suffix}")
-    return root / f"one{suffix}"
-
-
-def _link_to_file(root: Path, suffix: str) -> Path:
-    (root / f"link{suffix}").symlink_to(_file(root, suffix))
-    return root / f"link{suffix}"
-
-
 def _under_a_file(root: Path, suffix: str) -> Path:
     return _file(root, ".txt") / "deeper" / f"out{suffix}"
-
-
-def _under_nothing(root: Path, suffix: str) -> Path:
-    return _dangling(root, ".folder") / f"out{suffix}"
 
 
 def _no_place(root: Path, suffix: str) -> Path:
@@ -137,14 +115,10 @@ def _long(root: Path, suffix: str) -> Path:
 
 PLACES: dict[str, tuple[Callable[[Path, str], Path], str]] = {
     "file": (_file, "exists|is a file"),
-    "folder": (_full_folder, "is a folder|not an empty folder"),
-    "dangling link": (_dangling, "is a symbolic link to .*absent, which is not there; remove it"),
-    "loop": (_loop, "is a symbolic link to .*two, which is not there; remove it"),
-    "link to a file": (_link_to_file, "exists|is a file"),
-    "under a file": (_under_a_file, r"there\.txt is a file, and cannot hold it"),
-    "under a dangling link": (_under_nothing, r"link\.folder is a symbolic link that leads nowhere, and cannot hold"),
+    "folder": (_full_folder, "is no file|not an empty folder"),
+    "under a file": (_under_a_file, r"there\.txt cannot be written to \(Not a directory\)"),
     "no place": (_no_place, "cannot be written to .*give another place"),
-    "pipe": (_pipe, "is no regular file|is a file"),
+    "pipe": (_pipe, "is no file|is a file"),
     "long name": (_long, r"cannot be written to \(File name too long\)"),
 }
 
@@ -181,30 +155,6 @@ def test_a_place_that_cannot_be_written(
     assert sorted(os.listdir(tmp_path)) == entries
 
 
-@pytest.mark.parametrize(
-    ("what", "number"),
-    [*((what, errno.EROFS) for what in FILES), ("inspect --plot", errno.EACCES), ("inspect --plot", errno.EDQUOT)],
-)
-def test_a_place_that_the_system_refuses(
-    what: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As root no permission is missing, so the system's answer is put in its mouth."""
-    real = os.open
-
-    def refusing(path: Any, flags: int, *more: Any, **options: Any) -> int:
-        if flags & os.O_CREAT and str(path).startswith(str(tmp_path)):
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, flags, *more, **options)
-
-    monkeypatch.setattr(os, "open", refusing)
-    command, suffix = FILES[what]
-    out = tmp_path / f"out{suffix}"
-    assert main([part.replace("OUT", str(out)) for part in command]) == 2
-    said = capsys.readouterr().err
-    assert f"={str(out)!r}: {tmp_path} cannot be written to ({os.strerror(number)}); give another place\n" in said
-    assert said.count("\n") == 1
-
-
 # Places that can -----------------------------------------------------------------------------------------------------
 
 
@@ -238,14 +188,6 @@ def test_a_link_to_an_empty_folder_leads_to_the_folder(llama: Path, tmp_path: Pa
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "empty" / "README.md").exists() or any((tmp_path / "disk" / "empty").iterdir())
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["empty"]
-
-
-def test_a_mount_point_cannot_be_replaced(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
-    with pytest.raises(OutputError, match=r"^out=.*it is a mount point; give a folder inside it$"):
-        export_merged(llama, tmp_path / "out")
-    export_uniform(llama, tmp_path / "out" / "inside")
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
@@ -285,27 +227,22 @@ def test_two_results_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
 # A full disk ---------------------------------------------------------------------------------------------------------
 
 
-WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text": (lambda path: write_text(path, "é" * 5_000), "10.0 kB"),
-    "bytes": (lambda path: write_bytes(path, b"x" * 10_000), "10.0 kB"),
-    "json": (lambda path: write_json(path, ["x"] * 1_000), "7.0 kB"),
-    "tensors": (lambda path: write_tensors(path, {"a": torch.ones(2, 1250)}), "10.0 kB"),
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "text": lambda path: write_text(path, "é" * 5_000),
+    "tensors": lambda path: write_tensors(path, {"a": torch.ones(2, 1250)}),
 }
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_full_disk_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
-    write, size = WRITERS[kind]
     (tmp_path / "file").write_text("mine")
     with room_for(4096), pytest.raises(OutputError) as caught:
-        write(tmp_path / "file")
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'file'}: cannot be written (File too large); it needs about {size}, and ")
-    assert said.endswith("B are free; make room, or give another place")
-    assert "\n" not in said
+        WRITERS[kind](tmp_path / "file")
+    remedy = "make room, or give another place"
+    assert str(caught.value) == f"{tmp_path / 'file'}: cannot be written (File too large); {remedy}"
     assert caught.value.errno == errno.EFBIG
     assert snapshot(tmp_path) == {"file": "mine"}
-    write(tmp_path / "file")  # with room
+    WRITERS[kind](tmp_path / "file")  # with room
     assert (tmp_path / "file").read_bytes() != b"mine"
 
 
@@ -315,17 +252,10 @@ def test_an_export_to_a_full_disk_leaves_nothing(kind: str, llama: Path, tmp_pat
     with room_for(1_000), pytest.raises(OutputError) as caught:
         EXPORTS[kind](llama, tmp_path / "out")
     out = tmp_path / ("out.gguf" if kind == "gguf" else "out")
-    said = str(caught.value)
-    reason = "the file could not be written to its end" if kind == "gguf" else "File too large"
-    assert said.startswith(f"{out}: cannot be written ({reason}); it needs about ")
+    reason = "No space left on device" if kind == "gguf" else "File too large"
+    assert str(caught.value).startswith(f"{out}: cannot be written ({reason}); make room")
     assert snapshot(tmp_path) == {"mine.txt": "mine"}
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    EXPORTS[kind](llama, tmp_path / "out")
-    # What was said to be needed is what it takes, up to headers and small files.
-    number, unit = said.partition("needs about ")[2].split(", ")[0].split(" ")
-    needed = float(number) * {"bytes": 1, "kB": 1e3, "MB": 1e6}[unit]
-    there = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".gguf")]
-    assert needed == pytest.approx(sum(path.stat().st_size for path in there), rel=0.3)
 
 
 def test_the_command_says_it_in_one_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,21 +263,8 @@ def test_the_command_says_it_in_one_line(llama: Path, tmp_path: Path, capsys: py
         assert main(["inspect", str(llama), "--plot", str(tmp_path / "ranks.png")]) == 2
     warned, said = capsys.readouterr().err.splitlines()
     assert warned.startswith("warning: ")  # an adapter of plain PEFT, for which nothing vouches
-    assert said.startswith(f"error: {tmp_path / 'ranks.png'}: cannot be written (File too large); it needs about ")
+    assert said.startswith(f"error: {tmp_path / 'ranks.png'}: cannot be written (File too large); make room")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_no_failure_to_write_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="not JSON") as caught:
-        write_json(tmp_path / "a.json", float("nan"))
-    assert not isinstance(caught.value, AromaError)
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("not about files")
-
-    monkeypatch.setattr(tempfile, "mkstemp", broken)
-    with pytest.raises(RuntimeError, match=r"^not about files$"):
-        write_text(tmp_path / "a.txt", "")
 
 
 # What the operating system says of anything else ---------------------------------------------------------------------
@@ -394,10 +311,3 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence() -> None:
     writer.stdout.close()
     assert writer.stderr.read() == b""
     assert writer.wait() == 141
-
-
-def test_an_output_error_is_both(tmp_path: Path) -> None:
-    error = OutputError("out='x': full")
-    assert isinstance(error, AromaError)
-    assert isinstance(error, OSError)
-    assert str(error) == "out='x': full"

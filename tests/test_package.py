@@ -58,6 +58,4 @@ def test_the_metadata_say_what_is_required(archives: dict[str, Path]) -> None:
     assert required == set(PROJECT["dependencies"])
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"plot", "gguf", "quant", "lab", "language", "postgresql", "demo"} <= set(
-        metadata.get_all("Provides-Extra", [])
-    )
+    assert {"plot", "gguf", "quant", "lab", "language", "demo"} <= set(metadata.get_all("Provides-Extra", []))

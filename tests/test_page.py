@@ -11,19 +11,14 @@ import pytest
 import torch
 
 from aroma import AromaCallback
-from aroma.cli import main
-from aroma.errors import AromaWarning, CheckpointError, DataError, OutputError
+from aroma.errors import AromaWarning, OutputError
 from aroma.integrations import reporting
 from aroma.measures import relative_norms
-from aroma.report.facts import MatrixFacts, Result, RunFacts
-from aroma.report.page import ASSETS, measured, report_file
-from aroma.report.run import run_page
-from aroma_lab.report.grid_page import grid_page
-from aroma_lab.report.run_page import run_facts
+from aroma.report.page import ASSETS, measured
+from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
 from aroma_lab.tasks.classification import ClassifierJob
 from aroma_lab.tasks.task import Task
-from made_up_facts import GROWN, KINDS, MODULES, RANKS, events, made_up
-from made_up_runs import edit, write_grid, write_run
+from made_up_facts import GROWN, KINDS, MODULES, RANKS, made_up
 from trainer_runs import adapted, trainer_for
 
 VEGA = "8f6a3587cf8d4f42c7e08120e3eb05d067e746d554e39d2dcf52acc0bd5ba28f"
@@ -191,22 +186,6 @@ def test_vega_is_the_published_file_with_its_licence():
     assert "University of Washington Interactive Data Lab" in (ASSETS / "LICENSES.txt").read_text()
 
 
-# Where it may go -----------------------------------------------------------------------------------------------------
-
-
-def test_a_report_replaces_a_report_and_nothing_else(html, tmp_path):
-    mine, report = tmp_path / "notes.html", tmp_path / "report.html"
-    mine.write_text("<html>mine</html>")
-    report.write_text(html)
-    assert report_file("--out", report) == report
-    with pytest.raises(OutputError, match="it exists, and nothing is overwritten"):
-        report_file("--out", mine)
-    assert report_file("--out", mine, force=True) == mine
-    with pytest.raises(OutputError, match=r"notes\.html': it exists, .* overwritten; give another name$"):
-        AromaCallback(report=mine)  # which has no --force
-    assert mine.read_text() == "<html>mine</html>"
-
-
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 
@@ -268,67 +247,6 @@ def test_relative_norms_are_those_of_the_dense_matrices():
     assert found[1:] == [0.0, None, 0.0]
 
 
-# Recorded runs -------------------------------------------------------------------------------------------------------
-
-
-def test_a_recorded_run_is_read_with_what_it_is_compared_with(tmp_path):
-    one = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma", trained_rank=2.0, relative_updates={GROWN: 0.5})
-    other = write_run(tmp_path, "mrpc", "lora-r8", 0, reported={"test": {"accuracy": 0.75}})
-    facts = run_facts(one, [other])
-    assert [(line.name, line.metrics.get("accuracy"), line.kind) for line in facts.results[1:]] == [
-        ("test", 0.8, "own"),
-        ("held-out training examples, seed-0", None, "other"),
-        ("test, seed-0", 0.75, "other"),
-    ]
-    assert facts.lora_parameters == 8 * 500
-    assert facts.command == "aroma lab run grid.yaml 'seeds=[0]' --tasks mrpc --methods aroma"
-
-
-def test_a_run_that_holds_nothing_out_does_not_say_that_it_does(tmp_path):
-    folder = write_run(tmp_path, "n100", "aroma", 0, kind="aroma", examples={"train": 100, "pairs": 100})
-    assert run_facts(folder).results[0].name == "what is trained on"
-    other = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma")
-    assert run_facts(other).results[0].name == "held-out training examples"
-
-
-def test_an_unfinished_run_gives_what_there_is(tmp_path):
-    folder = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma")
-    for name in ("result", "curve", "history"):
-        (folder / f"{name}.json").unlink()
-    lines = "".join(json.dumps(one) + "\n" for one in events())
-    (folder / "events.jsonl").write_text(lines + '{"kind": "chec')
-    assert main(["report", str(folder)]) == 0
-    page = Page((folder / "report.html").read_text())
-    assert "This run is not finished." in page.text
-    assert len(page.grid) == 9
-    assert page.data["matrices"][GROWN]["rank"]["rank"][-1] == 3
-    curve = {"parameters": [[0, 10]], "total_rank": [], "ranks": [[GROWN, [[0, 0], [3, 1]]]]}
-    log = [{"loss": 1.5, "learning_rate": 0.001, "step": 5}, {"eval_held_out_loss": 1.25, "step": 5}]
-    state = {"log_history": log, "global_step": 5, "max_steps": 100}
-    state["stateful_callbacks"] = {"Recorder": {"attributes": {"curve": curve}}}
-    for step in (5, 10):  # the later one was cut off before its last file
-        (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
-    (folder / "checkpoints" / "checkpoint-5" / "trainer_state.json").write_text(json.dumps(state))
-    facts = run_facts(folder)
-    assert (facts.steps, facts.planned_steps, facts.loss, facts.eval_loss) == (5, 100, [[5, 1.5]], [[5, 1.25]])
-    assert [tuple(one[:2]) for one in facts.matrices] == [(GROWN, 1)]
-    (folder / "events.jsonl").write_text("{}\n")
-    with pytest.raises(CheckpointError, match=r"events\.jsonl, line 1: edited.*kind, step, outer_step, rank missing"):
-        run_facts(folder)
-    (folder / "events.jsonl").write_text("what\n")
-    with pytest.raises(CheckpointError, match=r"events\.jsonl: truncated or edited"):
-        run_facts(folder)
-
-
-def test_what_holds_no_run_is_refused(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "no such folder" in capsys.readouterr().err
-    assert main(["report", str(tmp_path / "empty")]) == 2
-    assert "no runs there" in capsys.readouterr().err
-    assert not (tmp_path / "empty" / "report.html").exists()
-
-
 def test_guessing_is_answering_with_the_commonest_label():
     class Part(dict):
         pass
@@ -345,64 +263,3 @@ def test_guessing_is_answering_with_the_commonest_label():
     assert found == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 9, "mcc": 0.0})
     found = job("regression", None, [1.0, 3.0], [2.0, 4.0]).guess("test")
     assert found == {"pearson": 0.0, "spearman": 0.0, "mse": 2.0}
-
-
-# A grid --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def grid(tmp_path):
-    write_grid(tmp_path, ["lora-r2", "aroma", "never-run"])
-    for seed, (lora, own) in enumerate([(0.8, 0.84), (0.82, 0.83)]):
-        for method, score, kind in (("lora-r2", lora, "lora"), ("aroma", own, "aroma")):
-            more = {"trained_rank": 1.5 if kind == "aroma" else 2.0, "average_rank": 2.0}
-            write_run(
-                tmp_path, "mrpc", method, seed, kind=kind, score=score, reported={"test": {"accuracy": score}}, **more
-            )
-    return tmp_path
-
-
-def test_the_best_is_that_of_the_methods_with_the_most_seeds_and_says_so(grid):
-    write_run(grid, "mrpc", "never-run", 0, kind="full", score=0.9, reported={"test": {"accuracy": 0.9}})
-    text = " ".join(Page(grid_page(grid)).text.split())
-    assert "best on mrpc 83.50 aroma, of those with 2 seeds" in text
-
-
-def test_a_grid_compares_its_methods(grid):
-    failed = write_run(grid, "mrpc", "aroma", 2, kind="aroma")
-    (failed / "result.json").unlink()
-    (failed / "failure.json").write_text(
-        json.dumps({"error": "NonFiniteError", "message": "loss=nan", "traceback": []})
-    )
-    page = Page(grid_page(grid))
-    text = " ".join(page.text.split())
-    assert "best on mrpc 83.50 aroma" in text
-    assert "No finished run yet of the methods never-run." in text
-    assert "NonFiniteError: loss=nan" in text
-    assert ["aroma", "83.50", "0.71", "2"] in page.rows
-    drawn = page.data["charts"]["scores-0"]["data"]
-    assert drawn["seeds"]["points"] == [80.0, 82.0, 84.0, 83.0]
-    assert drawn["means"] == {"method": ["lora-r2", "aroma"], "points": [81.0, 83.5], "own": [False, True]}
-    budget = page.data["charts"]["budget-0"]["data"]["budget"]
-    assert budget["trained"] == [2.0, 1.5]
-    assert budget["high"][1] - budget["low"][1] == pytest.approx(2 * 0.5, abs=1e-3)
-    assert len(page.grid) == 20
-    assert all("over the seeds 2 to 2" in cell["aria-label"] for cell in page.grid.values())
-
-
-def test_a_grid_without_a_finished_run_is_refused(grid):
-    for result in grid.rglob("result.json"):
-        result.unlink()
-    with pytest.raises(DataError, match="no finished run"):
-        grid_page(grid)
-
-
-def test_the_command_writes_a_grids_report_once(grid, capsys):
-    assert main(["report", str(grid)]) == 0
-    assert str(grid / "report.html") in capsys.readouterr().out
-    edit(grid / "runs" / "mrpc" / "aroma" / "seed-0" / "trial.json", lambda trial: trial.update(method=HOSTILE))
-    edit(grid / "runs" / "mrpc" / "aroma" / "seed-0" / "trial.json", lambda trial: trial.update(name="x"))
-    assert main(["report", str(grid)]) == 0, "its own report may be replaced"
-    assert "img" not in Page((grid / "report.html").read_text()).tags()
-    assert main(["report", str(grid), "--compare", "other"]) == 2
-    assert "a grid compares its own runs" in capsys.readouterr().err

@@ -12,12 +12,10 @@ import charts
 from aroma.files import write_text
 from aroma.report.page import ASSETS
 from aroma.report.run import run_page
-from aroma_lab.report.grid_page import grid_page
 from browser import SIZES, chromium
 from made_up_facts import GROWN, MODULES, made_up
 
 pytestmark = pytest.mark.slow
-RESULTS = Path(__file__).parent.parent / "results" / "lab" / "minilm-six"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,6 @@ def browser():
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     write_text(folder / "run.html", run_page(made_up()))
-    write_text(folder / "grid.html", grid_page(RESULTS))
     return folder
 
 
@@ -65,11 +62,10 @@ def contrast(one, other):
     return bright / dark
 
 
-@pytest.mark.parametrize("name", ["run", "grid"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_everything_is_drawn_and_nothing_overflows(browser, pages, shots, name, size, scheme):
-    browser.open(pages / f"{name}.html", size, scheme)
+def test_everything_is_drawn_and_nothing_overflows(browser, pages, shots, size, scheme):
+    browser.open(pages / "run.html", size, scheme)
     assert browser.complaints() == []
     assert browser.overflowing() == []
     undrawn = (
@@ -83,10 +79,10 @@ def test_everything_is_drawn_and_nothing_overflows(browser, pages, shots, name, 
     faint = colour(browser, ".about", "color")
     assert contrast(ink, card) > 7
     assert min(contrast(faint, card), contrast(faint, paper)) > 4.5
-    painted = "stroke" if name == "run" else "fill"
+    painted = "stroke"
     line = colour(browser, f".plot [{painted}='var(--line)']", painted)
     assert contrast(line, card) > 3, "the lines of the charts follow the scheme"
-    browser.screenshot(shots / f"{name}-{size}-{scheme}.png")
+    browser.screenshot(shots / f"run-{size}-{scheme}.png")
 
 
 def test_pointing_tells(browser, pages):
@@ -140,27 +136,10 @@ def test_a_chart_is_walked_by_keys(browser, pages):
     assert tip(browser).split() == ["step", "10", "loss", "1.95"]
     browser.press("END")
     assert tip(browser).split() == ["step", "240", "loss", "0.8"]
-    browser.open(pages / "grid.html")
-    browser.run("document.querySelector('.plot').focus()")
-    browser.press("HOME")
-    assert "head-only" in tip(browser)
 
 
-def test_a_grid_shows_one_method_at_a_time(browser, pages):
-    browser.open(pages / "grid.html")
-    shown = "return [...document.querySelectorAll('[data-panel]')].map((one) => !one.hidden)"
-    count = len(browser.run(shown))
-    assert count > 1
-    assert browser.run(shown) == [True] + [False] * (count - 1)
-    browser.run(
-        "const one = document.getElementById('panel'); one.value = '1'; one.dispatchEvent(new Event('change'))"
-    )
-    assert browser.run(shown) == [False, True] + [False] * (count - 2)
-
-
-@pytest.mark.parametrize("name", ["run", "grid"])
-def test_a_window_may_get_narrower_than_a_chart(browser, pages, name):
-    browser.open(pages / f"{name}.html", "phone")
+def test_a_window_may_get_narrower_than_a_chart(browser, pages):
+    browser.open(pages / "run.html", "phone")
     widths = "return [...document.querySelectorAll('.plot')].map((one) => one.view.signal('width'))"
     before = browser.run(widths)
     for pixels in (100, 30):

@@ -164,7 +164,7 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "reinforcement.md"}  # test_snippets.py, test_trl.py
-    here = "index evidence serving settings usage files precision distributed tasks layers"
+    here = "index evidence serving settings usage files precision distributed layers"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 
@@ -187,7 +187,7 @@ def test_evidence_in_the_trainer_and_in_a_loop(tmp_path: Path, monkeypatch: pyte
     in_trainer, in_loop = blocks("python", "evidence.md")
     names = {**given(tmp_path), "aroma": aroma}
     exec(compile(in_trainer, "evidence.md", "exec"), names)
-    assert len(names["callback"].history) == 3
+    assert len(names["callback"].history) == 2
     assert Path("adapter/adapter_model.safetensors").is_file()
     model = get_peft_model(tiny_bert(), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"]))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)

@@ -176,11 +176,6 @@ ROWS: dict[str, Row] = {
     "peft.utils.hotswap.prepare_model_for_compiled_hotswap": Row(
         lambda m, f: prepare_model_for_compiled_hotswap(m, target_rank=8) is None, "changes nothing"
     ),
-    "save_pretrained(path_initial_model_for_weight_conversion=...)": Row(
-        lambda m, f: m.base_model.subtract_mutated_init({}, "default"),
-        refused="^path_initial_model_for_weight_conversion: ",
-        instead="leave it out: the base model is never changed",
-    ),
     "initialize_lora_eva_weights": Row(
         lambda m, f: peft.initialize_lora_eva_weights(m, [batch("bert")]), refused="eva", instead=NOT_OURS
     ),

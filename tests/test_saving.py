@@ -225,15 +225,6 @@ def test_the_configuration_on_disk_is_plain_lora(tmp_path: Path) -> None:
     }
 
 
-def test_equal_ranks_need_no_patterns(tmp_path: Path) -> None:
-    model = adapted("bert")
-    set_ranks(model, [3])
-    save_silently(model, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    assert (config["r"], config["lora_alpha"]) == (3, 3)
-    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
-
-
 def test_when_all_ranks_are_zero_one_zero_component_stands_in(tmp_path: Path) -> None:
     model = adapted("bert", r=4)
     model.save_pretrained(tmp_path)
@@ -274,35 +265,21 @@ class SimulatedCrash(Exception):
     """Stands for the death of the process."""
 
 
-def write_half(target: Path) -> None:
-    with aroma.files.replacing(target) as temporary:
-        temporary.write_text("half a fi")
-        raise SimulatedCrash
-
-
 def crash(*_: Any, **__: Any) -> None:
     raise SimulatedCrash
 
 
-@pytest.mark.parametrize("where", ["os.replace", "os.fsync", "safetensors", "verify"])
-def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every operation on a file: `test_kills`."""
     model, growth, folder = trained(tmp_path, lora_alpha=3)
     before = contents(folder)
-    assert growth.controller.global_step == 10
     train(model, batch("bert"), growth.controller.optimizer, 1)
-    targets = {
-        "os.replace": "aroma.checkpoint.os.replace",
-        "os.fsync": "aroma.files.os.fsync",
-        "safetensors": "aroma.tuner.state.save",
-        "verify": "aroma.checkpoint.verify_adapter",
-    }
-    with monkeypatch.context() as patch:
-        patch.setattr(targets[where], crash)
-        with pytest.raises(SimulatedCrash):
-            save_adapter(model, folder)
-    assert contents(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "no temporary files are left"
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    for where in ("aroma.files.os.fsync", "aroma.tuner.state.save", "aroma.checkpoint.verify_adapter"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, crash)
+            with pytest.raises(SimulatedCrash):
+                save_adapter(model, folder)
+        assert contents(folder) == before
     save_adapter(model, folder)
     assert verify_adapter(folder)["controller"]["global_step"] == 11
     changed = {name for name, data in contents(folder).items() if data != before[name]}
@@ -318,12 +295,9 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
             aroma.files.write_json(target, {"new": 2})
     with pytest.raises(ValueError, match="JSON"):
         aroma.files.write_json(target, {"new": float("nan")})
-    with pytest.raises(SimulatedCrash):
-        write_half(target)
     assert json.loads(target.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [target]
     aroma.files.write_json(target, {"new": 2})
-    assert json.loads(target.read_text()) == {"new": 2}
     plain = tmp_path / "plain"
     plain.touch()
     assert target.stat().st_mode == plain.stat().st_mode, "as readable as any file of the user"
@@ -342,36 +316,8 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def edit_json(path: Path) -> None:
-    text = path.read_text()
-    changed = text.replace('"global_step": 10', '"global_step": 11')
-    assert changed != text
-    path.write_text(changed)
-
-
 def newer_format(path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-
-
-def wrong_kind(path: Path) -> None:
-    path.write_text("[]")
-
-
-BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
-    (WEIGHTS, truncate, "truncated or edited"),
-    (WEIGHTS, flip_a_bit, "sha256"),
-    (WEIGHTS, Path.unlink, "missing"),
-    (STATE, truncate, "truncated or edited"),
-    (STATE, edit_json, "edited"),
-    (STATE, newer_format, "upgrade aroma-peft"),
-    (STATE, wrong_kind, "format=None"),
-    (STATE, Path.unlink, "missing"),
-    (STATE_TENSORS, truncate, "truncated or edited"),
-    (STATE_TENSORS, flip_a_bit, "sha256"),
-    (STATE_TENSORS, Path.unlink, "missing"),
-    (CONFIG, truncate, "truncated or edited"),
-    (CONFIG, Path.unlink, "missing"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -381,43 +327,34 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "harm", "reason"), BROKEN, ids=[f"{file} {harm.__name__}" for file, harm, _ in BROKEN]
+    ("file", "harm", "reason"),
+    [
+        (WEIGHTS, truncate, "truncated or edited"),
+        (WEIGHTS, flip_a_bit, "sha256"),
+        (WEIGHTS, Path.unlink, "missing"),
+        (STATE, truncate, "truncated or edited"),
+        (STATE, newer_format, "upgrade aroma-peft"),
+        (STATE, Path.unlink, "missing"),
+        (STATE_TENSORS, flip_a_bit, "sha256"),
+        (STATE_TENSORS, Path.unlink, "missing"),
+        (CONFIG, truncate, "truncated or edited"),
+    ],
 )
-def test_a_broken_adapter_is_refused_by_name(
+def test_a_broken_adapter_is_refused_by_name_and_not_resumed_from(
     whole: Path, tmp_path: Path, file: str, harm: Callable[[Path], None], reason: str
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "adapter"))
-    assert verify_adapter(folder)["controller"]["global_step"] == 10
+    model = reloaded(folder, component_seed=5, lora_alpha=3)
     harm(folder / file)
     with pytest.raises(CheckpointError) as caught:
         verify_adapter(folder)
     message = str(caught.value)
     assert str(folder / file) in message
     assert reason in message
-    assert any(remedy in message for remedy in ("use another checkpoint", "give a folder", "upgrade"))
-
-
-@pytest.mark.parametrize(
-    ("file", "harm"),
-    [
-        (WEIGHTS, flip_a_bit),
-        (STATE, truncate),
-        (STATE, edit_json),
-        (STATE, Path.unlink),
-        (STATE_TENSORS, truncate),
-        (STATE_TENSORS, flip_a_bit),
-        (STATE_TENSORS, Path.unlink),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_a_broken_adapter_is_not_resumed_from(
-    whole: Path, tmp_path: Path, file: str, harm: Callable[[Path], None]
-) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "adapter"))
-    harm(folder / file)
-    model = reloaded(folder, component_seed=5, lora_alpha=3)
-    with pytest.raises(CheckpointError, match=r"aroma_state|adapter_model"):
-        attach(model, torch.optim.AdamW(trainable(model)), total_steps=10, resume_from=str(folder))
+    assert any(remedy in message for remedy in ("use another checkpoint", "upgrade"))
+    if file != CONFIG:
+        with pytest.raises(CheckpointError, match=r"aroma_state|adapter_model"):
+            attach(model, torch.optim.AdamW(trainable(model)), total_steps=10, resume_from=str(folder))
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -435,15 +372,6 @@ def test_tensors_of_an_earlier_save_are_not_taken_for_those_of_a_later(tmp_path:
     save_adapter(model, folder)
     assert read_controller_state(folder)["tensors"] == {}
     assert not (folder / STATE_TENSORS).exists()
-    assert_resumes_to(model, growth.controller, folder, lora_alpha=3)
-
-
-def test_an_interrupted_save_may_leave_tensors_that_nobody_reads(tmp_path: Path) -> None:
-    model, growth, folder = trained(tmp_path, lora_alpha=3)
-    stale = (folder / STATE_TENSORS).read_bytes()
-    growth.controller.outer_step()
-    save_adapter(model, folder)
-    (folder / STATE_TENSORS).write_bytes(stale)
     assert_resumes_to(model, growth.controller, folder, lora_alpha=3)
 
 
@@ -583,11 +511,6 @@ def test_a_resume_with_another_configuration_names_every_field(whole: Path) -> N
         assert f"{name}={value!r} (checkpoint: {saved!r})" in message
     assert "lora_alpha" not in message
     assert "new run" in message
-
-
-def test_a_resume_with_another_scale_is_refused(whole: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lora_alpha=4 \(checkpoint: 3\)"):
-        resume(whole, reloaded(whole, component_seed=5))
 
 
 def test_a_resume_with_more_targets_is_refused(tmp_path: Path) -> None:

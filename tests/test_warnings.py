@@ -13,8 +13,6 @@ from peft import get_peft_model
 
 from aroma import AromaConfig, AromaController, aroma_layers, attach, save_adapter
 from aroma.errors import CheckpointError, ConfigError
-from aroma.export import export_uniform, rank_table
-from aroma.files import read_tensors, write_tensors
 from aroma.tuner import live_adapter
 from models import ARCHITECTURES, METHOD, adapted, base, batch, ranks, train, trainable
 
@@ -43,37 +41,11 @@ def test_two_attachments_are_refused_before_they_freeze_each_other() -> None:
         train(model, batch("bert"), optimizer, 1)
 
 
-def test_an_edited_adapter_is_neither_shown_nor_exported(tmp_path: Path) -> None:
-    model = adapted("bert")
-    optimizer = optimizer_of(model)
-    attach(model, optimizer, total_steps=40)
-    train(model, batch("bert"), optimizer, 20)
-    save_adapter(model, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    write_tensors(file, {name: tensor + 1 for name, tensor in read_tensors(file).items()})
-    for use in (rank_table, lambda folder: export_uniform(folder, tmp_path / "out")):
-        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: sha256"):
-            use(tmp_path / "adapter")
-
-
-def test_a_summary_of_a_deleted_adapter_says_so() -> None:
-    model = adapted("bert")
-    controller = AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=20)
-    model.delete_adapter("default")
-    with pytest.raises(ConfigError, match=r"^adapter_name='default': .* has no AROMA adapter of that name"):
-        controller.summary()
-
-
 def test_a_model_without_the_adapter_is_not_saved(tmp_path: Path) -> None:
     for model, name in ((base("bert"), "default"), (adapted("bert"), "other")):
         with pytest.raises(ConfigError, match=rf"^adapter_name='{name}': .* has no AROMA adapter of that name; make"):
             save_adapter(model, tmp_path / "adapter", name)
     assert not (tmp_path / "adapter").exists()
-
-
-def test_what_is_no_optimizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^optimizer='NoneType': it is no optimizer; give the one that trains"):
-        attach(adapted("bert"), None, total_steps=20)
 
 
 def test_a_controller_that_is_never_stepped_does_not_count(tmp_path: Path) -> None:

@@ -96,7 +96,6 @@ TUNER_NAMES = (
             "_global_backward_pre_hooks",
         )
     ),
-    PrivateName("torch", "torch:Tensor", "_is_view", "copy a view before it is written to"),
     PrivateName("torch", "torch:Tensor", "_version", "know a pair that trains without a controller"),
     # Who traces a call.
     PrivateName("torch", "torch.autograd.forward_ad", "_current_level", "know forward-mode differentiation"),

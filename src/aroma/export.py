@@ -15,16 +15,18 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
-from .about import LABELLED_TASKS, About, unnamed
+from .about import LABELLED_TASKS, UNKNOWN
 from .card import CARD_FILE
 from .errors import AromaError, AromaWarning, bad_value
-from .files import free_bytes, own_file, read_json, write_json, write_tensors
-from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
-from .saved import AdapterWeights, read_adapter
+from .files import own_file, read_json, write_json, write_tensors
+from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
+from .saved import AdapterWeights, read_adapter, zero_update
 from .spectra import effective_rank, singular_values
 from .tuner import refuse_merge_if_tied
 from .tuner.layout import PEFT_PREFIX, uniform_config
 from .tuner.state import STATE_FILE, write_export_state
+
+TASK_FILE = "aroma_task.json"
 
 SERVING_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that vLLM, TGI and SGLang all serve."""
@@ -38,6 +40,9 @@ MODEL_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """Class of transformers that loads the base model, by PEFT's task type."""
+
+
+# Ranks ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def rank_rows(adapter: AdapterWeights) -> list[RankRow]:
     Warns:
         AromaWarning: AROMA did not save the adapter.
     """
-    _tell_of_strangers(adapter)
+    _warn_if_unvouched(adapter)
     rows = []
     for name, shape in adapter.shapes.items():
         update = adapter.updates.get(name)
@@ -84,8 +89,7 @@ def rank_rows(adapter: AdapterWeights) -> list[RankRow]:
     return rows
 
 
-def _tell_of_strangers(adapter: AdapterWeights) -> None:
-    """Warn where nothing vouches for the files, and what only the state says is not known."""
+def _warn_if_unvouched(adapter: AdapterWeights) -> None:
     if adapter.state is None:
         warnings.warn(
             f"{adapter.folder}: no {STATE_FILE}, so nothing vouches for its files, and modules of rank 0 are not "
@@ -93,6 +97,9 @@ def _tell_of_strangers(adapter: AdapterWeights) -> None:
             AromaWarning,
             stacklevel=3,
         )
+
+
+# Exports -------------------------------------------------------------------------------------------------------------
 
 
 def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
@@ -112,20 +119,37 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         OutputError: `out` is not empty, or cannot be written.
     """
     adapter = read_adapter(folder)
-    target = require_new_folder("out", out)
-    _tell_of_strangers(adapter)
-    shapes, uniform = adapter.shapes, uniform_rank(adapter, rank)
-    _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
-    tensors = {**adapter.others, **adapter.component_tensors(uniform)}
-    config = uniform_config(adapter.config, shapes, uniform)
-    ranks = dict.fromkeys(shapes, uniform)
-    with filled_at_once(target, _size_of(tensors)) as staging:
+    target = new_folder("out", out)
+    _warn_if_unvouched(adapter)
+    uniform = uniform_rank(adapter, rank)
+    tensors = dict(adapter.others)
+    for name, shape in adapter.shapes.items():
+        tensors |= adapter.updates.get(name, zero_update(shape)).tensors(name, uniform)
+    config = uniform_config(adapter.config, adapter.shapes, uniform)
+    with filled_at_once(target) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
-        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json", CARD_FILE))
+        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, TASK_FILE, CARD_FILE))
         if adapter.state is not None:
-            write_export_state(staging, adapter.state, config, tensors, ranks)
+            write_export_state(staging, adapter.state, config, tensors, dict.fromkeys(adapter.shapes, uniform))
     return uniform
+
+
+def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
+    """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one.
+
+    Raises:
+        ConfigError: It is too small, or above what engines serve.
+    """
+    largest = max(update.rank for update in adapter.updates.values())
+    rank = wanted if wanted is not None else next((served for served in SERVING_RANKS if served >= largest), None)
+    if rank is None:
+        raise bad_value(
+            "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
+        )
+    if rank < largest:
+        raise bad_value("rank", wanted, f"a module has rank {largest}; give at least that")
+    return rank
 
 
 def export_merged(
@@ -156,10 +180,10 @@ def export_merged(
     adapter = read_adapter(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
-    target = require_new_folder("out", out)
-    _tell_of_strangers(adapter)
+    target = new_folder("out", out)
+    _warn_if_unvouched(adapter)
     base_name = base_name_of(adapter, base_model)
-    model = _with_base(adapter, base_model)
+    model = put_into(base_of(adapter, base_model), adapter, base_name)
     if getattr(model.get_base_model(), "is_quantized", False):
         raise bad_value(
             "base_model",
@@ -170,11 +194,19 @@ def export_merged(
     modules = dict(model.get_base_model().named_modules())
     refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates})
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-    _require_names(merged.config, adapter)
-    with filled_at_once(target, _size_of(merged.state_dict())) as staging:
+    with filled_at_once(target) as staging:
         merged.save_pretrained(staging)
         copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
-        copy_files([Path(folder)], staging, ("aroma_task.json",))
+        copy_files([Path(folder)], staging, (TASK_FILE,))
+
+
+# What is known of an adapter -----------------------------------------------------------------------------------------
+
+
+def about_of(adapter: AdapterWeights) -> dict[str, Any]:
+    """Return what else is known of an adapter; of one that AROMA did not save, nothing."""
+    found: dict[str, Any] = (adapter.state or {}).get("about", UNKNOWN)
+    return found
 
 
 def label_names(adapter: AdapterWeights) -> tuple[str, ...] | None:
@@ -182,40 +214,30 @@ def label_names(adapter: AdapterWeights) -> tuple[str, ...] | None:
 
     `aroma_state.json` has them; older ones of `aroma train` have them in `aroma_task.json`.
     """
-    if about_of(adapter).labels is not None:
-        return about_of(adapter).labels
-    file = adapter.folder / "aroma_task.json"
+    labels: list[str] | None = about_of(adapter)["labels"]
+    if labels is not None:
+        return tuple(labels)
+    file = adapter.folder / TASK_FILE
     task = read_json(own_file(adapter.folder, file.name)) if os.path.lexists(file) else {}
     names = task.get("label_names") if isinstance(task, dict) else None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def about_of(adapter: AdapterWeights) -> About:
-    """Return what else is known of an adapter; of one that AROMA did not save, nothing."""
-    told = (adapter.state or {}).get("about")
-    return About() if told is None else About.from_json(told)
+def output_count(adapter: AdapterWeights) -> int | None:
+    """Return the number of outputs of a classifier or regression; None for another model, or where it is not known.
 
-
-def _require_names(config: Any, adapter: AdapterWeights) -> None:
-    """Warn where nothing says how the outputs of a classifier are called.
-
-    Where the model that was trained had no names either, there is nothing to say.
-
-    Warns:
-        AromaWarning: They are called LABEL_0, LABEL_1 and so on, and may have had other names in training.
+    Where nothing tells it, it is the number of rows of the last weight or bias of the saved head.
     """
-    is_known = adapter.state is not None and "about" in adapter.state
-    if (
-        not is_known
-        and adapter.config.get("task_type") in LABELLED_TASKS
-        and tuple(config.id2label.values()) == unnamed(max(config.num_labels, 2))
-    ):
-        warnings.warn(
-            f"{adapter.folder}: it names no labels, so the merged model calls them LABEL_0, LABEL_1 and so on; set "
-            "id2label and label2id in its config.json",
-            AromaWarning,
-            stacklevel=3,
-        )
+    told: int | None = about_of(adapter)["num_labels"]
+    if told is not None or adapter.config.get("task_type") not in LABELLED_TASKS:
+        return told
+    rows = {name: tensor.shape[0] for name, tensor in sorted(adapter.others.items()) if tensor.ndim}
+    head = [name for name in rows if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
+    # Heads of other names (classification_head, logits_proj): tensors with a row per label have the fewest rows.
+    return rows[head[-1]] if head else min(rows.values(), default=None)
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:
@@ -228,7 +250,8 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     Raises:
         ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
     """
-    return _with_base(read_adapter(folder), base_model)
+    adapter = read_adapter(folder)
+    return put_into(base_of(adapter, base_model), adapter, base_name_of(adapter, base_model))
 
 
 def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
@@ -243,10 +266,6 @@ def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
     return base_name
 
 
-def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
-    return put_into(base_of(adapter, base_model), adapter, base_name_of(adapter, base_model))
-
-
 def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
     """Load the base model of an adapter in float32, with as many outputs as the adapter's head has.
 
@@ -255,26 +274,20 @@ def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
     """
     import transformers
 
-    base_name = base_name_of(adapter, base_model)
-    mapping = adapter.config.get("auto_mapping") or {}
-    task_type = adapter.config.get("task_type")
-    class_name = MODEL_CLASSES.get(task_type) if task_type else mapping.get("base_model_class")
+    base_name, task_type = base_name_of(adapter, base_model), adapter.config.get("task_type")
+    named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    class_name = MODEL_CLASSES.get(task_type) if task_type else named
     model_class: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
-    if class_name not in MODEL_CLASSES.values() and not (
-        isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    ):
-        raise bad_value(
-            "task_type",
-            task_type,
-            f"it does not tell the model class; set it in adapter_config.json to one of {sorted(MODEL_CLASSES)}",
-        )
+    if not hasattr(model_class, "from_pretrained"):
+        remedy = "it does not tell the model class; set it in adapter_config.json to one of"
+        raise bad_value("task_type", task_type, f"{remedy} {sorted(MODEL_CLASSES)}")
     names, about, labels = label_names(adapter), about_of(adapter), output_count(adapter)
     # The adapter brings its head, so that of the base model may have another size.
     options: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     if names is not None and len(names) == labels:
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    if about.problem_type is not None:
-        options["problem_type"] = about.problem_type
+    if about["problem_type"] is not None:
+        options["problem_type"] = about["problem_type"]
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
     try:
@@ -301,78 +314,24 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
     from peft.utils import get_peft_model_state_dict
 
     def does_not_fit(reason: str) -> AromaError:
-        return bad_value(
-            "base_model",
-            base_name,
-            f"not the model of the adapter {adapter.folder}, trained on "
-            f"{adapter.config.get('base_model_name_or_path')}: {reason}; give that",
-        )
+        trained_on = adapter.config.get("base_model_name_or_path")
+        remedy = f"not the model of the adapter {adapter.folder}, trained on {trained_on}: {reason}; give that"
+        return bad_value("base_model", base_name, remedy)
 
     try:
         with warnings.catch_warnings():
-            # PEFT warns of tensors without a place and of places without tensors; here both are errors.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(adapter.folder), config=adapter.lora_config()).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
+            # PEFT warns of places without tensors, and says nothing of tensors without a place; both are errors here.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
         reason = " ".join(str(error).split())
         raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error
-    placed = get_peft_model_state_dict(model, save_embedding_layers=False)
     # An adapter may hold whole embeddings; by now those that it targets are within a layer of PEFT.
-    embeddings = {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
-    saved = {
-        *adapter.others,
-        *(f"{PEFT_PREFIX}{name}" for name in adapter.tensor_names),
-    }
-    if surplus := sorted(saved - {*placed} - embeddings):
+    places: set[str] = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
+    places |= {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
+    saved: dict[str, Tensor] = dict(adapter.others)
+    for name, update in adapter.updates.items():
+        saved |= update.tensors(name, update.rank)
+    if surplus := sorted({*saved} - places):
         raise does_not_fit(f"it has no place for {surplus[0]}")
     return model
-
-
-def output_count(adapter: AdapterWeights) -> int | None:
-    """Return the number of outputs of a classifier or regression; None for another model, or where it is not known."""
-    told = about_of(adapter).num_labels
-    return _head_size(adapter) if told is None else told
-
-
-def _head_size(adapter: AdapterWeights) -> int | None:
-    """Return the number of labels of a saved classification head, the rows of its last weight or bias."""
-    if adapter.config.get("task_type") not in LABELLED_TASKS:
-        return None
-    rows = {name: tensor.shape[0] for name, tensor in sorted(adapter.others.items()) if tensor.ndim}
-    head = [name for name in rows if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
-    if head:
-        return rows[head[-1]]
-    # Heads of other names (classification_head, logits_proj): tensors with a row per label have the fewest rows.
-    return min(rows.values(), default=None)
-
-
-def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
-    """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one.
-
-    Raises:
-        ConfigError: It is too small, or above what engines serve.
-    """
-    largest = max([1, *(update.rank for update in adapter.updates.values())])
-    rank = wanted if wanted is not None else next((served for served in SERVING_RANKS if served >= largest), None)
-    if rank is None:
-        raise bad_value(
-            "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
-        )
-    if rank < largest:
-        raise bad_value("rank", wanted, f"a module has rank {largest}; give at least that")
-    most = max(SERVING_RANKS[-1], largest, *(min(shape) for shape in adapter.shapes.values()))
-    if rank > most:
-        raise bad_value("rank", wanted, f"no matrix of this adapter can have more than {most}; give at most that")
-    return rank
-
-
-def _require_room(target: Path, count: int) -> None:
-    """Raise if `count` bytes do not fit on the disk of `target`: before that much memory is asked for."""
-    free = free_bytes(target)
-    if count > free:
-        raise bad_value("out", str(target), f"{count:,} bytes are to be written, and {free:,} are free there")
-
-
-def _size_of(tensors: dict[str, Tensor]) -> int:
-    """Return the bytes of tensors, of any shape."""
-    return sum(tensor.nbytes for tensor in tensors.values())

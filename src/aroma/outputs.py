@@ -26,11 +26,9 @@ def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = N
     Raises:
         OutputError: Something is there, or nothing can be written there.
     """
-    target = _resolved(field, path)
-    if os.path.isdir(target):
-        raise bad_value(field, str(path), "it is a folder; give the name of a file", OutputError)
+    target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):
-        raise bad_value(field, str(path), "it is no regular file; give another name", OutputError)
+        raise bad_value(field, str(path), "it is no file; give another name", OutputError)
     if os.path.exists(target) and not force:
         remedy = "give another name" if force is None else "give another name, or --force to replace it"
         raise bad_value(field, str(path), f"it exists, and nothing is overwritten; {remedy}", OutputError)
@@ -63,32 +61,11 @@ def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: A file is there, or nothing can be written there.
     """
-    target = _resolved(field, path)
+    target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isdir(target):
         raise bad_value(field, str(path), "it is a file, and nothing is overwritten; give a folder", OutputError)
     _require_place(field, path, target / "any")
     return target
-
-
-def require_replaceable(field: str, path: str | os.PathLike[str], target: Path) -> None:
-    """Raise unless a new folder can be moved to `target` in one step.
-
-    Raises:
-        OutputError: `target` is where a file system is mounted, or its parent cannot be written to.
-    """
-    if os.path.ismount(target):
-        raise bad_value(field, str(path), "it is a mount point; give a folder inside it", OutputError)
-    _require_place(field, path, target)
-
-
-def _resolved(field: str, path: str | os.PathLike[str]) -> Path:
-    """Return `path`, or what it leads to if it is a symbolic link. Raise if that leads nowhere."""
-    if not os.path.islink(path):
-        return Path(path)
-    if not os.path.exists(path):
-        remedy = f"it is a symbolic link to {os.readlink(path)}, which is not there; remove it, or give another name"
-        raise bad_value(field, str(path), remedy, OutputError)
-    return Path(os.path.realpath(path))
 
 
 def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> None:
@@ -99,16 +76,11 @@ def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> No
     Raises:
         OutputError: With the reason.
     """
-    folder, missing = target.parent, [target.name]
-    while not os.path.lexists(folder) and folder != folder.parent:
-        missing.append(folder.name)
-        folder = folder.parent
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "a symbolic link that leads nowhere"
-        raise bad_value(field, str(path), f"{folder} is {kind}, and cannot hold it; give another name", OutputError)
+    folder = next(parent for parent in target.parents if os.path.lexists(parent))
     try:
         # With a name as long as what `files.replacing` makes first.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{max(missing, key=len)}.", suffix=".tmp"):
+        name = max(target.relative_to(folder).parts, key=len)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp"):
             pass
     except OSError as error:
         raise bad_value(
@@ -116,25 +88,10 @@ def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> No
         ) from error
 
 
-def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
-    """Return where an export named `out` is put in one step, once it is whole.
-
-    Raises:
-        OutputError: It is not a new or empty folder, or cannot be written.
-    """
-    target = new_folder(field, out)
-    require_replaceable(field, out, target)
-    return target
-
-
 @contextmanager
-def filled_at_once(target: Path, size: int | None) -> Iterator[Path]:
-    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
-
-    Args:
-        size: Bytes that are put into it, for the error of a full disk; None if unknown.
-    """
-    with told_of(target, size):
+def filled_at_once(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted."""
+    with told_of(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             staging = Path(scratch) / target.name

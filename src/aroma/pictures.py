@@ -8,8 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,12 +43,7 @@ class MatrixRank(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a matrix stands in the picture.
-
-    Args:
-        layer: Index of its layer; None for a module outside the numbered layers.
-        kind: Its name without the layer, such as `attention.self.query`.
-    """
+    """Index of a matrix's layer, None outside the numbered ones, and its name without it: `attention.self.query`."""
 
     layer: int | None
     kind: str
@@ -150,23 +144,18 @@ def _circles(panels: Mapping[str, Sequence[tuple[str, int, float, int]]], legend
 def positions_of(names: Sequence[str]) -> list[Position]:
     """Split module names at their first number: `encoder.layer.3.output.dense` is `output.dense` of layer 3.
 
-    If there are several stacks of numbered layers, such as an encoder and a decoder, the kind begins with the part of
-    the name that tells them apart.
+    If there are several stacks of numbered layers, such as an encoder and a decoder, the kind begins with the stack.
     """
     matches = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
-    prefixes = {name[: match.start()] for name, match in zip(names, matches, strict=True) if match}
-    stacks = {prefix: prefix.split(".") for prefix in prefixes}
-    front = _common(stacks.values())
-    back = _common([parts[front:][::-1] for parts in stacks.values()])
+    stacks = {name[: match.start()] for name, match in zip(names, matches, strict=True) if match}
     positions = []
     for name, match in zip(names, matches, strict=True):
         if match is None:
             positions.append(Position(None, name))
         else:
-            prefix = name[: match.start()]
-            stack = stacks[prefix][front : len(stacks[prefix]) - back]
-            kind = ".".join(filter(None, (*stack, name[match.end() :])))
-            positions.append(Position(int(match[1]), kind or prefix))
+            stack, rest = name[: match.start()], name[match.end() :]
+            kind = ".".join(filter(None, (stack, rest))) if len(stacks) > 1 else rest or stack
+            positions.append(Position(int(match[1]), kind))
     return positions
 
 
@@ -200,11 +189,6 @@ def save_picture(figure: Figure, path: str | os.PathLike[str]) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "aroma"}):
         figure.savefig(drawn, format=form, dpi=120, metadata=undated)
     write_bytes(path, drawn.getvalue())
-
-
-def _common(sequences: Iterable[Sequence[str]]) -> int:
-    """Return how many items from the front all sequences share."""
-    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
 
 
 def _summary(matrices: Sequence[Any]) -> str:

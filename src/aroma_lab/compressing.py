@@ -22,7 +22,7 @@ from aroma.evidence.schedule import FEWEST, WANTED
 from aroma.evidence.statistics import SIZES
 from aroma.export import MODEL_CLASSES, base_of
 from aroma.files import read_tensors, write_json, write_tensors
-from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
+from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from aroma.pictures import kept_picture
 from aroma.saved import read_config
 
@@ -73,7 +73,7 @@ def compress_adapter(
         AromaError: The adapter, its base model or the data cannot be used, or nothing can be written to `out`.
     """
     require_standard_errors(want.standard_errors)
-    target, config, weights = require_new_folder("--out", out), read_config(folder), folder / WEIGHTS
+    target, config, weights = new_folder("--out", out), read_config(folder), folder / WEIGHTS
     if config["peft_type"] != "LORA":
         raise bad_value("peft_type", config["peft_type"], f"{folder} is no LoRA adapter; give one of those")
     types = {name: tensor.dtype for name, tensor in read_tensors(weights).items()}
@@ -85,7 +85,7 @@ def compress_adapter(
             return model_loss(model, batch)
 
         found = compress(asked.model, asked.batches, standard_errors=want.standard_errors, loss=loss)
-    with filled_at_once(target, weights.stat().st_size) as staging:
+    with filled_at_once(target) as staging:
         asked.model.save_pretrained(staging)
         kept = read_tensors(staging / WEIGHTS)  # PEFT computes in float32 what may be stored in fewer bits
         write_tensors(

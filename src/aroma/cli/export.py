@@ -11,6 +11,14 @@ from .texts import add_command
 BASE_MODEL_GROUP = "aroma.base_models"
 """Entry point group of functions that know further names of base models."""
 
+_MEANT_FOR = {
+    "rank": ("uniform",),
+    "base_model": ("merged", "gguf"),
+    "dtype": ("merged",),
+    "force": ("gguf",),
+}
+"""Options that would do nothing in other kinds of export."""
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
@@ -19,8 +27,8 @@ def add_parser(commands: Any) -> None:
         "export",
         "write an adapter for serving engines or llama.cpp, or the merged model",
         (
-            "Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, "
-            "or the merged model."
+            "Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, or "
+            "the merged model."
         ),
         "aroma export runs/mrpc/adapter served --uniform",
         "aroma export runs/mrpc/adapter served --uniform --rank 32",
@@ -44,44 +52,41 @@ def add_parser(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="with --merged: type of the written weights, rounded once after the merge (float32)",
     )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        default=None,
-        help="with --gguf: replace OUT if it exists",
-    )
+    parser.add_argument("--force", action="store_true", default=None, help="with --gguf: replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Export, and say where to."""
-    _refuse_idle_options(arguments)
+    for option, kinds in _MEANT_FOR.items():
+        value = getattr(arguments, option)
+        if value is not None and not any(getattr(arguments, kind) for kind in kinds):
+            remedy = f"it has a meaning only with {' or '.join(f'--{kind}' for kind in kinds)}; leave it out"
+            raise bad_value(f"--{option.replace('_', '-')}", value, remedy)
     # Before PyTorch loads, and before a model does.
+    from ..files import require_adapter_folder
     from ..outputs import new_file, new_folder
+    from .quiet import quiet
 
     if arguments.gguf:
         new_file("OUT", arguments.out, force=bool(arguments.force))
     else:
         new_folder("OUT", arguments.out)
-    from ..files import require_adapter_folder
-    from .quiet import quiet
-
-    require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
+    require_adapter_folder(arguments.adapter)
     quiet()
     from rich.console import Console
 
-    console = Console(soft_wrap=True, markup=False)
-    console.print(f"{_export(arguments)}: {arguments.out}")
+    Console(soft_wrap=True, markup=False).print(f"{_export(arguments)}: {arguments.out}")
 
 
 def _export(arguments: argparse.Namespace) -> str:
+    from ..export import export_merged, export_uniform
+
     if arguments.gguf:
         from ..gguf import export_gguf
 
         ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments), overwrite=arguments.force)
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
-    from ..export import export_merged, export_uniform
-
     if arguments.uniform:
         return f"adapter of rank {export_uniform(arguments.adapter, arguments.out, arguments.rank)}"
     export_merged(arguments.adapter, arguments.out, _base_of(arguments), arguments.dtype or "float32")
@@ -97,27 +102,5 @@ def _base_of(arguments: argparse.Namespace) -> str | None:
     from importlib.metadata import entry_points
 
     name: str | None = arguments.base_model
-    for entry in entry_points(group=BASE_MODEL_GROUP):
-        found: str | None = entry.load()(arguments.adapter, name)
-        if found is not None:
-            return found
-    return name
-
-
-_MEANT_FOR = {
-    "rank": ("uniform",),
-    "base_model": ("merged", "gguf"),
-    "dtype": ("merged",),
-    "force": ("gguf",),
-}
-
-
-def _refuse_idle_options(arguments: argparse.Namespace) -> None:
-    """Raise for an option that belongs to another kind of export and would do nothing."""
-    for option, kinds in _MEANT_FOR.items():
-        value = getattr(arguments, option)
-        if value is not None and not any(getattr(arguments, kind) for kind in kinds):
-            others = " or ".join(f"--{kind}" for kind in kinds)
-            raise bad_value(
-                f"--{option.replace('_', '-')}", value, f"it has a meaning only with {others}; leave it out"
-            )
+    known = (entry.load()(arguments.adapter, name) for entry in entry_points(group=BASE_MODEL_GROUP))
+    return next((found for found in known if found is not None), name)

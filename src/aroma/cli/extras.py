@@ -23,13 +23,9 @@ def require_extra(*extras: str) -> None:
 
 def is_installed(name: str) -> bool:
     """Whether a distribution is installed."""
-    from importlib.metadata import PackageNotFoundError, distribution
+    from importlib.metadata import distributions
 
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    return any(True for _ in distributions(name=name))
 
 
 def distributions_of(extra: str) -> Iterator[str]:
@@ -38,12 +34,10 @@ def distributions_of(extra: str) -> Iterator[str]:
 
     from packaging.requirements import Requirement
 
-    for text in requires(DISTRIBUTION) or ():
-        requirement = Requirement(text)
+    for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
-        if requirement.name == DISTRIBUTION:
-            for nested in sorted(requirement.extras):
-                yield from distributions_of(nested)
-        else:
+        if requirement.name != DISTRIBUTION:
             yield requirement.name
+        for nested in sorted(requirement.extras) if requirement.name == DISTRIBUTION else ():
+            yield from distributions_of(nested)

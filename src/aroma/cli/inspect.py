@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 ORDERS = ("name", "rank", "effective", "parameters")
 """What matrices can be sorted by: by name as the model has them, else the largest first."""
 
-
-_CORNER = "rank by layer"
+_NAMES = _CORNER, _BESIDE, _MATRIX = ("rank by layer", "beside the layers", "matrix")
 _NONE = "·"
 """Rank 0 in a grid."""
 
@@ -51,43 +50,36 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print summary and grid, or the table, or JSON; draw the picture."""
+    from ..files import require_adapter_folder, write_json
     from ..outputs import new_file
+    from .quiet import quiet
 
-    plot = out = None
+    files = {"json": None if arguments.json == "-" else arguments.json, "plot": arguments.plot}
     if arguments.plot is not None:
         require_extra("plot")
         from ..pictures import require_picture_name
 
         require_picture_name("--plot", arguments.plot)
-        plot = new_file("--plot", arguments.plot, force=arguments.force)
-    if arguments.json not in (None, "-"):
-        out = new_file("--json", arguments.json, force=arguments.force)
-    from ..files import require_adapter_folder
-    from .quiet import quiet
-
+    out = {name: new_file(f"--{name}", file, force=arguments.force) for name, file in files.items() if file}
     require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
     quiet()
     from ..export import rank_rows
-    from ..files import write_json
     from ..pictures import rank_picture
     from ..saved import read_adapter
 
     adapter = read_adapter(arguments.adapter)
     rows = rank_rows(adapter)
-    hint = serving_hint(adapter)
     if arguments.json == "-":
         json.dump(as_json(rows), sys.stdout, indent=2)
         print()
     else:
-        _show(rows, str(arguments.adapter), arguments.sort, hint)
-    if out is not None:
-        write_json(out, as_json(rows))
-    if plot is not None:
-        rank_picture(rows, plot)
-    if arguments.json != "-":
-        for what, file in (("json", out), ("picture", plot)):
-            if file is not None:
-                print(f"{what}: {file}")
+        _show(rows, str(arguments.adapter), arguments.sort, serving_hint(adapter))
+    if "json" in out:
+        write_json(out["json"], as_json(rows))
+    if "plot" in out:
+        rank_picture(rows, out["plot"])
+    for name, file in out.items() if arguments.json != "-" else ():
+        print(f"{'picture' if name == 'plot' else name}: {file}")
 
 
 def _show(rows: list[RankRow], title: str, order: str | None, hint: str) -> None:
@@ -96,8 +88,7 @@ def _show(rows: list[RankRow], title: str, order: str | None, hint: str) -> None
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(title)
     console.print(summary_line(rows))
-    tables = rank_grids(rows, console.width) if order is None else [make_table(sort_rows(rows, order))]
-    for table in tables:
+    for table in rank_grids(rows, console.width) if order is None else [make_table(sort_rows(rows, order))]:
         console.print()
         console.print(table, soft_wrap=False)
     console.print()
@@ -108,51 +99,49 @@ def _show(rows: list[RankRow], title: str, order: str | None, hint: str) -> None
 
 def summary_line(rows: Sequence[RankRow]) -> str:
     """Return the totals of an adapter in one line."""
-    if not rows:
-        return "0 matrices"
     ranks = [row.rank for row in rows]
-    effective = sum(row.effective_rank for row in rows)
-    parameters = sum(map(_parameters, rows))
     return (
         f"{len(rows)} matrices · rank {sum(ranks)} in all, {min(ranks)} to {max(ranks)} · effective "
-        f"{effective:.1f} · {parameters:,} parameters"
+        f"{sum(row.effective_rank for row in rows):.1f} · {sum(map(_parameters, rows)):,} parameters"
     )
 
 
 def rank_grids(rows: Sequence[RankRow], width: int) -> list[Table]:
     """Return the ranks by kind and layer, as many layers in a table as `width` characters have room for."""
-    from rich.table import Table
-
     from ..pictures import positions_of
 
     positions = positions_of([row.name for row in rows])
     ranks = {(place.kind, place.layer): row.rank for place, row in zip(positions, rows, strict=True)}
     kinds = [*dict.fromkeys(kind for kind, _ in ranks)]
     layers = sorted({layer for _, layer in ranks if layer is not None})
-    alone = [kind for kind in kinds if (kind, None) in ranks]
-    longest = max(map(len, kinds), default=0)
-    cell = max((len(str(number)) for number in [*ranks.values(), *layers]), default=1)
-    fit = max(1, (width - max(longest, len(_CORNER)) - 1) // (cell + 1))
-    blocks = [layers[first : first + fit] for first in range(0, len(layers), fit)]
+    cell = max(len(str(number)) for number in [*ranks.values(), *layers])
+    fit = max(1, (width - max(map(len, [*kinds, _CORNER])) - 1) // (cell + 1))
     tables = []
-    for block in blocks:
-        table = Table(box=None, padding=(0, 1, 0, 0))
-        table.add_column(_CORNER, no_wrap=True)
-        for layer in block:
-            table.add_column(str(layer), justify="right", no_wrap=True)
+    for first in range(0, len(layers), fit):
+        block = layers[first : first + fit]
+        table = _table(_CORNER, *map(str, block))
         for kind in kinds:
             cells = [ranks.get((kind, layer)) for layer in block]
             if any(rank is not None for rank in cells):
                 table.add_row(kind, *("" if rank is None else str(rank or _NONE) for rank in cells))
         tables.append(table)
-    if alone:
-        table = Table(box=None, padding=(0, 1, 0, 0))
-        table.add_column("beside the layers" if layers else "matrix", overflow="fold")
-        table.add_column("rank", justify="right")
+    if alone := [kind for kind in kinds if (kind, None) in ranks]:
+        table = _table(_BESIDE if layers else _MATRIX, "rank")
         for kind in alone:
             table.add_row(kind, str(ranks[kind, None] or _NONE))
         tables.append(table)
     return tables
+
+
+def _table(*heads: str) -> Table:
+    """Return a table with a column of names, headed by one of `_NAMES`, and columns of numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for head in heads:
+        is_name = head in _NAMES
+        table.add_column(head, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+    return table
 
 
 def sort_rows(rows: Sequence[RankRow], order: str) -> list[RankRow]:
@@ -165,21 +154,14 @@ def sort_rows(rows: Sequence[RankRow], order: str) -> list[RankRow]:
 
 def make_table(rows: Sequence[RankRow]) -> Table:
     """Return the table with a line a matrix."""
-    from rich.table import Table
-
     from ..pictures import positions_of
 
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("layer", justify="right")
-    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
-    for head in ("m×n", "rank", "effective", "parameters"):
-        table.add_column(head, justify="right", no_wrap=True)
+    table = _table("layer", _MATRIX, "m×n", "rank", "effective", "parameters")
     for row, place in zip(rows, positions_of([row.name for row in rows]), strict=True):
-        m, n = row.shape
         table.add_row(
             "" if place.layer is None else str(place.layer),
             place.kind,
-            f"{m}×{n}",
+            "×".join(map(str, row.shape)),
             str(row.rank),
             f"{row.effective_rank:.2f}" if row.rank else "–",
             f"{_parameters(row):,}",
@@ -220,7 +202,6 @@ def serving_hint(adapter: AdapterWeights) -> str:
     from ..export import uniform_rank
 
     try:
-        rank = uniform_rank(adapter)
+        return f"To serve with vLLM: `aroma export --uniform`, then --max-lora-rank {uniform_rank(adapter)}."
     except ConfigError as error:
         return f"To serve: `aroma export --merged` ({error})."
-    return f"To serve with vLLM: `aroma export --uniform`, then --max-lora-rank {rank}."

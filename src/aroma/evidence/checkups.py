@@ -61,7 +61,7 @@ class Checkups:
         total_steps: int,
         held_out: Iterable[Any],
         *,
-        at: Sequence[float] = (0.2, 0.4, 0.6),
+        at: Sequence[float] = (0.4, 0.6),
         standard_errors: float = 0.0,
         loss: Loss | None = None,
         on_event: Callable[[Checkup], None] | None = None,

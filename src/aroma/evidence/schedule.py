@@ -34,7 +34,7 @@ def moments(at: Sequence[float], total_steps: int) -> list[int]:
     """
     shares: list[Any] = [at] if isinstance(at, Real) else [*at]
     if not shares or not all(isinstance(share, Real) and 0 < float(share) <= 1 for share in shares):
-        raise bad_value("at", at, "give shares of the run, each above 0 and at most 1, such as (0.2, 0.4, 0.6)")
+        raise bad_value("at", at, "give shares of the run, each above 0 and at most 1, such as (0.4, 0.6)")
     steps = sorted({round(float(share) * total_steps) for share in shares})
     if steps[0] < 1 or len(steps) < len(shares):
         raise bad_value("at", at, f"{total_steps} steps are too few for these checkups; train longer, or give fewer")

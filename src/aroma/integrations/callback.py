@@ -53,8 +53,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
         report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
-            evaluation after it: result, loss, ranks, settings. It may replace an earlier report, and
-            no other file. Checkpoints do not hold it.
+            evaluation after it: result, loss, ranks, settings. One that is there is replaced. Checkpoints do not
+            hold it.
 
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.
@@ -182,7 +182,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if self.controller is not None:
             self.controller.require_finite(alone=True)
             attributes = {"controller_state": pack(self.controller.state_dict())}
-            self._records.write(self.controller.live.saved_to)
+            self._records.write()
         return {"args": {"early_stop": self.early_stop}, "attributes": attributes}
 
     # Around every optimizer step -------------------------------------------------------------------------------------

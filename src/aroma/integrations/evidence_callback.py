@@ -54,7 +54,7 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         self,
         held_out: Any,
         *,
-        at: Sequence[float] = (0.2, 0.4, 0.6),
+        at: Sequence[float] = (0.4, 0.6),
         standard_errors: float = 0.0,
         loss: Loss | None = None,
         on_event: Callable[[Checkup], None] | None = None,

@@ -21,9 +21,8 @@ from ..controller import AromaController
 from ..errors import AromaWarning, OutputError
 from ..events import Event, ModuleSummary
 from ..files import write_text
-from ..report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
-from ..report.page import report_file
-from ..report.run import run_page
+from ..outputs import new_file
+from ..report.run import LORA_RANK, MatrixFacts, Result, RunFacts, run_page
 
 _PACKAGES = ("aroma-peft", "torch", "transformers", "peft", "accelerate")
 EVALUATION_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -38,14 +37,14 @@ class TrainingRecord:
     """Notes what a report needs while the Trainer works, and writes the report.
 
     Args:
-        path: HTML file to write. It may replace an earlier report, and no other file.
+        path: HTML file to write; one that is there is replaced.
 
     Raises:
-        OutputError: Something else is there, or nothing can be written there.
+        OutputError: Nothing can be written there.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = report_file("report", path)
+        self._path = new_file("report", path, force=True)
         self._ranks: dict[str, list[list[int]]] = {}
         self._began, self._resumed_at = 0.0, 0
         self._found: list[tuple[ModuleSummary, float | None]] = []
@@ -92,17 +91,21 @@ class TrainingRecord:
     ) -> RunFacts:
         config, log, resumed = controller.config, state.log_history, self._resumed_at
         evaluations = _evaluations(log)
-        metric = _metric_of(args, evaluations)
-        losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+        named = [name for name in evaluations[max(evaluations)] if "loss" not in name] if evaluations else []
         return RunFacts(
             title=_title_of(model),
             about=["AROMA", f"seed {args.seed}"],
-            results=_results(evaluations, log),
-            metric=metric,
+            results=[
+                Result(f"evaluation at step {step}", evaluations[step])
+                if step
+                else Result("before training", evaluations[step], "guess")
+                for step in sorted({min(evaluations), max(evaluations)} if evaluations else ())
+            ],
+            metric=named[0] if named else "loss",
             steps=state.global_step,
             planned_steps=state.max_steps,
             seconds=time.monotonic() - self._began,
-            loss=losses,
+            loss=[(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
             eval_loss=[(step, one["loss"]) for step, one in evaluations.items() if "loss" in one],
             parameters=config.r * _sides(controller.matrices.active()),
             lora_parameters=LORA_RANK * _sides(controller.modules),
@@ -111,7 +114,7 @@ class TrainingRecord:
             explanation=controller.explanation(),
             notes=[f"Resumed at optimizer step {resumed}; the time is that since then."] if resumed else [],
             settings={"AromaConfig": _differing(config), "TrainingArguments": _differing(args)},
-            versions=_versions(controller),
+            versions=_versions(),
         )
 
 
@@ -130,31 +133,12 @@ def _evaluations(log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]
     """Return the metrics of all evaluations by optimizer step."""
     found: dict[int, dict[str, float]] = {}
     for entry in log:
-        for key, value in entry.items():
-            name = key.removeprefix("eval_")
-            if name != key and not name.endswith(EVALUATION_COSTS) and isinstance(value, float | int):
-                found.setdefault(int(entry["step"]), {})[name] = float(value)
+        metrics = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+        told = {name: value for name, value in numbers.items() if not name.endswith(EVALUATION_COSTS)}
+        if told:
+            found.setdefault(int(entry["step"]), {}).update(told)
     return found
-
-
-def _metric_of(args: TrainingArguments, evaluations: Mapping[int, Mapping[str, float]]) -> str | None:
-    """Return the metric that is said first: the one that chooses the best model, or the first that is no loss."""
-    names = list(dict.fromkeys(name for one in evaluations.values() for name in one))
-    chosen = (args.metric_for_best_model or "").removeprefix("eval_")
-    return next(
-        (name for name in [chosen, *(n for n in names if not n.endswith("loss")), "loss"] if name in names), None
-    )
-
-
-def _results(evaluations: Mapping[int, Mapping[str, float]], log: Iterable[Mapping[str, Any]]) -> list[Result]:
-    """Return the first and the last evaluation; without any, the mean training loss."""
-    if not evaluations:
-        mean = [entry["train_loss"] for entry in log if "train_loss" in entry]
-        return [Result("training, mean over the run", {"loss": mean[-1]})] if mean else []
-    first, last = min(evaluations), max(evaluations)
-    before = "before training" if first == 0 else f"evaluation at step {first}"
-    lines = [Result(before, evaluations[first], "guess" if first == 0 else "own")] if first != last else []
-    return [*lines, Result(f"evaluation at step {last}", evaluations[last])]
 
 
 def _differing(settings: Any) -> dict[str, Any]:
@@ -169,8 +153,7 @@ def _differing(settings: Any) -> dict[str, Any]:
     return found
 
 
-def _versions(controller: AromaController) -> dict[str, Any]:
-    device = controller.matrices.device
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _versions() -> dict[str, Any]:
     packages = {name: metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **packages, "platform": platform.platform(), "device": named}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"python": platform.python_version(), **packages, "platform": platform.platform(), "device": device}

@@ -4,76 +4,60 @@ from __future__ import annotations
 
 import functools
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import DefaultFlowCallback, Trainer, TrainerState, TrainingArguments
 
-from ..checkpoint import complete_record, last_complete_checkpoint, record_checkpoint, verify_checkpoint
+from ..checkpoint import last_complete_checkpoint, record_checkpoint, verify_checkpoint
 from ..errors import CheckpointError, bad_value
 from ..sharding import refuse_together, world_size
 
-_PREPARES = "aroma_prepares"
+_CHECKS = "aroma_checks"
 
 
 class CheckpointRecords:
     """Lets a callback of the Trainer record every checkpoint; see `aroma.checkpoint.record_checkpoint`.
 
-    The process that writes `trainer_state.json` waits until all processes have saved what is theirs, and takes the
-    digests of everything. It does so before it writes that file, because afterwards the Trainer removes older
-    checkpoints. There the Trainer calls it alone, so the others meet it from their next event, `on_save`: in a group
-    of their own, whose order nobody else disturbs.
+    A single process records it twice: when only `trainer_state.json` is missing, because after that file the Trainer
+    removes older checkpoints, and with that file. Several processes record it once, after all have saved what is
+    theirs: keep two checkpoints or more, in case of a kill between the two.
     """
 
     def __init__(self) -> None:
-        self._state: TrainerState | None = None
-        self._group: Any = None
-        self._written: tuple[Path, dict[str, Any]] | None = None
-        self._has_met = False
+        self._running: tuple[TrainingArguments, TrainerState] | None = None
+        self._record: dict[str, Any] | None = None
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Start with a training; all processes call it."""
-        self._state, self._written, self._has_met = state, None, False
-        if world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
+        """Start with a training."""
+        self._running, self._record = (args, state), None
 
-    def write(self, adapter: str | None) -> None:
-        """Record a checkpoint; called by `state()` of a callback, when only `trainer_state.json` is missing.
-
-        Args:
-            adapter: Where the adapter was saved last.
-        """
-        if self._state is None or adapter is None:
-            return
-        name = f"checkpoint-{self._state.global_step}"
-        # PEFT gives every adapter but "default" a folder of its own.
-        folder = next((path for path in (Path(adapter), Path(adapter).parent) if path.name == name), None)
-        if folder is not None:
-            self._meet()
-            self._written = folder, record_checkpoint(folder, self._state)
+    def write(self) -> None:
+        """Record a checkpoint; called by `state()` of a callback, when only `trainer_state.json` is missing."""
+        if self._running is not None and world_size() == 1 and self._folder.is_dir():
+            self._record = record_checkpoint(self._folder, self._running[1].global_step)
 
     def complete(self) -> None:
-        """Complete the record, now that the checkpoint is; called by all processes after a save."""
-        if not self._has_met:
-            self._meet()
-        self._has_met = False
-        if self._written is not None:
-            complete_record(*self._written)
-            self._written = None
+        """Record the checkpoint, now that it is complete; called by all processes after a save."""
+        if self._running is None:
+            return
+        if world_size() > 1:
+            dist.barrier()
+        args, state = self._running
+        if args.should_save and self._folder.is_dir():
+            record_checkpoint(self._folder, state.global_step, self._record or {"files": {}})
+        self._record = None
 
     def end(self) -> None:
-        """End with a training; all processes call it."""
-        self._state = None
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+        """End with a training."""
+        self._running = None
 
-    def _meet(self) -> None:
-        self._has_met = True
-        if self._group is not None:
-            dist.barrier(self._group)
+    @property
+    def _folder(self) -> Path:
+        assert self._running is not None, "it has begun"
+        args, state = self._running
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def prepare_trainings(kind: type[Any]) -> None:
@@ -83,11 +67,11 @@ def prepare_trainings(kind: type[Any]) -> None:
     checkpoint, not the latest folder. The callback is called before the trackers, so that they get what it logs.
     """
     train = Trainer.train
-    if hasattr(train, _PREPARES):
+    if hasattr(train, _CHECKS):
         return
 
     @functools.wraps(train)
-    def prepared(self: Any, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+    def checked(self: Any, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         known = self.callback_handler.callbacks
         if any(isinstance(one, kind) for one in known):
             known.sort(key=lambda one: (not isinstance(one, DefaultFlowCallback), not isinstance(one, kind)))
@@ -95,8 +79,8 @@ def prepare_trainings(kind: type[Any]) -> None:
                 resume_from_checkpoint = _checked(resume_from_checkpoint, self.args)
         return train(self, resume_from_checkpoint, *args, **options)
 
-    setattr(prepared, _PREPARES, True)
-    Trainer.train = prepared
+    setattr(checked, _CHECKS, True)
+    Trainer.train = checked
 
 
 def _checked(resumed: bool | str | os.PathLike[str], args: TrainingArguments) -> str:
@@ -114,10 +98,6 @@ def _checked(resumed: bool | str | os.PathLike[str], args: TrainingArguments) ->
         else:
             folder = last_complete_checkpoint(str(args.output_dir))
             if folder is None:
-                raise bad_value(
-                    "resume_from_checkpoint",
-                    True,
-                    f"{args.output_dir} holds no whole checkpoint; train anew, without it",
-                    CheckpointError,
-                )
+                remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"
+                raise bad_value("resume_from_checkpoint", True, remedy, CheckpointError)
     return str(folder)

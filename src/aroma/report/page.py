@@ -5,29 +5,19 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..outputs import new_file
 
 ASSETS = Path(__file__).parent / "assets"
-GENERATOR = '<meta name="generator" content="aroma '
-"""What every page of ours says near its beginning."""
-
 EMPTY = "–"
 
 
 class Table(NamedTuple):
-    """A table of texts.
-
-    Args:
-        head: Titles of the columns.
-        rows: A text for each column; the first names the row.
-    """
+    """A table of texts: the titles of its columns, and its rows, each named by its first text."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -51,20 +41,6 @@ class Chart(NamedTuple):
     table: Table | None = None
 
 
-def report_file(field: str, path: str | os.PathLike[str], *, force: bool | None = None) -> Path:
-    """Return where a report will be written. It replaces an earlier report, and no other file unless `force`.
-
-    Raises:
-        OutputError: Something else is there, or nothing can be written there.
-    """
-    file = Path(path)
-    if os.path.isfile(file):  # False where even the question fails
-        with file.open("rb") as stream:
-            if GENERATOR.encode() in stream.read(2000):
-                force = True
-    return new_file(field, path, force=force)
-
-
 def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **context: Any) -> str:
     """Return a page.
 
@@ -82,14 +58,8 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
         "charts": {name: {"spec": one.name, "data": one.data, "main": one.main} for name, one in charts.items()},
         **context.pop("data", {}),
     }
-    environment = Environment(
-        loader=FileSystemLoader([folder, ASSETS]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["show"] = show
+    loader, trims = FileSystemLoader([folder, ASSETS]), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **trims)
     page: str = environment.get_template(template).render(
         charts=charts,
         data=data,
@@ -128,8 +98,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
-
-
-def show(value: object) -> str:
-    """Return a setting as a person writes it."""
-    return value if isinstance(value, str) else json.dumps(value, default=sorted, ensure_ascii=False)

@@ -1,49 +1,107 @@
-"""The page of one run."""
+"""The page of one run, wherever it was learnt: a recorded folder, or a Trainer that has just ended."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..pictures import positions_of
-from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps
 from .page import EMPTY, Chart, Table, amount, duration, measured, render
 
+LORA_RANK = 8
+"""Rank of the LoRA whose parameters are counted for comparison."""
 _MOST_POINTS = 800
 """Points of a line: more than a screen has pixels for, they would only make the page heavy."""
 _MOST_ROWS = 40
 """Rows of the table behind a line."""
 
+Steps = Sequence[Sequence[Any]]
+"""Pairs of optimizer step and number."""
+Grid = dict[str, Any]
+"""The grid of ranks as a template reads it: a row for each kind of matrix, a column for each layer."""
 
-class Cell(NamedTuple):
-    """A matrix in the grid of ranks.
+
+class MatrixFacts(NamedTuple):
+    """What became of one matrix.
 
     Args:
-        name: Name of its module.
-        label: Where it stands, as a person says it.
-        rank: Rank of its update.
-        level: The rank as a share of the largest one.
-        facts: Title and text of what else is known.
+        name: Name of its module in the base model.
+        rank: Rank of its update, or the mean of several.
+        effective_rank: Effective rank of its update; None where unknown.
+        relative_update: ‖ΔW‖_F / ‖W0‖_F; None where unknown.
     """
 
     name: str
-    label: str
-    rank: str
-    level: float
-    facts: Sequence[tuple[str, str]]
+    rank: float
+    effective_rank: float | None = None
+    relative_update: float | None = None
 
 
-class Grid(NamedTuple):
-    """The grid of ranks: a row for each kind of matrix, a column for each layer."""
+class Result(NamedTuple):
+    """A line of the table of results.
 
-    layers: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell | None]]]
+    Args:
+        name: What was evaluated.
+        metrics: Metrics by name.
+        kind: `"own"`: of this run; `"guess"`: of who answers without reading; `"other"`: of another run.
+    """
 
-    @property
-    def cells(self) -> list[Cell]:
-        """The matrices, row by row."""
-        return [cell for _, row in self.rows for cell in row if cell is not None]
+    name: str
+    metrics: Mapping[str, float]
+    kind: str = "own"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A training run, finished or not; what is unknown is empty or None.
+
+    Args:
+        title: What was learnt.
+        about: What else its heading says, such as model and method.
+        results: Lines of the table of results; the last one of this run's is the headline.
+        metric: Metric that is the score.
+        steps: Optimizer steps taken.
+        planned_steps: Optimizer steps planned.
+        seconds: Time of the run, evaluations included.
+        loss: Training loss by step.
+        eval_loss: Loss of evaluations by step.
+        parameters: Parameters of the adapter that train at the end.
+        head_parameters: Parameters that train beside the adapter.
+        lora_parameters: Parameters of a LoRA of rank `LORA_RANK` on the same matrices.
+        matrices: The adapted matrices in the order of the model.
+        ranks: Rank by module, from each step on.
+        explanation: Why the matrices grow no more, in one sentence without a full stop.
+        notes: What a reader has to know before the numbers.
+        measured: How it was measured, in sentences.
+        settings: What differs from the defaults, by section and key.
+        recipe: All settings as a file.
+        versions: Versions of packages, machine, source.
+        command: What to type to run it again.
+    """
+
+    title: str
+    about: Sequence[str] = ()
+    results: Sequence[Result] = ()
+    metric: str | None = None
+    steps: int = 0
+    planned_steps: int | None = None
+    seconds: float | None = None
+    loss: Steps = ()
+    eval_loss: Steps = ()
+    parameters: int | None = None
+    head_parameters: int | None = None
+    lora_parameters: int | None = None
+    matrices: Sequence[MatrixFacts] = ()
+    ranks: Mapping[str, Steps] = field(default_factory=dict)
+    explanation: str | None = None
+    notes: Sequence[str] = ()
+    measured: Sequence[str] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: str | None = None
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
 
 
 def run_page(facts: RunFacts) -> str:
@@ -53,7 +111,6 @@ def run_page(facts: RunFacts) -> str:
         _charts(facts),
         facts=facts,
         grid=grid_of(facts.matrices),
-        grid_table=_matrix_table(facts),
         chosen=max(facts.matrices, key=lambda one: one.rank).name if facts.matrices else None,
         tiles=_tiles(facts),
         results=_results(facts),
@@ -75,31 +132,24 @@ def grid_of(matrices: Sequence[MatrixFacts], more: Mapping[str, tuple[str, str]]
     layers = sorted({place.layer for place in places}, key=lambda layer: (layer is None, layer or 0))
     kinds = list(dict.fromkeys(place.kind for place in places))
     most = max((one.rank for one in matrices), default=0) or 1
-    cells: dict[tuple[str, int | None], Cell] = {}
-    for one, (layer, kind) in zip(matrices, places, strict=True):
-        label = kind if layer is None else f"{kind}, layer {layer}"
-        known = _facts_of(one)
-        known += [more[one.name]] if one.name in more else []
-        cells[kind, layer] = Cell(one.name, label, f"{one.rank:.2g}", one.rank / most, known)
+    cells = {}
+    for one, place in zip(matrices, places, strict=True):
+        cells[place.kind, place.layer] = {
+            "name": one.name,
+            "label": place.kind if place.layer is None else f"{place.kind}, layer {place.layer}",
+            "rank": f"{one.rank:.2g}",
+            "level": one.rank / most,
+            "facts": [*_facts_of(one), *([more[one.name]] if one.name in more else [])],
+        }
+    rows = [(kind, [cells.get((kind, layer)) for layer in layers]) for kind in kinds]
     heads = ["other" if layer is None else str(layer) for layer in layers]
-    return Grid(heads, [(kind, [cells.get((kind, layer)) for layer in layers]) for kind in kinds])
+    return {"layers": heads, "rows": rows, "cells": [cell for _, row in rows for cell in row if cell]}
 
 
 def _facts_of(one: MatrixFacts) -> list[tuple[str, str]]:
-    found = [("rank", f"{one.rank:.3g}")]
-    if one.effective_rank is not None:
-        found.append(("effective rank", f"{one.effective_rank:.2f}" if one.rank else EMPTY))
-    if one.relative_update is not None:
-        found.append(("‖ΔW‖ / ‖W0‖", f"{one.relative_update:.2%}"))
-    return found
-
-
-def _matrix_table(facts: RunFacts) -> Table:
-    known = [dict(_facts_of(one)) for one in facts.matrices]
-    heads = list(dict.fromkeys(head for one in known for head in one))
-    names = [one.name for one in facts.matrices]
-    rows = [[name, *(one.get(head, EMPTY) for head in heads)] for name, one in zip(names, known, strict=True)]
-    return Table(["matrix", *heads], rows)
+    effective = EMPTY if one.effective_rank is None or not one.rank else f"{one.effective_rank:.2f}"
+    relative = EMPTY if one.relative_update is None else f"{one.relative_update:.2%}"
+    return [("rank", f"{one.rank:.3g}"), ("effective rank", effective), ("‖ΔW‖ / ‖W0‖", relative)]
 
 
 def _of_matrices(facts: RunFacts) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,10 @@ class _Registered(str):
     @property
     def value(self) -> str:
         """The name."""
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 PEFT_TYPE = _Registered("AROMA")
@@ -52,10 +55,6 @@ METHOD_FIELDS = (
 
 _LARGEST_USUAL_RANK = 8
 """Of a component; a larger `r` is likely meant as that of a LoraConfig, of a whole matrix."""
-
-
-def _help(text: str) -> Mapping[str, str]:
-    return {"help": text}
 
 
 @dataclass
@@ -103,35 +102,20 @@ class AromaConfig(LoraConfig):
         ConfigError: A value cannot work; the error names the field and the remedy.
     """
 
-    r: int = field(default=1, metadata=_help("Rank of one component."))
-    lora_alpha: float = field(default=4, metadata=_help("Every component is scaled by lora_alpha / r."))
-    target_modules: list[str] | str | None = field(
-        default="all-linear", metadata=_help("Modules that grow: names, a regular expression, or 'all-linear'.")
-    )
-    inner_tolerance: float | None = field(default=0.1, metadata=_help("Tolerance of (5); None: no inner checks."))
-    inner_check_interval: int = field(default=10, metadata=_help("Optimizer steps between inner checks."))
-    max_inner_steps: int | None = field(
-        default=None,
-        metadata=_help("Maximum optimizer steps of an inner loop; None: a twelfth of the run, at least 50."),
-    )
-    outer_tolerance: float | None = field(
-        default=5e-3, metadata=_help("Tolerance of (6); None: keep every component.")
-    )
-    min_components: int = field(default=0, metadata=_help("Components that a module keeps whatever (6) says."))
-    max_components: int | None = field(default=None, metadata=_help("A module with this many components is frozen."))
-    inner_criterion: Literal["norm_change", "update_change"] = field(
-        default="norm_change", metadata=_help("'norm_change': equation (5); 'update_change': norm of the change.")
-    )
-    reset: Literal["prune", "zero", "none"] = field(
-        default="prune", metadata=_help("What a merge does to the optimizer state of the pair.")
-    )
-    prune_ratio: float = field(default=0.999, metadata=_help("Share of moment entries zeroed by reset='prune'."))
-    rewarmup_steps: int = field(
-        default=50, metadata=_help("Optimizer steps of re-warm-up at the start of every later inner loop.")
-    )
-    component_seed: int | None = field(
-        default=None, metadata=_help("Seed of new components; None: torch.initial_seed().")
-    )
+    r: int = 1
+    lora_alpha: float = 4
+    target_modules: list[str] | str | None = "all-linear"
+    inner_tolerance: float | None = 0.1
+    inner_check_interval: int = 10
+    max_inner_steps: int | None = None
+    outer_tolerance: float | None = 5e-3
+    min_components: int = 0
+    max_components: int | None = None
+    inner_criterion: Literal["norm_change", "update_change"] = "norm_change"
+    reset: Literal["prune", "zero", "none"] = "prune"
+    prune_ratio: float = 0.999
+    rewarmup_steps: int = 50
+    component_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, (fits, remedy) in _CHECKS.items():
@@ -219,7 +203,6 @@ class AromaConfig(LoraConfig):
         state = write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
         ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
         write_ranks(save_directory, ranks, state["config"])
-        live.saved_to = str(save_directory)
 
 
 # What the fields may be ----------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class _LinearWithUpdate(torch.autograd.Function):
             parts, flat = call.parts(weight, update.A, update.B, a, b), call.flat(x)
             y = F.linear(flat, parts.W, None if bias is None else bias.to(dtype))
             h = parts.project(flat)
-            if h.shape[1] and not parts.is_folded:
+            if h.shape[1] and not parts.pair_is_folded:
                 y.addmm_(h, parts.up)
         trains = any(ctx.needs_input_grad[1:3])
         kept = (x, h[:, h.shape[1] - a.shape[0] :].contiguous()) if trains else (None, None)
@@ -172,23 +172,24 @@ class _Call(NamedTuple):
         pair_up = (b if self.pair_scale == 1 else b * self.pair_scale).t().contiguous()
         up, down = _joined(B.t().contiguous(), pair_up), _joined(A, a)
         mask = keep_mask(self.offsets, self.p, tokens, self.shape[-1], like=a) if self.offsets else None
-        if with_weight and mask is None and _is_folded(tokens, down.shape[0], W):
+        left, right = (up, down) if mask is None else (B.t(), A)  # a pair under dropout stays outside
+        if with_weight and _is_folded(tokens, right.shape[0], W):
             # Not torch.addmm, which copies the weight more slowly than clone does.
-            return _Parts(W.clone().addmm_(up.t(), down), A[:0], a, pair_up, a, None, is_folded=True)
-        return _Parts(W, A, a, up, down, mask, is_folded=False)
+            return _Parts(W.clone().addmm_(left.t(), right), A[:0], a, pair_up, a, mask, mask is None)
+        return _Parts(W, A, a, up, down, mask, pair_is_folded=False)
 
 
 class _Parts(NamedTuple):
     """The operands of one call.
 
     Args:
-        W: W0 (m, n), or W0 + ΔW where the update is folded: then the others have the pair alone, R = 0.
+        W: W0 (m, n), plus what is folded: then the others have the pair alone, R = 0.
         A: Finished components, (R, n).
         a: The pair, (r, n).
         up: [B, s b]ᵀ, (R + r, m), contiguous.
         down: [A; a], (R + r, n).
         mask: Dropout mask of the pair's input, (T, n); None without dropout.
-        is_folded: Whether it is.
+        pair_is_folded: Whether W contains the pair, too.
     """
 
     W: Tensor
@@ -197,7 +198,7 @@ class _Parts(NamedTuple):
     up: Tensor
     down: Tensor
     mask: Tensor | None
-    is_folded: bool
+    pair_is_folded: bool
 
     def project(self, x: Tensor) -> Tensor:
         """Return [A x, a drop(x)], (T, R + r), for x (T, n)."""
@@ -217,7 +218,7 @@ class _Parts(NamedTuple):
             gx = (gh_of_pair @ self.a).mul_(self.mask)
             return gx.addmm_(gh[:, : self.A.shape[0]], self.A).addmm_(g, self.W)
         gx = g @ self.W
-        return gx if self.is_folded or not gh.shape[1] else gx.addmm_(gh, self.down)
+        return gx if self.pair_is_folded or not gh.shape[1] else gx.addmm_(gh, self.down)
 
 
 def _is_folded(tokens: int, components: int, weight: Tensor) -> bool:

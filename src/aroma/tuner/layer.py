@@ -410,10 +410,6 @@ class AromaLinear(LoraLinear):
         super()._apply(fn, recurse=False)
         return self
 
-    def __repr__(self) -> str:
-        """Mark the layer as ours in a printed model."""
-        return nn.Module.__repr__(self).replace("AromaLinear(", "aroma.AromaLinear(", 1)
-
 
 def require_linear(base: nn.Module, name: str) -> None:
     """Raise unless a layer, of the given name in the model, can grow.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import tensors_digest
-from ..forms import is_component
+from ..patterns import is_component
 from ..sharding import Factors
 
 if TYPE_CHECKING:

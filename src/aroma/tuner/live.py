@@ -7,17 +7,14 @@ A configuration is data; everything else that an adapter needs is here. All grow
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..about import About
+from ..about import UNKNOWN
 from ..errors import CheckpointError, ConfigError, bad_value
-from ..files import tensors_digest
-from ..sharding import own_entries
 from .layer import AromaLinear
 
 if TYPE_CHECKING:
@@ -33,13 +30,13 @@ class Snapshot:
         config: The configuration that PEFT writes next.
         plain: What is known of the collected tensors.
         exported: The controller's `state_dict()`; None without a controller.
-        is_current: Tells whether the adapter is still as it was.
+        step: The controller's optimizer step; None without one.
     """
 
     config: AromaConfig
     plain: PlainAdapter
     exported: dict[str, Any] | None
-    is_current: Callable[[], bool]
+    step: int | None
 
 
 class LiveAdapter:
@@ -57,7 +54,6 @@ class LiveAdapter:
         ever_controlled: Whether a controller has ever taken a step.
         dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
         about: What is saved of the outputs of its model.
-        saved_to: The folder that the adapter was last saved to; None before it was.
     """
 
     def __init__(self, config: AromaConfig) -> None:
@@ -66,8 +62,7 @@ class LiveAdapter:
         self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
         self.ever_controlled = False
         self.dtype_is_settled = False
-        self.about = About()
-        self.saved_to: str | None = None
+        self.about = UNKNOWN
         self._controller: weakref.ref[Any] | None = None
         self._snapshot: Snapshot | None = None
 
@@ -115,50 +110,19 @@ class LiveAdapter:
 
     # A save ----------------------------------------------------------------------------------------------------------
 
-    def collected(
-        self,
-        config: AromaConfig,
-        plain: PlainAdapter,
-        exported: dict[str, Any] | None,
-        layers: Iterable[AromaLinear],
-        adapter_name: str,
-    ) -> None:
-        """Remember what was collected from `layers` until PEFT writes `config`; an earlier snapshot is forgotten."""
-        self._snapshot = Snapshot(config, plain, exported, self._watch([*layers], adapter_name))
+    def collected(self, config: AromaConfig, plain: PlainAdapter, exported: dict[str, Any] | None) -> None:
+        """Remember what was collected until PEFT writes `config`; an earlier snapshot is forgotten."""
+        self._snapshot = Snapshot(config, plain, exported, self._step)
         _waiting[id(config)] = self
 
     def take_snapshot(self, config: AromaConfig) -> Snapshot | None:
-        """Return the snapshot that was taken for `config` if the adapter is still as it was; it is forgotten."""
+        """Return the snapshot that was taken for `config` if no step was made since; it is forgotten."""
         snapshot, self._snapshot = self._snapshot, None
-        return snapshot if snapshot and snapshot.config is config and snapshot.is_current() else None
+        return snapshot if snapshot and snapshot.config is config and snapshot.step == self._step else None
 
-    def _watch(self, layers: list[AromaLinear], adapter_name: str) -> Callable[[], bool]:
-        """Return a function that tells whether adapter and controller are still as they are now."""
-        # Weak references: the layers hold this object.
-        references = [weakref.ref(layer) for layer in layers]
-        then, driver, controller = _moment(layers, adapter_name), self._controller, self.controller
-        step = controller.global_step if controller is not None else None
-
-        def is_current() -> bool:
-            now = [layer for layer in (reference() for reference in references) if layer is not None]
-            controller = self.controller
-            # A controller that has been collected as garbage takes no step.
-            moved = self._controller is not driver or (controller is not None and controller.global_step != step)
-            return not moved and _moment(now, adapter_name) == then
-
-        return is_current
-
-
-def _moment(layers: list[AromaLinear], adapter_name: str) -> tuple[object, ...]:
-    """Return what tells a state of an adapter from all others, by what this process holds of it: no collective."""
-    layers = [layer for layer in layers if adapter_name in layer.lora_A]
-    own = {
-        f"{index}.{side}": own_entries(parameter).clone()
-        for index, layer in enumerate(layers)
-        for side, parameter in zip("ba", layer.pair(adapter_name), strict=True)
-    }
-    finished = [(layer.finished(adapter_name).rank, layer.is_frozen(adapter_name)) for layer in layers]
-    return tensors_digest(own), finished
+    @property
+    def _step(self) -> int | None:
+        return self.controller.global_step if self.controller is not None else None
 
 
 _waiting: weakref.WeakValueDictionary[int, LiveAdapter] = weakref.WeakValueDictionary()
@@ -172,7 +136,7 @@ from the first to the second.
 def take_collected(config: AromaConfig) -> tuple[LiveAdapter, Snapshot] | None:
     """Return the adapter whose tensors were collected for `config`, and its snapshot; only once for each collection.
 
-    None if nothing was collected, or the adapter has changed since: then `config` is written as the data it is.
+    None if nothing was collected, or a step was made since: then `config` is written as the data it is.
     """
     live = _waiting.pop(id(config), None)
     snapshot = live.take_snapshot(config) if live is not None else None

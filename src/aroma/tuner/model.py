@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
 from ..errors import ConfigError, bad_value
-from ..forms import is_component
+from ..patterns import is_component
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
@@ -159,7 +159,7 @@ class AromaModel(LoraModel):
         # Now, while all ranks are here and the pairs are whole: rank 0 alone writes the configuration.
         exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
         live.about = about_model(model, config.task_type)
-        live.collected(config, plain, exported, layers.values(), adapter_name)
+        live.collected(config, plain, exported)
         _hide_internals(layers, state_dict)
         return tensors
 
@@ -189,16 +189,6 @@ class AromaModel(LoraModel):
             if not is_component(key)
         }
         return {**others, **entries}
-
-    def subtract_mutated_init(self, *_: Any, **__: Any) -> Any:
-        """Refuse: nothing of the base model was moved into the first components.
-
-        Raises:
-            ConfigError: Always.
-        """
-        raise ConfigError(
-            "path_initial_model_for_weight_conversion: a growing adapter leaves the base model as it is; leave it out"
-        )
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not possible on a growing adapter.

@@ -75,7 +75,7 @@ def write_adapter_state(
         "components": plain.digest,
         "files": _written_files(target, plain),
         "adapter_config": written,
-        "about": live.about.as_json(),
+        "about": live.about,
         "controller": run,
     }
     if is_distributed():

@@ -47,13 +47,13 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Compress, and say what became of the adapter."""
     from aroma.files import require_adapter_folder
-    from aroma.outputs import require_new_folder
+    from aroma.outputs import new_folder
 
     from ..tasks.sources import require_data_file
 
     # Before PyTorch loads.
     out = Path(arguments.out)
-    require_new_folder("--out", out)
+    new_folder("--out", out)
     folder = require_adapter_folder(arguments.adapter)
     if out.resolve().is_relative_to(folder.resolve()):
         remedy = "it is ADAPTER or lies in it, which stays as it is; give another folder"

@@ -19,8 +19,8 @@ def add_parser(commands: Any) -> None:
         "run methods × tasks × seeds, and make the paper's tables and figures of them",
         (
             "Experiments under one protocol: every method in the same training loop, evaluated on whole sets, with\n"
-            "settings chosen on held-out training data. `run` and `search` fill a folder, on one machine or, with\n"
-            "the help of `worker`, on several; `table` and `figure` read it."
+            "settings chosen on held-out training data. `run` and `search` fill a folder, on one machine or several;\n"
+            "`table` and `figure` read it."
         ),
         "aroma lab run examples/lab/minilm-tiny.yaml",
         "aroma lab table runs/lab-tiny",

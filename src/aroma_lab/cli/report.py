@@ -1,4 +1,4 @@
-"""`aroma report`: one HTML file of a run, or of a grid's comparison."""
+"""`aroma report`: one HTML file of a run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,16 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "report",
-        "write one HTML file to look at: of a run, or of a grid's comparison",
+        "write one HTML file of a run, to look at",
         (
-            "Write one HTML file that needs no network: of a run its result, loss, ranks, settings\n"
-            "and the command that repeats it; of a grid its tables, the scores of all methods, and the ranks they\n"
-            "found. `aroma train` ends with it. A run that is not finished gives a report of what there is."
+            "Write one HTML file that needs no network: of a finished run its result, loss, ranks, settings and\n"
+            "the command that repeats it. `aroma train` ends with it."
         ),
         "aroma report runs/mrpc",
-        "aroma report runs/mrpc --compare runs/mrpc-paper --out mrpc.html",
-        "aroma report results/lab/minilm-six --out six.html",
+        "aroma report runs/lab-tiny/runs/messages/aroma/seed-0 --out seed-0.html",
     )
-    parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of a grid or its table of runs")
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run of `aroma train`, or of a grid's trial")
     parser.add_argument("--out", metavar="FILE", help=f"HTML file to write (RUN/{REPORT})")
-    parser.add_argument(
-        "--compare", metavar="RUN", nargs="+", default=[], help="other runs whose results are shown beside this one's"
-    )
     add_force(parser)
     parser.set_defaults(run=run)
 
@@ -40,27 +35,17 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the report."""
     require_extra("lab")
-    from aroma.files import write_text
-    from aroma.report.page import report_file
+    from aroma.outputs import new_file
 
     folder = Path(arguments.run_folder)
-    out = None if arguments.out is None else report_file("--out", arguments.out, force=arguments.force)
-    if not folder.exists():
-        raise bad_value("RUN", str(folder), "no such folder; give the output of `aroma train` or `aroma lab run`")
-    if out is None:
-        beside = folder if folder.is_dir() else folder.parent
-        out = report_file("--out", beside / REPORT, force=arguments.force)
+    if not TrialFiles(folder).trial.is_file():
+        raise bad_value("RUN", str(folder), "no run there; give the output of `aroma train`, or the folder of a trial")
+    force = bool(arguments.force) or arguments.out is None
+    out = new_file("--out", arguments.out or folder / REPORT, force=force)
     from aroma.cli.quiet import quiet
 
     quiet()
-    if TrialFiles(folder).trial.is_file():
-        from ..report.run_page import write_run_page
+    from ..report.run_page import write_run_page
 
-        write_run_page(folder, out, arguments.compare)
-    else:
-        if arguments.compare:
-            raise bad_value("--compare", " ".join(arguments.compare), "a grid compares its own runs; leave it out")
-        from ..report.grid_page import grid_page
-
-        write_text(out, grid_page(folder))
+    write_run_page(folder, out)
     print(f"report: {out}")

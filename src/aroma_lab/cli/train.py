@@ -111,12 +111,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write_report(folder: Path) -> None:
-    from aroma.report.page import report_file
+    from aroma.outputs import new_file
 
     from ..report.run_page import write_run_page
     from ..run.files import REPORT
 
-    out = report_file("output", folder / REPORT)
+    out = new_file("output", folder / REPORT, force=True)
     write_run_page(folder, out)
     print(f"report: {out}")
 

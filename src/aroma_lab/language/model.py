@@ -14,7 +14,6 @@ import torch
 from aroma.errors import AromaError, CheckpointError, bad_value
 from aroma.export import put_into
 from aroma.files import read_json, require_adapter_folder, write_json
-from aroma.patterns import require_simple_patterns
 from aroma.saved import is_plain, read_adapter, read_config
 from aroma.tuner.layout import PEFT_PREFIX
 
@@ -292,7 +291,6 @@ def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
     config = read_config(path)
     if is_plain(config):
         return put_into(base, read_adapter(path), spec.name or "")
-    require_simple_patterns(path, config)
     try:
         model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.get("task_type"), PeftModel)
         model = model_class(base, PeftConfig.from_pretrained(str(path), inference_mode=True))

@@ -32,7 +32,7 @@ class Evidence(LoraBase):
     """
 
     r: int = 16
-    at: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6])
+    at: list[float] = field(default_factory=lambda: [0.4, 0.6])
     standard_errors: float = 0.0
     held_out_share: float = 0.1
 

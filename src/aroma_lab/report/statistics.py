@@ -1,27 +1,25 @@
-"""Means, deviations, and paired differences with their bootstrap intervals."""
+"""Means, deviations, paired differences with their standard errors, and which tasks were learnt at all."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, t
+from scipy.stats import t
 
-from ..study.selection import first_of, preference
-from .runs import Run, rows_of
-
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
-FEW_SEEDS = 10
-"""With fewer seeds than this an interval is too narrow, and tables say so."""
+from ..study.selection import first_of
 
 CHANCE = 0.05
 """Chance that a task on which every method is as good as head-only counts as learnt all the same."""
+AVERAGE = "average"
+"""The task of a row of `regrets` that is of all tasks."""
+_REGRET = [
+    *("method", "task", "mean", "std", "seeds", "trained", "best", "best_mean", "best_std", "best_seeds"),
+    *("difference", "error", "pairs", "met", "chosen", "chosen_difference", "chosen_error"),
+]
 
 
 def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFrame:
@@ -34,214 +32,171 @@ def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFr
     return found.assign(count=found["count"].fillna(0).astype(int))
 
 
-def paired_differences(frame: pd.DataFrame, value: str, baseline: str, methods: Sequence[str]) -> pd.DataFrame:
-    """Return how much more each method scores than the baseline, in runs of the same task and seed.
-
-    The interval is the percentile bootstrap's. The seeds of each task are drawn with replacement, task by task, and a
-    pair stays a pair. Tasks are taken as given: the interval says nothing about tasks that were not run.
+def paired_difference(scores: pd.DataFrame, method: str, other: str | None) -> tuple[float, float, int]:
+    """Return how much more a method's runs score than another's of the same task and seed.
 
     Args:
-        frame: Runs with their `task`, `method` and `seed`.
-        value: Column that is compared.
-        baseline: Method that the others are compared with.
-        methods: Rows of the answer.
+        scores: A row for each task and seed, a column for each method.
+        method: The method.
+        other: What it is compared with.
 
     Returns:
-        By method `difference` (mean over tasks of the mean over seeds; NaN without a pair), `low` and `high` (NaN
-        where a task has a single pair, which tells nothing of the spread), `pairs`, and as `single` the tasks that
-        have one pair.
+        Mean over the tasks of the mean over seeds; its standard error, of the seeds alone, since tasks are taken as
+        given (NaN where a task has a single pair); number of pairs. NaN without a pair.
     """
-    runs = frame.dropna(subset=[value]).sort_values("seed", kind="stable")
-    base = runs[runs.method == baseline].set_index(["task", "seed"])[value].rename("base")
-    pairs = runs.join(base, on=["task", "seed"], how="inner")
-    pairs = pairs.assign(difference=pairs[value] - pairs.base)
-    rows = {}
-    for method, of_method in pairs.groupby("method", sort=False):
-        samples = of_method.groupby("task", sort=False)["difference"].apply(np.asarray)
-        single = ", ".join(str(task) for task, sample in samples.items() if len(sample) == 1)
-        low, high = (np.nan, np.nan) if single else _interval(list(samples))
-        rows[method] = (samples.map(np.mean).mean(), low, high, len(of_method), single)
-    columns = ["difference", "low", "high", "pairs", "single"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).reindex(list(methods))
+    if method not in scores or other not in scores:
+        return math.nan, math.nan, 0
+    by_task = scores[method].sub(scores[other]).dropna().groupby("task").agg(["mean", "sem", "count"])
+    return *mean_of_means(by_task["mean"], by_task["sem"]), int(by_task["count"].sum())
 
 
-def margins(frame: pd.DataFrame, value: str, floor: str, methods: Sequence[str], step: float) -> pd.DataFrame:
-    """Return how far methods lie above a floor on one task, and how far each has to, to be clearly above it.
+def mean_of_means(means: pd.Series[float], errors: pd.Series[float]) -> tuple[float, float]:
+    """Return the mean of independent means, and its standard error; NaN if there are none, or one is unknown."""
+    error = np.sqrt((errors**2).sum(skipna=False)) / len(errors) if len(errors) else math.nan
+    return float(means.mean(skipna=False)), float(error)
 
-    With d the n differences of a method to the floor in runs of the same seed, s their sample standard deviation, and
-    k the number of methods that have two such pairs or more, a method is clearly above the floor if
 
-        mean(d) > q · max(s, step) / √n,
+def not_learnt(frame: pd.DataFrame) -> dict[str, str]:
+    """Return the tasks that no method has learnt, each with the sentence that says so.
 
-    q the quantile 1 − `CHANCE` / k of Student's t with n − 1 degrees of freedom. So the chance that any of k methods
-    is, although none is better than the floor, is `CHANCE` at most. A deviation below the step between two possible
-    scores is luck of a few seeds, so the step stands in for it.
+    With d the n differences of a method to head-only in runs of the same seed, s their sample standard deviation, and
+    k the number of methods that have two such pairs or more, a method is clearly above head-only if the t statistic
+    mean(d) √n / max(s, step) has a p-value below `CHANCE` / k. So the chance that any of k methods is, although none
+    is better, is `CHANCE` at most. A deviation below the step between two possible scores is luck of a few seeds, so
+    the step stands in for it. A task without two such pairs counts as learnt.
 
     Args:
-        frame: Runs of one task with their `method` and `seed`.
-        value: Column that is compared.
-        floor: Method that they have to be above.
-        methods: Rows of the answer.
-        step: Smallest difference of two scores.
-
-    Returns:
-        By method `difference` (NaN without a pair), `needed` (NaN with fewer than two pairs) and `pairs`.
+        frame: Reported runs.
     """
-    scores = frame.pivot_table(index="seed", columns="method", values=value, dropna=False)
-    differences = scores.reindex(columns=list(methods)).sub(scores[floor], axis="index")
-    pairs = differences.count()
-    compared = max(int((pairs > 1).sum()), 1)
-    error: pd.Series[float] = differences.std().clip(lower=step) / np.sqrt(pairs)
-    quantile = t.ppf(1 - CHANCE / compared, (pairs - 1).where(pairs > 1))
-    return pd.DataFrame({"difference": differences.mean(), "needed": error * quantile, "pairs": pairs})
+    found = {}
+    for task, of_task in frame.groupby("task", sort=False):
+        means = of_task[of_task.kind == "head_only"].groupby("method").score.mean()
+        others = list(of_task.method[~of_task.kind.isin(("head_only", "pretrained"))].unique())
+        if means.empty or not others:
+            continue
+        floor = str(means.idxmax())
+        scores = of_task.pivot_table(index="seed", columns="method", values="score", dropna=False)
+        differences = scores[others].sub(scores[floor], axis="index")
+        differences = differences.loc[:, differences.count() > 1]
+        pairs = differences.count()
+        error = differences.std().clip(lower=_step(of_task)) / np.sqrt(pairs)
+        p = pd.Series(t.sf(differences.mean() / error, pairs - 1), index=pairs.index)
+        if len(p) and not (p < CHANCE / len(p)).any():
+            best = p.idxmin()
+            found[str(task)] = (
+                f"{task}: NOT LEARNT: no method is clearly above {floor}, so nothing is said about methods there. "
+                f"Nearest is {best}, {100 * differences[best].mean():+.2f} points in {pairs[best]} seeds, p = "
+                f"{p[best]:.3f} (Student's t of the paired differences), where {CHANCE / len(p):.3f} would be clear."
+            )
+    return found
+
+
+def _step(frame: pd.DataFrame) -> float:
+    """Return the smallest difference of two scores: one example of those that are reported."""
+    counts = frame.result.iloc[0]["examples"]
+    reported = sum(count for split, count in counts.items() if split not in ("train", "held_out", "validation"))
+    return 1.0 / int(reported or counts.get("validation") or counts["held_out"])
 
 
 def regrets(
-    frame: pd.DataFrame, growing: Sequence[str], fixed: Sequence[str], chosen: Mapping[str, str]
+    frame: pd.DataFrame,
+    tasks: Sequence[str],
+    growing: Sequence[str],
+    fixed: Sequence[str],
+    chosen: Mapping[str, str],
 ) -> pd.DataFrame:
-    """Return how methods that find their ranks fare against fixed ranks, task by task.
+    """Return how methods that find their ranks fare against fixed ranks, task by task and on average.
 
-    They are compared with two of them. The *best* has the highest mean reported score, and is the smaller one of
-    equals: nobody could have known it, and its own luck counts for it, so that a regret is rather too large than too
-    small. The *chosen* one is what a person finds who tries all of them on held-out examples; see `chosen_by_trying`.
+    The *best* fixed rank has the highest mean reported score, and is the smaller one of equals: nobody could have
+    known it, so that a regret is rather too large than too small. The *chosen* one is that of `chosen_by_trying`.
 
     Args:
         frame: Runs with their `task`, `method`, `seed`, `score` and `trained_rank`.
+        tasks: The tasks, in the order of the rows.
         growing: Methods that find their ranks.
         fixed: Methods with fixed ranks.
         chosen: The chosen one of each task, where there is one.
 
     Returns:
-        A row for each task and growing method that has runs of a seed in common with the best: `task`, `method`,
-        `trained` (mean trained rank), `best`, `best_trained`, `difference` (mean over the seeds in common), `error`
-        (its standard error, NaN for a single seed), `pairs`, and `met`: whether the score is at most one standard
-        error below, at no more trained parameters. Then `chosen` (None where there is none), `chosen_difference`,
-        `chosen_error`.
+        A row for each task and growing method with a seed in common with the best, and one for the `AVERAGE` of each
+        method's tasks, against the one fixed rank with the highest average. `difference` and `error` are mean and
+        standard error over the seeds in common; `met` says whether the score is at most one standard error below, at
+        no more trained parameters.
     """
+    runs = frame.assign(trained_rank=pd.to_numeric(frame.trained_rank)).groupby(["task", "method"])
+    cells = runs.agg(
+        mean=("score", "mean"), std=("score", "std"), seeds=("score", "size"), trained=("trained_rank", "mean")
+    )
+    scores = frame.pivot_table(index=["task", "seed"], columns="method", values="score")
     rows = []
-    for task, of_task in frame.groupby("task", sort=False):
-        by_method = of_task[of_task.method.isin(fixed)].groupby("method")
-        means, counts = by_method[["score", "trained_rank"]].mean(), by_method.size()
-        if means.empty:
-            continue
-        # A mean over the seeds that survived is not comparable with one over all.
-        means = means[counts == counts.max()]
-        means = means.sort_values(["score", "trained_rank"], ascending=[False, True])
-        best, best_trained = str(means.index[0]), float(means.trained_rank.iloc[0])
-        scores = of_task.pivot_table(index="seed", columns="method", values="score")
+    for task in [task for task in tasks if task in cells.index]:
+        of_task = cells.loc[task]
+        best = _best(of_task[of_task.index.isin(fixed)])
         for method in growing:
-            difference, error, pairs = _mean_difference(scores, method, best)
-            if pairs:
-                trained = float(of_task[of_task.method == method].trained_rank.mean())
-                met = _is_met(difference, error, trained, best_trained)
-                tried = chosen.get(str(task))
-                over_tried = _mean_difference(scores, method, tried)[:2]
-                own = (task, method, trained)
-                rows.append((*own, best, best_trained, difference, error, pairs, met, tried, *over_tried))
-    columns = ["task", "method", "trained", "best", "best_trained", "difference", "error", "pairs", "met"]
-    return pd.DataFrame(rows, columns=[*columns, "chosen", "chosen_difference", "chosen_error"])
+            if best is not None and method in of_task.index:
+                *over_best, pairs = paired_difference(scores.loc[[task]], method, str(best.name))
+                *over_chosen, _ = paired_difference(scores.loc[[task]], method, chosen.get(task))
+                row = _compared(of_task.loc[method], best, over_best, over_chosen)
+                rows.append({"task": task, **row, "pairs": pairs, "chosen": chosen.get(task)})
+    rows = [row for row in rows if row["pairs"]]
+    found = pd.DataFrame(rows, columns=_REGRET)
+    over_tasks = (_average_row(found, cells, scores, method, fixed) for method in growing)
+    return pd.DataFrame([*rows, *filter(None, over_tasks)], columns=_REGRET)
+
+
+def _best(cells: pd.DataFrame) -> Any:
+    """Return the cell with the best mean, of those with the most seeds, which alone compare; None if there is none."""
+    compared = cells[cells.seeds == cells.seeds.max()]
+    ordered = compared.sort_values(["mean", "trained"], ascending=[False, True])
+    return None if ordered.empty else ordered.iloc[0]
+
+
+def _compared(own: Any, best: Any, over_best: Sequence[float], over_chosen: Sequence[float]) -> dict[str, Any]:
+    difference, error = over_best
+    return {
+        **{"method": own.name, "mean": own["mean"], "std": own.get("std"), "seeds": int(own.seeds)},
+        **{"best": best.name, "best_mean": best["mean"], "best_std": best.get("std"), "best_seeds": int(best.seeds)},
+        **{"trained": own.trained, "difference": difference, "error": error},
+        "met": bool(difference >= -error and own.trained <= best.trained),
+        **dict(zip(("chosen_difference", "chosen_error"), over_chosen, strict=True)),
+    }
+
+
+def _average_row(
+    found: pd.DataFrame, cells: pd.DataFrame, scores: pd.DataFrame, method: str, fixed: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the row of a method's tasks, taken as given; None with fewer than two of them."""
+    own = found[found.method == method]
+    of_tasks = cells[cells.index.get_level_values("task").isin(own.task)].reset_index("task")
+    grouped = of_tasks.groupby("method")
+    means = grouped.agg({"mean": "mean", "seeds": "min", "trained": "mean"})[grouped.size() == len(own)]
+    best = _best(means[means.index.isin(fixed)])
+    if len(own) < 2 or best is None:
+        return None
+    *over_best, _ = paired_difference(scores.loc[list(own.task)], method, str(best.name))
+    over_chosen = mean_of_means(own.chosen_difference, own.chosen_error)
+    return {"task": AVERAGE, **_compared(means.loc[method], best, over_best, over_chosen)}
 
 
 def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str) -> dict[str, str]:
     """Return the method of each task that its runs on held-out training examples prefer.
 
-    The best settings win, as `selection.preference` orders them, by their mean over seeds; of equal ones those of the
-    first of `methods`. A task on which one of them was not tried has none.
+    The best settings win by their mean score over seeds, or by their mean loss; the other decides between equals, then
+    the order of `methods`. A task on which one of them was not tried has none.
 
     Args:
         selecting: Runs that chose settings, with their `task`, `method`, `score` and `result`.
-        by: `Selection.by`.
+        by: `"score"` or `"loss"`.
     """
-
-    def preferred(runs: Sequence[Run]) -> tuple[float, float]:
-        losses = [run.result.get("held_out_loss", math.inf) for run in runs]
-        return preference(fmean(run.score for run in runs), fmean(losses), by)
-
-    found = {}
     tried = selecting[selecting.method.isin(methods)]
-    for task, of_task in tried.groupby("task", sort=False):
-        if {*of_task.method} == {*methods}:
-            in_order = sorted(rows_of(of_task), key=lambda run: (methods.index(run.method), first_of(run.name)))
-            settings = [[*runs] for _, runs in groupby(in_order, key=lambda run: first_of(run.name))]
-            found[str(task)] = max(settings, key=preferred)[0].method
-    return found
-
-
-def averages(frame: pd.DataFrame, regret: pd.DataFrame, method: str, fixed: Sequence[str]) -> dict[str, Any] | None:
-    """Return how a method that finds its ranks fares on the average of its tasks, against any one fixed rank.
-
-    Args:
-        frame: Runs, as in `regrets`.
-        regret: What `regrets` returned.
-        fixed: Methods with fixed ranks; those that have not run on all of the tasks do not compete.
-
-    Returns:
-        `mean`, `trained` and `count` (fewest runs of a task) of the method; `best` (the fixed rank with the highest
-        average), `best_mean` and `best_count`; `met`, as in `regrets`; `difference` and `error` (of the
-        mean over tasks: tasks are taken as given, seeds are drawn); `chosen_difference` and `chosen_error`, likewise
-        against what was chosen on each task, NaN where one has none. None with fewer than two tasks.
-    """
-    own = regret[regret.method == method]
-    by_task = frame[frame.task.isin(own.task)].groupby(["method", "task"])
-    means = by_task[["score", "trained_rank"]].mean().groupby("method").agg(["mean", "count"])
-    runs = by_task.size().groupby("method").min()
-    complete = means[means["score", "count"] == len(own)]
-    others = complete[complete.index.isin(fixed)]
-    others = others[runs[others.index] == runs[others.index].max()]
-    if len(own) < 2 or others.empty:
-        return None
-    best = str(others["score", "mean"].idxmax())
-    differences = []
-    for task in own.task:
-        scores = frame[frame.task == task].pivot_table(index="seed", columns="method", values="score")
-        differences.append(_mean_difference(scores, method, best)[:2])
-    difference, error = _mean_of_means(differences)
-    chosen, chosen_error = _mean_of_means(list(zip(own.chosen_difference, own.chosen_error, strict=True)))
-    trained, best_trained = (float(complete["trained_rank", "mean"][one]) for one in (method, best))
+    loss = -tried.result.map(lambda result: result.get("held_out_loss", np.inf)).astype(float)
+    tried = tried.assign(loss=loss, settings=tried.name.map(first_of), place=tried.method.map([*methods].index))
+    means = tried.groupby(["task", "place", "settings"])[["score", "loss"]].mean().reset_index()
+    order = ["score", "loss"] if by == "score" else ["loss", "score"]
+    ranked = means.sort_values([*order, "place"], ascending=[False, False, True], kind="stable")
+    complete = means.groupby("task").place.nunique() == len(methods)
     return {
-        "mean": float(complete["score", "mean"][method]),
-        "count": int(runs[method]),
-        "trained": trained,
-        "best": best,
-        "best_mean": float(others["score", "mean"][best]),
-        "best_count": int(runs[best]),
-        "met": _is_met(difference, error, trained, best_trained),
-        "difference": difference,
-        "error": error,
-        "chosen_difference": chosen,
-        "chosen_error": chosen_error,
+        str(task): methods[of_task.place.iloc[0]]
+        for task, of_task in ranked.groupby("task", sort=False)
+        if complete[task]
     }
-
-
-def _is_met(difference: float, error: float, trained: float, best_trained: float) -> bool:
-    """Return whether a score is at most one standard error below the best one, at no more trained parameters."""
-    return difference >= -error and trained <= best_trained
-
-
-def _mean_difference(scores: pd.DataFrame, method: str, other: str | None) -> tuple[float, float, int]:
-    """Return the mean difference of two columns of `scores`, its standard error and the seeds in common."""
-    if method not in scores or other not in scores:
-        return math.nan, math.nan, 0
-    found = scores[method].sub(scores[other]).dropna()
-    return float(found.mean()), float(found.std() / np.sqrt(max(len(found), 1))), len(found)
-
-
-def _mean_of_means(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the mean of independent means, and its standard error."""
-    differences, errors = np.array(found).T
-    return float(differences.mean()), float(np.sqrt((errors**2).sum()) / len(errors))
-
-
-def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:
-    def mean_of_sample_means(*drawn: Any, axis: int) -> Any:
-        return np.mean([np.mean(sample, axis=axis) for sample in drawn], axis=0)
-
-    found = bootstrap(
-        samples,
-        mean_of_sample_means,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -1,1 +1,1 @@
-"""Grids and searches as Optuna studies. Importing this is light."""
+"""Grids and searches. Importing this is light."""

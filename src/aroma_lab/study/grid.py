@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from aroma.errors import AromaError, ConfigError, bad_value
+from aroma.errors import AromaError, bad_value
 
 from ..run.trial import Trial
-from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields, unknown_key
+from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields
 from ..specs import TrainSpec, check_training
 from ..tasks.spec import TaskSpec
-
-if TYPE_CHECKING:
-    import optuna
 
 SECTIONS = ("training", "options", "task")
 """`training.KEY` is a key of the loop, `options.KEY` an option of the method, `task.KEY` a key of the task."""
@@ -32,25 +29,13 @@ Override = dict[str, Any]
 """Settings, and the lists `task` and `method` of those that they apply to; all, where a list is missing. Those of a
 selection can have `over`, whose lists replace the selection's for these tasks and methods; null: it is not tried."""
 
-Chosen = Mapping[str, Mapping[str, Settings]]
+Chosen = Mapping[tuple[str, str], Settings]
 """The settings that a selection chose, by task and method."""
-
-# User attributes of a trial in its study.
-NAME = "name"
-"""The name of the trial, which is its folder below the runs."""
-SETTINGS = "settings"
-"""The whole trial as JSON, so that any machine can run it; in a search, what is searched."""
-KEY = "key"
-"""Digest of name and settings. Trials with equal keys are the same trial."""
-NUMBER = "number"
 
 OVER = "over"
 """In an override of a selection: what is tried in place of the selection's own lists."""
 DATA = "{data}"
 """Stands, in the source of a task, for the folder `data` of the grid."""
-
-_FOLDERS = {"select", "search"}
-"""Folders, below the runs, of trials that are not reported."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,7 @@ class Selection:
         training: Training settings that differ in them, such as a smaller `max_steps`.
         overrides: Further settings of some of them, and as `over` other values to try; later ones win.
         widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of what
-            was tried; the best is compared with all values next to it then. See `selection.widened`.
+            was tried; the best is compared with all values next to it then.
         again: Further seeds with which the two best are run, too, and then what is best by the mean. Without any, one
             run of each decides, which may be lucky or collapse.
     """
@@ -77,6 +62,13 @@ class Selection:
     overrides: tuple[Override, ...] = ()
     widen: int = 0
     again: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.widen < 0:
+            raise bad_value("select.widen", self.widen, "give 0 or more")
+        seeds = [self.seed, *self.again]
+        if min(seeds) < 0 or len({*seeds}) < len(seeds):
+            raise bad_value("select.again", [*self.again], "give different seeds, 0 or more, other than select.seed")
 
 
 @dataclass(frozen=True)
@@ -90,16 +82,12 @@ class Grid:
         methods: `kind` (one of `aroma_lab.methods.METHODS`) and options of each method, by label.
         training: The training loop of all trials.
         seeds: Seeds of the reported trials.
-        processes: Trials at a time on this machine, each in a process of its own.
+        processes: Trials at a time in one command.
         overrides: Settings of some of the trials; later ones win.
         select: How settings are chosen; None: nothing is chosen.
         data: Folder that `{data}` stands for in the source of a task, as in `{data}/mrpc`; None: no source names it.
         dtype: Type of the pretrained weights; see `ModelSpec`.
         quantization: Quantization of the pretrained weights; see `ModelSpec`.
-        study: Name of the Optuna study; None: the name of the output folder.
-        storage: URL of the database of the study; None: a journal file in `output`.
-        heartbeat: Seconds between a machine's signs of life in a database. After three without one, its trials are
-            given to others.
     """
 
     output: str
@@ -114,9 +102,6 @@ class Grid:
     data: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["nf4", "int8"] | None = None
-    study: str | None = None
-    storage: str | None = None
-    heartbeat: int = 20
 
     def __post_init__(self) -> None:
         for key, text in (("output", self.output), ("model", self.model)):
@@ -126,12 +111,12 @@ class Grid:
             if not several:
                 raise bad_value(key, several, f"give at least one, such as {example}")
         for label in self.methods:
-            require_folder_name("methods", label)
-        for name in _FOLDERS & set(self.tasks):
-            raise bad_value("tasks", name, "it would share a folder with trials of a selection or search; rename it")
-        for key, number in (("processes", self.processes), ("heartbeat", self.heartbeat)):
-            if number < 1:
-                raise bad_value(key, number, "give 1 or more")
+            if not isinstance(label, str) or not re.fullmatch(r"\w[\w.+-]*", label):
+                raise bad_value("methods", label, "it names folders; use letters, digits, '-', '+', '_' and '.' only")
+        if "select" in self.tasks:
+            raise bad_value("tasks", "select", "it would share a folder with trials of a selection; rename it")
+        if self.processes < 1:
+            raise bad_value("processes", self.processes, "give 1 or more")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise bad_value("seeds", list(self.seeds), "give at least one, 0 or more, each once, such as [0, 1, 2]")
         check_training(self.training)
@@ -140,11 +125,6 @@ class Grid:
     def folder(self) -> Path:
         """The output folder."""
         return Path(self.output)
-
-    @property
-    def study_name(self) -> str:
-        """Name of the study in its storage."""
-        return self.study or self.folder.resolve().name or "grid"
 
     def part(self, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> Grid:
         """Return the grid with some of its tasks and methods; None for all."""
@@ -159,61 +139,40 @@ class Grid:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the grid as its file writes it, defaults included, JSON-able.
-
-        The storage is left out: its URL may hold a password, and results do not depend on it.
-        """
+        """Return the grid as its file writes it, defaults included, JSON-able."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become lists
-        del content["storage"], content["training"]["seed"]
+        del content["training"]["seed"]
         for task in content["tasks"].values():
             del task["name"]
         return content
-
-    def trial_of(self, study: optuna.Study, attempt: optuna.trial.FrozenTrial) -> Trial:
-        """Return the trial that this machine has taken from the study, which holds it complete."""
-        if NUMBER in attempt.user_attrs:
-            raise bad_value("study", study.study_name, "it is a search's; give the search file")
-        return Trial.from_dict(attempt.user_attrs[SETTINGS])
 
 
 G = TypeVar("G", bound=Grid)
 
 
-def require_folder_name(key: str, name: str) -> None:
-    """Raise `ConfigError` unless a name can be a folder's."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise bad_value(key, name, "it names folders; use letters, digits, '-', '+', '_' and '.' only")
-
-
-def attributes_of(name: str, settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return the user attributes with which a trial is enqueued."""
-    normal = json.loads(json.dumps(settings))  # tuples become lists
-    key = hashlib.sha256(json.dumps([name, normal], sort_keys=True).encode()).hexdigest()
-    return {NAME: name, KEY: key, SETTINGS: normal, **more}
-
-
 # Reading a file -----------------------------------------------------------------------------------------------------
 
 
-def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> Grid:
-    """Read a grid file; see `read_grid_file` and `make_grid`."""
-    return make_grid(read_grid_file(path, overrides, **arguments))
-
-
-def read_grid_file(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> dict[str, Any]:
-    """Return the nested values of a grid or search file, with overrides.
+def load_grid(
+    path: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
+    kind: type[G] = Grid,  # type: ignore[assignment]
+    **arguments: Any,
+) -> G:
+    """Read a grid or search file.
 
     Args:
         path: A YAML file with the keys of `Grid` or `Search`.
         overrides: Texts such as `"training.max_steps=60"` or `"methods.lora-r8.r=4"`; they win over the file.
+        kind: `Grid` or `Search`.
         arguments: Values by top-level key, such as `processes`; they win over both, unless they are None.
 
     Raises:
-        ConfigError: No such file, or no YAML.
+        ConfigError: No such file, no YAML, or as `make_grid`.
     """
     values = read_mapping("grid", path)
     apply_overrides(values, overrides)
-    return {**values, **{key: value for key, value in arguments.items() if value is not None}}
+    return make_grid({**values, **{key: value for key, value in arguments.items() if value is not None}}, kind)
 
 
 _MAPPING, _MAPPINGS = dict[str, Any] | None, dict[str, dict | None] | None  # type: ignore[type-arg]
@@ -241,8 +200,6 @@ def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ig
     methods = {label: keys or {} for label, keys in (given.get("methods") or {}).items()}
     for label, options in methods.items():
         typed(f"methods.{label}.kind", options.get("kind"), str)
-        for key, value in options.items():
-            _require_plain(f"methods.{label}.{key}", value)
     training = section_of(check_settings({"training": given.get("training")}), "training")
     select = given.get("select")
     made = {
@@ -257,36 +214,30 @@ def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ig
     return kind(**{"output": "", "model": "", **given, **made})
 
 
-def check_settings(values: Mapping[str, Any], where: str = "") -> Settings:
-    """Return settings, nested or by dotted key, by dotted key, each of its field's type; errors begin with `where`."""
-    return {key: _setting(key, value, where) for key, value in flatten(values, SECTIONS).items()}
+def check_settings(values: Mapping[str, Any], where: str = "", lists: bool = False) -> Settings:
+    """Return settings, nested or by dotted key, by dotted key, each of its field's type; methods check their options.
 
-
-def _setting(key: str, value: Any, where: str) -> Any:
-    if key == "training.seed":
-        raise bad_value(f"{where}{key}", value, "seeds are given by `seeds` and `select.seed`; leave it out")
-    if key.startswith("options."):
-        _require_plain(f"{where}{key}", value)
-        return value
-    types = _setting_types()
-    if key not in types:
-        known = [f"{where}{name}" for name in (*types, "options.r", "task", "method")]
-        raise unknown_key(f"{where}{key}", value, known, "a grid")
-    return typed(f"{where}{key}", value, types[key])
-
-
-@cache
-def _setting_types() -> dict[str, Any]:
+    Args:
+        where: Stands before every key in errors.
+        lists: Whether each is a list of values to try; or None, to try nothing.
+    """
+    flat = flatten(values, SECTIONS)
+    prefix = f"{where}." if where else ""
+    if "training.seed" in flat:
+        remedy = "seeds are given by `seeds` and `select.seed`; leave it out"
+        raise bad_value(f"{prefix}training.seed", flat["training.seed"], remedy)
     types = {f"training.{name}": hint for name, hint in get_type_hints(TrainSpec).items()}
     types |= {f"task.{name}": hint for name, hint in get_type_hints(TaskSpec).items() if name != "name"}
-    return {**types, "model": str}
-
-
-def _require_plain(key: str, value: Any) -> None:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise bad_value(key, value, "give a finite number, a text, true, false, null, or a list of them") from error
+    types |= {"model": str}
+    if lists:
+        types = {key: list[hint] | None for key, hint in types.items()}  # type: ignore[valid-type]
+        for key, several in flat.items():
+            if several is not None and (not isinstance(several, list) or not several):
+                raise bad_value(f"{prefix}{key}", several, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
+    free = {key: value for key, value in flat.items() if key.startswith("options.")}
+    typed = {key: value for key, value in flat.items() if key not in free}
+    checked = free | typed_fields(types, typed, where)
+    return {key: checked[key] for key in flat}
 
 
 def section_of(settings: Settings, section: str) -> dict[str, Any]:
@@ -300,58 +251,35 @@ def _overrides(
 ) -> tuple[Override, ...]:
     made = []
     for index, entry in enumerate(given or ()):
-        settings, filters = dict(entry), {}
+        settings, filters, here = dict(entry), {}, f"{where}[{index}]"
         for name, known in (("task", tasks), ("method", methods)):
             if not isinstance(settings.get(name, {}), dict):  # a mapping is a section of settings
-                labels = typed(f"{where}[{index}].{name}", settings.pop(name), str | list[str] | None)
-                filters[name] = [labels] if isinstance(labels, str) else labels or list(known)
-                for label in filters[name]:
-                    if label not in known:
-                        remedy = f"the grid has no such {name}; it has {', '.join(known)}"
-                        raise bad_value(f"{where}[{index}].{name}", label, remedy)
+                labels = typed(f"{here}.{name}", settings.pop(name), str | list[str])
+                filters[name] = [labels] if isinstance(labels, str) else labels
+                for label in set(filters[name]).difference(known):
+                    remedy = f"the grid has no such {name}; it has {', '.join(known)}"
+                    raise bad_value(f"{here}.{name}", label, remedy)
         if selects and OVER in settings:
-            over = typed(f"{where}[{index}].{OVER}", settings.pop(OVER), dict[str, Any])
-            filters[OVER] = _values_to_try(over, f"{where}[{index}].{OVER}")
-        made.append({**filters, **check_settings(settings, f"{where}[{index}].")})
+            filters[OVER] = check_settings(settings.pop(OVER), f"{here}.{OVER}", lists=True)
+        made.append({**filters, **check_settings(settings, here)})
     return tuple(made)
 
 
 def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterable[str]) -> Selection:
     own = {"over": _MAPPING, "training": _MAPPING, "overrides": _NESTED["overrides"], "again": list[int]}
     given = typed_fields({**get_type_hints(Selection), **own}, values, "select")
-    over = _values_to_try(given.get("over") or {}, "select.over")
-    if not over:
+    over = check_settings(given.get("over") or {}, "select.over", lists=True)
+    if not over or None in over.values():
         example = "{training.learning_rate: [5.0e-4, 1.0e-3]}"
         raise bad_value("select.over", given.get("over"), f"name what to try, such as {example}")
-    if None in over.values():
-        key = next(key for key, several in over.items() if several is None)
-        raise bad_value(f"select.over.{key}", None, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
-    for key in ("seed", "widen"):
-        if given.get(key, 0) < 0:
-            raise bad_value(f"select.{key}", given[key], "give 0 or more")
-    seeds = [given.get("seed", 0), *given.get("again", ())]
-    if len({*seeds}) < len(seeds) or min(seeds) < 0:
-        raise bad_value("select.again", [*seeds[1:]], "give different seeds, 0 or more, other than select.seed")
-    training = section_of(check_settings({"training": given.get("training")}, "select."), "training")
     overrides = _overrides("select.overrides", given.get("overrides"), tasks, methods, selects=True)
     for index, entry in enumerate(overrides):
         for key in entry.get(OVER, {}).keys() - over.keys():
             remedy = f"it replaces a list of select.over, which has {', '.join(over)}; name it there"
             raise bad_value(f"select.overrides[{index}].{OVER}.{key}", entry[OVER][key], remedy)
+    training = section_of(check_settings({"training": given.get("training")}, "select"), "training")
     made = {"over": over, "training": training, "overrides": overrides, "again": tuple(given.get("again", ()))}
     return Selection(**{**given, **made})
-
-
-def _values_to_try(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return lists of values by dotted key, each value of its field's type; None for a key that is not tried."""
-    over: dict[str, Any] = {}
-    for key, several in flatten(given, SECTIONS).items():
-        if several is not None and (not isinstance(several, list) or not several):
-            raise bad_value(f"{where}.{key}", several, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
-        over[key] = None if several is None else [_setting(key, value, f"{where}.") for value in several]
-        if several is not None and any(value in over[key][:index] for index, value in enumerate(over[key])):
-            raise bad_value(f"{where}.{key}", several, "it has a value twice; give each once")
-    return over
 
 
 # Its trials ---------------------------------------------------------------------------------------------------------
@@ -364,11 +292,10 @@ def expand(grid: Grid, chosen: Chosen | None = None) -> list[Trial]:
     that are not in `chosen` have no trials.
     """
     return [
-        make_trial(grid, task, method, seed, f"{task}/{method}/seed-{seed}", chosen[task][method] if chosen else {})
+        make_trial(grid, *pair, seed, f"{pair[0]}/{pair[1]}/seed-{seed}", {} if chosen is None else chosen[pair])
         for seed in grid.seeds
-        for task in grid.tasks
-        for method in grid.methods
-        if chosen is None or method in chosen.get(task, {})
+        for pair in product(grid.tasks, grid.methods)
+        if chosen is None or pair in chosen
     ]
 
 
@@ -427,18 +354,13 @@ def check_methods(trials: Iterable[Trial]) -> None:
     """
     from ..methods import make_method
 
-    alike = {
-        json.dumps([trial.kind, trial.options, trial.training.max_steps], sort_keys=True): trial for trial in trials
-    }
-    for trial in alike.values():
+    for trial in _distinct(trials, lambda trial: [trial.kind, trial.options, trial.training.max_steps]):
         label = f"methods.{trial.method}"
-        try:
+        with _under(label):
             method = make_method(trial.kind, trial.options)
-            if trial.training.max_steps is not None:  # else the examples say how long a run is
-                label += ", in select" if trial.purpose == "select" else ""
+        if trial.training.max_steps is not None:  # else the examples say how long a run is
+            with _under(f"{label}, in select" if trial.purpose == "select" else label):
                 method.check_steps(trial.training.max_steps)
-        except AromaError as error:
-            raise ConfigError(f"{label}: {error}") from error
 
 
 def check_tasks(trials: Iterable[Trial]) -> None:
@@ -447,19 +369,27 @@ def check_tasks(trials: Iterable[Trial]) -> None:
     The tokenizer is loaded, the model is not. Reported files are opened only for tasks of trials that report them.
 
     Raises:
-        AromaError: Of the kind that `work_of` raised, under the task's name.
+        AromaError: A task that cannot be read, under its name.
     """
     from ..run.work import work_of
 
     # Of equal tasks the last counts: a trial that reports reads all that one that selects does.
-    by_task = {
-        json.dumps([trial.model, asdict(trial.task)], sort_keys=True): trial
-        for trial in sorted(trials, key=lambda trial: trial.purpose == "report")
-    }
-    for trial in by_task.values():
-        try:
+    in_order = sorted(trials, key=lambda trial: trial.purpose == "report")
+    for trial in _distinct(in_order, lambda trial: [trial.model, asdict(trial.task)]):
+        with _under(f"tasks.{trial.task.name}"):
             work_of(trial)
-        except AromaError as error:
-            if str(error).startswith(f"tasks.{trial.task.name}."):
-                raise
-            raise type(error)(f"tasks.{trial.task.name}: {error}") from error
+
+
+def _distinct(trials: Iterable[Trial], what: Callable[[Trial], Any]) -> Iterable[Trial]:
+    return {json.dumps(what(trial), sort_keys=True): trial for trial in trials}.values()
+
+
+@contextmanager
+def _under(label: str) -> Iterator[None]:
+    """Put a label before errors that do not begin with it."""
+    try:
+        yield
+    except AromaError as error:
+        if str(error).startswith(f"{label}."):
+            raise
+        raise type(error)(f"{label}: {error}") from error

@@ -1,52 +1,36 @@
-"""A search: a grid of one task, method and seed, a space, and a sampler; from its file to its best values."""
+"""A search: a grid of one task, method and seed, and a space that Optuna's samplers draw from."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import PartialFixedSampler, RandomSampler, TPESampler
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.trial import TrialState, create_trial
 
 from aroma.errors import bad_value
 from aroma.files import read_json, write_json
 from aroma.outputs import open_folder
 
-from ..run.trial import Trial, differing
-from .engine import Engine, Watch
-from .grid import (
-    NUMBER,
-    SETTINGS,
-    Grid,
-    attributes_of,
-    check_methods,
-    check_settings,
-    check_tasks,
-    make_trial,
-    require_folder_name,
-)
-from .process import WORKER_MODULE
-from .status import MACHINE, Scheduled
-from .storage import JOURNAL_FILE, without_password
+from ..run import worker
+from ..run.trial import Trial, differing, load_trial
+from .folder import Ended, Runs
+from .grid import Grid, Settings, check_methods, check_settings, check_tasks, make_trial
+from .workers import Attempt, Watch, run_all
 
 SEARCH_FILE = "search.json"
 
-_OF_A_MACHINE = {"output", "processes", "study", "heartbeat", "select", "trials", "data"}
-"""Keys in which the machines of a study may differ, and `select`, which a search does not have."""
 _WRITE = (
     "write {low: 1e-4, high: 1e-2, log: true}, {low: 1, high: 8}, {low: 0.1, high: 0.5, step: 0.1} or "
     "{choices: [1, 2]}"
 )
-_MAX_POINTS = 10_000
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -56,15 +40,14 @@ class Search(Grid):
     Args:
         space: Ranges and choices by dotted key, as the file has them. Whole numbers as both `low` and `high` mean
             whole numbers in between; write `1.0` for a range of real numbers.
-        sampler: `"random"`, `"grid"` (every point once) or `"tpe"` (a tree-structured Parzen estimator).
-        trials: Number of trials, over all machines; None for a grid, which has a trial a point.
-        sampler_seed: Seed of the sampler. Random points depend on it alone, not on the machine that takes them.
+        sampler: `"random"`, or `"tpe"`: a tree-structured Parzen estimator. Both draw with the seed of the search, and
+            a random point depends on nothing else but its number.
+        trials: Number of trials.
     """
 
     space: dict[str, Any] = field(default_factory=dict)
-    sampler: Literal["random", "grid", "tpe"] = "random"
-    trials: int | None = None
-    sampler_seed: int = 0
+    sampler: Literal["random", "tpe"] = "random"
+    trials: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,195 +57,123 @@ class Search(Grid):
                 raise bad_value(key, list(several), remedy)
         if self.select is not None:
             raise bad_value("select", self.select.over, "only a grid has it; a search has `space`")
-        require_folder_name("study", self.study_name)
-        if self.sampler_seed < 0:
-            raise bad_value("sampler_seed", self.sampler_seed, "give 0 or more")
-        if self.sampler == "grid":
-            if self.trials not in (None, len(self.points)):
-                remedy = f"sampler: grid tries each of the {len(self.points)} points once; leave it out"
-                raise bad_value("trials", self.trials, remedy)
-        elif self.trials is None or self.trials < 1:
-            raise bad_value("trials", self.trials, "say how many are tried in all, such as 20")
+        if self.trials < 1:
+            raise bad_value("trials", self.trials, "give 1 or more")
         self.extreme_trials()  # a key or a value that cannot work is refused here
-
-    @property
-    def study_name(self) -> str:
-        """Name of the study in its storage."""
-        return self.study or f"{next(iter(self.tasks))}-{next(iter(self.methods))}"
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """What is searched, by sorted key, so that machines agree on the order of points."""
+        """What is searched, by sorted key: the order of lines changes nothing."""
         if not self.space:
             remedy = f"give at least one dotted key, such as training.learning_rate, and for it {_WRITE}"
             raise bad_value("space", self.space, remedy)
         return {key: _distribution(f"space.{key}", self.space[key]) for key in sorted(self.space, key=str)}
 
-    @cached_property
-    def points(self) -> list[dict[str, Any]]:
-        """All points of a grid, the last key changing fastest."""
-        values = {key: _values(key, one) for key, one in self.distributions.items()}
-        if (count := math.prod(map(len, values.values()))) > _MAX_POINTS:
-            raise bad_value("space", f"{count} points", f"a grid has at most {_MAX_POINTS}; use sampler: random")
-        return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-
-    def searched(self) -> dict[str, Any]:
-        """Return what must be equal on all machines of a study."""
-        return {key: value for key, value in self.as_dict().items() if key not in _OF_A_MACHINE}
-
-    def scheduled(self) -> list[dict[str, Any]]:
-        """Return the attributes with which the trials are enqueued."""
-        searched, count = self.searched(), self.trials or len(self.points)
-        return [attributes_of(self._name(number), searched, **{NUMBER: number}) for number in range(count)]
-
-    def _name(self, number: int) -> str:
-        return f"search/{self.study_name}/{number:04d}"
-
-    def _trial(self, number: int, values: Mapping[str, Any]) -> Trial:
+    def trial_of(self, name: str, values: Mapping[str, Any]) -> Trial:
+        """Return the trial that tries these values."""
         task, method = next(iter(self.tasks)), next(iter(self.methods))
-        settings = check_settings(values, "space.")
-        return make_trial(self, task, method, self.seeds[0], self._name(number), settings, "select")
+        return make_trial(self, task, method, self.seeds[0], name, check_settings(values, "space"), "select")
 
     def extreme_trials(self) -> list[Trial]:
         """Return trials that together contain every choice and both ends of every range."""
-        ends: dict[str, list[Any]] = {
-            key: list(one.choices) if isinstance(one, CategoricalDistribution) else [one.low, one.high]  # type: ignore[attr-defined]
-            for key, one in self.distributions.items()
-        }
+        ends = {key: _ends(one) for key, one in self.distributions.items()}
         first = {key: several[0] for key, several in ends.items()}
-        return [self._trial(0, {**first, key: end}) for key, several in ends.items() for end in several]
-
-    def trial_of(self, study: optuna.Study, attempt: optuna.trial.FrozenTrial) -> Trial:
-        """Return the trial that this machine has taken, with the values that the sampler gives it.
-
-        The values are the same on every machine, except that TPE looks at the results so far.
-        """
-        if keys := differing(self.searched(), attempt.user_attrs[SETTINGS]):
-            remedy = "use the same file on all machines, or give another study"
-            raise bad_value("study", study.study_name, f"its trials have another {', '.join(keys)}; {remedy}")
-        number = attempt.user_attrs.get(NUMBER, 0)
-        seed = int(np.random.SeedSequence([self.sampler_seed, number]).generate_state(1)[0])
-        # Constant liar: trials that run elsewhere count as bad, or all machines would try the same place.
-        is_tpe = self.sampler == "tpe"
-        study.sampler = TPESampler(seed=seed, constant_liar=True) if is_tpe else RandomSampler(seed)
-        if self.sampler == "grid":
-            study.sampler = PartialFixedSampler(self.points[number], study.sampler)
-        trial = optuna.Trial(study, attempt._trial_id)  # keeps values that the attempt has
-        return self._trial(number, {key: _suggest(trial, key, one) for key, one in self.distributions.items()})
+        return [self.trial_of("search", {**first, key: end}) for key, several in ends.items() for end in several]
 
 
-class SearchOutcome(NamedTuple):
-    """The outcome of a search, over all machines."""
+class SearchPlan:
+    """The trials of a search; Optuna says what one tries when it begins."""
 
-    trials: list[Scheduled]
-    """All trials, decided."""
-    best: Scheduled | None
-    """The one with the highest held-out score, of equal ones the first; None if all failed."""
-    file: Path
-    """Where it is written."""
+    def __init__(self, search: Search) -> None:
+        self.search, self.runs, self.processes = search, Runs(search.folder), search.processes
+
+    def names(self) -> list[str]:
+        """Return the names of all trials."""
+        return [f"search/{number:04d}" for number in range(self.search.trials)]
+
+    def trial(self, name: str) -> Trial:
+        """Return a trial with the values with which it began, or that Optuna gives it now."""
+        file, distributions = self.runs.files(name).trial, self.search.distributions
+        if file.exists():
+            return load_trial(file)
+        seed, names = self.search.seeds[0], self.names()
+        study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed * 100_000 + names.index(name)))
+        if self.search.sampler == "tpe":
+            # Constant liar: trials that run elsewhere count as bad, or all workers would try the same place.
+            study.sampler = TPESampler(seed=seed * 100_000 + names.index(name), constant_liar=True)
+            for other in names:
+                values, ended = self.values(other), self.runs.ended(other)
+                if values and not (ended and ended.failure):
+                    state, score = (TrialState.COMPLETE, ended.score) if ended else (TrialState.RUNNING, None)
+                    study.add_trial(create_trial(state=state, value=score, params=values, distributions=distributions))
+        return self.search.trial_of(name, study.ask(distributions).params)
+
+    def values(self, name: str) -> Settings:
+        """Return the values that a trial tries; none before it has begun."""
+        file = self.runs.files(name).trial
+        content = load_trial(file).as_dict() if file.exists() else {}
+        parts = {key: key.partition(".") for key in self.search.distributions if content}
+        return {key: content[part][rest] if rest else content[part] for key, (part, _, rest) in parts.items()}
 
 
-def run_search(search: Search, watch: Watch | None = None, *, module: str = WORKER_MODULE) -> SearchOutcome:
-    """Run the trials that a search lacks, together with other machines that run it, and write `search.json`.
+def run_search(
+    search: Search, watch: Watch = lambda *_: None, attempt: Attempt = worker.attempt
+) -> list[dict[str, Any]]:
+    """Run the trials that a search lacks, with other commands on the same folder, and write `search.json`.
 
     Every trial is scored on examples held out from the training data; reported examples are never read.
 
     Args:
         watch: Is told how it goes.
-        module: What runs a trial; see `TrialProcess`. Tests pass a stand-in.
+        attempt: What runs a trial. Tests pass a stand-in, which needs neither methods nor data.
+
+    Returns:
+        All trials, the best first and failed ones last: `name`, `values`, `score` and `error`, as in `search.json`.
 
     Raises:
-        ConfigError: An option that cannot work, a storage that cannot be reached or went away, a study that searches
-            something else, or an output folder that holds another search's trials or result.
+        ConfigError: An option that cannot work, or an output folder that holds another search's result.
         DataError: Examples that cannot be used.
     """
     open_folder("output", search.folder)
-    file = search.folder / SEARCH_FILE
-    written, wanted = _own_record(file, search), search.scheduled()
-    if module == WORKER_MODULE:  # a stand-in needs neither methods nor data
-        check_methods(search.extreme_trials())
-        if len(written.get("tried", [])) < len(wanted):  # once all trials are decided, data are needed no more
-            check_tasks(search.extreme_trials())
-    with Engine(search, watch, module) as engine:
-        engine.status().require_same_settings(wanted)
-        if not file.exists():  # from now on another search is refused here
-            write_json(file, _record_of(search, [], None))
-        trials = engine.run(wanted)
-    best = max((one for one in trials if one.score is not None), key=lambda one: one.score or 0.0, default=None)
-    write_json(file, _record_of(search, trials, best))
-    return SearchOutcome(trials, best, file)
-
-
-def _own_record(file: Path, search: Search) -> dict[str, Any]:
-    """Return what `search.json` says so far; raise `ConfigError` if it is not this search's."""
-    content = read_json(file) if file.exists() else {"study": search.study_name}
-    study = content.get("study") if isinstance(content, dict) else None
-    if study != search.study_name:
-        remedy = f"{file.name} there is of study {study!r}, and would be overwritten; give another output"
+    plan, file = SearchPlan(search), search.folder / SEARCH_FILE
+    record = {"searched": {key: value for key, value in search.as_dict().items() if key not in _FREE}}
+    if file.exists() and (keys := differing(read_json(file)["searched"], record["searched"])):
+        remedy = f"{SEARCH_FILE} there is of a search with another {', '.join(keys)}; give another output"
         raise bad_value("output", search.output, remedy)
-    record: dict[str, Any] = content
-    return record
+    is_open = any(plan.runs.ended(name) is None for name in plan.names())
+    if is_open and attempt is worker.attempt:
+        check_methods(search.extreme_trials())
+        check_tasks(search.extreme_trials())
+    if is_open:  # from now on another search is refused here
+        write_json(file, record)
+        run_all(plan, watch, attempt)
+    ends = {name: plan.runs.ended(name) or Ended(failure="its files were removed") for name in plan.names()}
+    tried = [
+        {"name": name, "values": plan.values(name), "score": None if end.failure else end.score, "error": end.failure}
+        for name, end in sorted(ends.items(), key=lambda one: (one[1].failure is None, one[1].score), reverse=True)
+    ]
+    write_json(file, {**record, "scored_on": "held_out", "tried": tried})
+    return tried
 
 
-def _record_of(search: Search, trials: Sequence[Scheduled], best: Scheduled | None) -> dict[str, Any]:
-    entries = {
-        one.name: {
-            "number": one.attributes[NUMBER],
-            "values": one.attempt.params,
-            "score": one.score,
-            "error": one.error,
-            "attempts": one.tries,
-            "machine": one.attributes.get(MACHINE),
-            "run": f"runs/{one.name}",
-        }
-        for one in trials
-    }
-    return {
-        "study": search.study_name,
-        "storage": without_password(search.storage) if search.storage else JOURNAL_FILE,
-        "task": next(iter(search.tasks)),
-        "method": next(iter(search.methods)),
-        "scored_on": "held_out",
-        "searched": search.searched(),
-        "trials": len(trials),
-        "best": None if best is None else entries[best.name],
-        "tried": list(entries.values()),
-    }
+_FREE = {"output", "processes", "trials", "data", "select"}
+"""What may differ between two commands of one search."""
 
 
 def _distribution(key: str, given: Any) -> BaseDistribution:
     """Return Optuna's distribution, which checks the range or the choices."""
     if not isinstance(given, dict):
         raise bad_value(key, given, _WRITE)
-    if "choices" in given:
-        kind: Any = CategoricalDistribution
-    else:
-        whole = all(isinstance(given.get(name, 0), int) for name in ("low", "high", "step"))
-        kind = IntDistribution if whole else FloatDistribution
+    whole = all(isinstance(given.get(name, 0), int) for name in ("low", "high", "step"))
+    kind: Any = CategoricalDistribution if "choices" in given else IntDistribution if whole else FloatDistribution
     try:
         with warnings.catch_warnings():
-            # Optuna only warns of a step that misses `high`, and of choices that a database cannot keep.
-            warnings.simplefilter("error", UserWarning)
+            warnings.simplefilter("error", UserWarning)  # of a step that misses `high`
             made: BaseDistribution = kind(**given)
     except (TypeError, ValueError, UserWarning) as error:
         raise bad_value(key, given, f"{error}; {_WRITE}") from error
     return made
 
 
-def _suggest(trial: optuna.Trial, key: str, one: BaseDistribution) -> Any:
-    if isinstance(one, CategoricalDistribution):
-        return trial.suggest_categorical(key, one.choices)
-    suggest: Any = trial.suggest_int if isinstance(one, IntDistribution) else trial.suggest_float
-    return suggest(key, one.low, one.high, step=one.step, log=one.log)  # type: ignore[attr-defined]
-
-
-def _values(key: str, one: BaseDistribution) -> list[Any]:
-    """Return all values of a distribution that has finitely many."""
-    if isinstance(one, CategoricalDistribution):
-        return list(one.choices)
-    if isinstance(one, IntDistribution) and not one.log:
-        return list(range(one.low, one.high + 1, one.step))
-    if isinstance(one, FloatDistribution) and one.step is not None:
-        low, high, step = (Decimal(str(x)) for x in (one.low, one.high, one.step))
-        return [float(low + n * step) for n in range(int((high - low) / step) + 1)]
-    raise bad_value(f"space.{key}", one, "a grid needs choices or a step; or use sampler: random")
+def _ends(one: Any) -> list[Any]:
+    return list(one.choices) if isinstance(one, CategoricalDistribution) else [one.low, one.high]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from aroma.errors import AromaError
 from aroma.files import write_text
 
 from ..run.trial import Trial
-from .grid import OVER, Chosen, Grid, Settings, make_trial, overridden
+from .folder import Ended
+from .grid import OVER, Grid, Selection, Settings, make_trial, overridden
 
 FINALISTS = 2
 """How many of the best are run with further seeds, where `select.again` names some."""
@@ -36,77 +36,127 @@ class Candidate(NamedTuple):
     trial: Trial
     values: Settings
 
-    @property
-    def pair(self) -> tuple[str, str]:
-        """Task and method."""
-        return self.trial.task.name, self.trial.method
+
+class Selected(NamedTuple):
+    """How far the selection of one task and method is."""
+
+    tried: list[Candidate]
+    """What has run or is due."""
+    chosen: Settings | None
+    """The best so far; None if nothing has finished."""
+    is_final: bool
+    """Whether nothing more is due."""
+    entry: dict[str, Any]
+    """For `selection.json`: `{"chosen": {key: value} | None, "tried": [[{key: value}, score | loss | None], ...]}`."""
 
 
-Outcome = tuple[float, float]
-"""Score and loss."""
-Outcomes = Mapping[str, Outcome]
-"""By name of the trial, of those that have ended; a failed one has none."""
+def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | None]) -> Selected:
+    """Return what a grid's selection has tried for a task and a method, and what it tries next.
 
+    Candidates of the lists come first, then values next to the best (`widen`), then further seeds of the best.
 
-def candidates(grid: Grid) -> list[Candidate]:
-    """Return what a grid's selection tries before it is widened; nothing for a grid without one.
+    Args:
+        ended: Returns how the trial of a name ended; None if it has not.
 
     Raises:
-        ConfigError: A value that cannot work.
+        ConfigError: A listed value that cannot work.
     """
-    if grid.select is None:
-        return []
-    return [
-        candidate
-        for task, method in itertools.product(grid.tasks, grid.methods)
-        for candidate in _of_pair(grid, task, method, _points(tried_values(grid, task, method)))
-    ]
-
-
-def tried_values(grid: Grid, task: str, method: str) -> dict[str, list[Any]]:
-    """Return the values that a grid's selection tries for a task and a method, by dotted key."""
-    assert grid.select is not None, "candidates and widened check it"
-    over: dict[str, Any] = {**grid.select.over, **overridden(grid.select.overrides, task, method, OVER)}
-    return {key: values for key, values in over.items() if values is not None}
-
-
-def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Outcomes) -> list[Candidate]:
-    """Return what a selection tries next because its best values are not compared yet with those next to them.
-
-    For each task and method whose candidates have all ended, and each number, there are at most two more candidates:
-    the chosen values, with this number replaced by the next smaller and the next larger one of those tried, or by the
-    one `beyond` an edge. A key gets at most `select.widen` values more than the grid lists for it.
-    """
-    assert grid.select is not None, "nothing is tried without a selection"
-    selection, found = choose(grid, tried, outcomes), []
-    for task, methods in selection.items():
-        for method, entry in methods.items():
-            points = [values for values, _ in entry["tried"]]
-            beside = _beside(points, entry["chosen"] or {}, tried_values(grid, task, method), grid.select.widen)
-            for point in beside:
+    rule = grid.select
+    assert rule is not None, "its callers check it"
+    over = {**rule.over, **overridden(rule.overrides, task, method, OVER)}
+    listed = {key: values for key, values in over.items() if values is not None}
+    points = [dict(zip(listed, point, strict=True)) for point in itertools.product(*listed.values())]
+    tried = _candidates(grid, task, method, points)
+    while True:
+        means = _means(tried, ended)
+        finished = [(preference(mean.score, mean.loss, rule.by), values) for values, mean in means if mean]
+        ranked = [values for _, values in sorted(finished, key=lambda one: one[0], reverse=True)]
+        is_over = all(ended(one.trial.name) for one in tried)
+        further: list[Candidate] = []
+        if is_over and ranked:
+            for point in _beside([values for values, _ in means], ranked[0], listed, rule.widen):
                 with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
-                    found += _of_pair(grid, task, method, [point])
+                    further += _candidates(grid, task, method, [point])
+            further = further or _finals(rule, tried, ranked)
+        if not further:
+            scores = [[values, mean and (mean.loss if rule.by == "loss" else mean.score)] for values, mean in means]
+            chosen = ranked[0] if ranked else None
+            return Selected(tried, chosen, is_over, {"chosen": chosen, "tried": scores})
+        tried += further
+
+
+def _candidates(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
+    assert grid.select is not None, "its callers check it"
+    training = {f"training.{key}": value for key, value in grid.select.training.items()}
+    settings, found = training | overridden(grid.select.overrides, task, method), []
+    for label, values in zip(_labels(points), points, strict=True):
+        name = f"select/{task}/{method}/{label}"
+        trial = make_trial(grid, task, method, grid.select.seed, name, settings | values, "select")
+        found.append(Candidate(trial, values))
     return found
 
 
-def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Outcomes) -> list[Candidate]:
+def _labels(points: Sequence[Settings]) -> list[str]:
+    """Return a folder name for each combination of values: `learning_rate=0.001,r=8`."""
+    keys = list(points[0])
+    last = [key.rpartition(".")[2] for key in keys]
+    names = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
+    texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point.values()] for point in points]
+    labels = [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
+    if len(set(labels)) < len(labels):  # values that differ only in characters that a folder name cannot have
+        labels = [f"{index}-{label}" for index, label in enumerate(labels)]
+    return labels
+
+
+def _means(tried: Sequence[Candidate], ended: Callable[[str], Ended | None]) -> list[tuple[Settings, Ended | None]]:
+    """Return all values that were tried, with the mean of score and loss over seeds.
+
+    None where a run has not finished: what fails with one seed is not to be chosen.
+    """
+    points = [one.values for one in tried]
+    found = []
+    for values in (point for index, point in enumerate(points) if point not in points[:index]):
+        runs = [ended(one.trial.name) for one in tried if one.values == values]
+        whole = [run for run in runs if run is not None and run.failure is None]
+        mean = Ended(fmean(run.score for run in whole), fmean(run.loss for run in whole)) if whole else None
+        found.append((values, mean if len(whole) == len(runs) else None))
+    return found
+
+
+def _beside(
+    points: Sequence[Settings], chosen: Settings, listed: Mapping[str, Sequence[Any]], most: int
+) -> Iterator[Settings]:
+    """Yield what is next to the chosen values, one number apart, and is not among the `points` that were tried.
+
+    Args:
+        listed: The values of each key with which the selection began.
+        most: How many more values than those a key may get.
+    """
+    for key, value in chosen.items():
+        numbers = _numbers(points, key)
+        if value not in numbers:
+            continue
+        place = numbers.index(value)
+        others = [*numbers[max(place - 1, 0) : place], *numbers[place + 1 : place + 2]]
+        further = beyond(numbers, value)
+        if further is not None and len({*numbers}.difference(listed[key])) < most:
+            others.append(further)
+        yield from (point for other in others if (point := {**chosen, key: other}) not in points)
+
+
+def _finals(rule: Selection, tried: Sequence[Candidate], ranked: Sequence[Settings]) -> list[Candidate]:
     """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
 
     What is best by its mean so far may be another after them, and is due then. Where one combination of values alone
     has finished, there is nothing to decide.
     """
-    select = grid.select
-    assert select is not None, "nothing is tried without a selection"
-    found: list[Candidate] = []
-    for pair, runs in _by_values(tried, outcomes).items():
-        ranked = _ranked(runs, select.by)
-        best = ranked[:FINALISTS] if len(ranked) > 1 else []
-        for seed, values in itertools.product(select.again, best):
-            first = next(one.trial for one in tried if (one.pair, one.values) == (pair, values))
-            training = replace(first.training, seed=seed)
-            found.append(Candidate(replace(first, name=f"{first.name}{_FURTHER}{seed}", training=training), values))
-    known = {one.trial.name for one in tried}
-    return [one for one in found if one.trial.name not in known]
+    names, found = {one.trial.name for one in tried}, []
+    for seed, values in itertools.product(rule.again, ranked[:FINALISTS] if len(ranked) > 1 else []):
+        first = next(one.trial for one in tried if one.values == values)
+        name, training = f"{first.name}{_FURTHER}{seed}", replace(first.training, seed=seed)
+        if name not in names:
+            found.append(Candidate(replace(first, name=name, training=training), values))
+    return found
 
 
 def first_of(name: str) -> str:
@@ -114,54 +164,13 @@ def first_of(name: str) -> str:
     return name.partition(_FURTHER)[0]
 
 
-def _by_values(
-    tried: Sequence[Candidate], outcomes: Outcomes
-) -> dict[tuple[str, str], list[tuple[Settings, Outcome | None]]]:
-    """Return all values that were tried, with the mean of score and loss over seeds, by task and method.
+def preference(score: float, loss: float, by: str) -> tuple[float, float]:
+    """Return what is largest for the best run of a selection.
 
-    None where a run has failed: what fails with one seed is not to be chosen.
+    By score the highest wins; of equal ones, which are common after few steps on few examples, the lowest loss. By
+    loss it is the other way round.
     """
-    found: dict[tuple[str, str], list[tuple[Settings, list[Outcome | None]]]] = {}
-    for one in tried:
-        of_pair = found.setdefault(one.pair, [])
-        runs = next((runs for same, runs in of_pair if same == one.values), None)
-        if runs is None:
-            of_pair.append((one.values, runs := []))
-        runs.append(outcomes.get(one.trial.name))
-    return {pair: [(values, _mean(runs)) for values, runs in of_pair] for pair, of_pair in found.items()}
-
-
-def _mean(runs: Sequence[Outcome | None]) -> Outcome | None:
-    ended = [run for run in runs if run is not None]
-    if len(ended) < len(runs):
-        return None
-    return fmean(score for score, _ in ended), fmean(loss for _, loss in ended)
-
-
-def _ranked(runs: Sequence[tuple[Settings, Outcome | None]], by: str) -> list[Settings]:
-    """Return the values of `_by_values`, the best first, without those of which a run has failed."""
-    ended = [(preference(mean[0], mean[1], by), values) for values, mean in runs if mean is not None]
-    return [values for _, values in sorted(ended, key=itemgetter(0), reverse=True)]
-
-
-def _beside(
-    points: Sequence[Settings], chosen: Settings, listed: Mapping[str, Sequence[Any]], most: int
-) -> list[Settings]:
-    """Return what is next to the chosen values, one number apart, and is not among the `points` that were tried.
-
-    Args:
-        listed: The values of each key with which the selection began.
-        most: How many more values than those a key may get.
-    """
-    found = []
-    for key, value in chosen.items():
-        numbers = _numbers(points, key)
-        others = _next_to(numbers, value)
-        further = beyond(numbers, value)
-        if further is not None and len(set(numbers).difference(listed[key])) < most:
-            others.append(further)
-        found += [{**chosen, key: other} for other in others]
-    return [point for point in found if point not in points]
+    return (-loss, score) if by == "loss" else (score, -loss)
 
 
 def edges(tried: Sequence[Settings], chosen: Settings) -> dict[str, float]:
@@ -193,79 +202,10 @@ def _numbers(tried: Sequence[Settings], key: str) -> list[Any]:
     return sorted({*values}) if numbers else []
 
 
-def _next_to(numbers: Sequence[Any], value: Any) -> list[Any]:
-    if value not in numbers:
-        return []
-    place = numbers.index(value)
-    return [*numbers[max(place - 1, 0) : place], *numbers[place + 1 : place + 2]]
-
-
-def _points(over: Mapping[str, Sequence[Any]]) -> list[Settings]:
-    return [dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())]
-
-
-def _of_pair(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
-    assert grid.select is not None, "its callers check it"
-    training = {f"training.{key}": value for key, value in grid.select.training.items()}
-    settings, found = training | overridden(grid.select.overrides, task, method), []
-    for label, values in zip(_labels(points), points, strict=True):
-        name = f"select/{task}/{method}/{label}"
-        trial = make_trial(grid, task, method, grid.select.seed, name, settings | values, "select")
-        found.append(Candidate(trial, values))
-    return found
-
-
-def choose(grid: Grid, tried: Sequence[Candidate], outcomes: Outcomes) -> dict[str, dict[str, Any]]:
-    """Return the content of `selection.json`: what was chosen per task and method, and all that was tried.
-
-    The best wins, as `preference` orders them; of equal ones the first. Of what was run with further seeds the means
-    count.
-
-    Returns:
-        `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or loss or None], ...]}}}`.
-    """
-    by = "score" if grid.select is None else grid.select.by
-    selection: dict[str, dict[str, Any]] = {}
-    for (task, method), runs in _by_values(tried, outcomes).items():
-        found = [[values, None if mean is None else mean[by == "loss"]] for values, mean in runs]
-        chosen = next(iter(_ranked(runs, by)), None)
-        selection.setdefault(task, {})[method] = {"chosen": chosen, "tried": found}
-    return selection
-
-
 def write_selection(path: Path, selection: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what `choose` returned to `path` as JSON, atomically, with a line for each task and method."""
+    """Write entries by task and method to `path` as JSON, atomically, with a line for each."""
     tasks = []
     for task, methods in selection.items():
         lines = [f"  {json.dumps(method)}: {json.dumps(entry, allow_nan=False)}" for method, entry in methods.items()]
         tasks.append(f" {json.dumps(task)}: {{\n" + ",\n".join(lines) + "\n }")
     write_text(path, "{\n" + ",\n".join(tasks) + "\n}\n")
-
-
-def preference(score: float, loss: float, by: str) -> tuple[float, float]:
-    """Return what is largest for the best run of a selection.
-
-    By score the highest wins; of equal ones, which are common after few steps on few examples, the lowest loss. By
-    loss it is the other way round.
-    """
-    return (-loss, score) if by == "loss" else (score, -loss)
-
-
-def chosen_settings(selection: Mapping[str, Mapping[str, Any]]) -> Chosen:
-    """Return what a selection chose, without the pairs of task and method that have no finished trial."""
-    return {
-        task: {method: entry["chosen"] for method, entry in methods.items() if entry["chosen"] is not None}
-        for task, methods in selection.items()
-    }
-
-
-def _labels(points: Sequence[Settings]) -> list[str]:
-    """Return a folder name for each combination of values: `learning_rate=0.001,r=8`."""
-    keys = list(points[0]) if points else []
-    last = [key.rpartition(".")[2] for key in keys]
-    names = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
-    texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point.values()] for point in points]
-    labels = [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
-    if len(set(labels)) < len(labels):  # values that differ only in characters that a folder name cannot have
-        labels = [f"{index}-{label}" for index, label in enumerate(labels)]
-    return labels

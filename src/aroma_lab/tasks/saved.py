@@ -103,7 +103,7 @@ def open_classifier(
     if task.max_length == 0:
         known = tokenizer.model_max_length
         task = replace(task, max_length=known if known < 2**20 else _LONGEST)
-    is_multi_label = about_of(adapter).problem_type == "multi_label_classification"
+    is_multi_label = about_of(adapter)["problem_type"] == "multi_label_classification"
     return SavedClassifier(str(folder), task, base_model, is_multi_label, tokenizer)
 
 
@@ -118,10 +118,13 @@ def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
     adapter = AdapterWeights(folder, read_config(folder) | {"task_type": "SEQ_CLS"}, {}, head, state or None)
     base, about = AutoConfig.from_pretrained(base_name_of(adapter, base_model)), about_of(adapter)
     outputs, names = output_count(adapter) or base.num_labels, (*base.id2label.values(),)
-    own = names if len(names) == outputs and names != unnamed(outputs) else None
-    about = replace(about, num_labels=outputs, labels=label_names(adapter) or own)
-    about = replace(about, problem_type=about.problem_type or base.problem_type)
-    return replace(adapter, state={**state, "about": about.as_json()})
+    own = names if len(names) == outputs and [*names] != unnamed(outputs) else None
+    found = {
+        "labels": label_names(adapter) or own,
+        "num_labels": outputs,
+        "problem_type": about["problem_type"] or base.problem_type,
+    }
+    return replace(adapter, state={**state, "about": found})
 
 
 def is_classifier(adapter: AdapterWeights) -> bool:
@@ -151,7 +154,7 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
     about, outputs = about_of(adapter), output_count(adapter)
     if outputs is None:
         raise bad_value("adapter", where, "it holds no trained head, so its labels are not known", CheckpointError)
-    if about.problem_type == "regression" or (outputs == 1 and about.problem_type is None):
+    if about["problem_type"] == "regression" or (outputs == 1 and about["problem_type"] is None):
         if outputs != 1:
             remedy = f"a regression of {outputs} numbers; only those of one number can be asked"
             raise bad_value("adapter", where, remedy, CheckpointError)

@@ -67,7 +67,7 @@ class _Bar(ProgressCallback):
     """The Trainer's bar, with the loss beside it in place of a line for every log."""
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
+        if self.training_bar is not None and logs is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
 
@@ -230,9 +230,8 @@ class ExactResume:
         self._evaluate_set = evaluate
         self._describe = describe
         self.add_callback(LossWindow(self))
-        self._recorder = CheckpointRecorder()
         if hooks is not None:  # else AromaCallback does it
-            self.add_callback(self._recorder)
+            self.add_callback(CheckpointRecorder())
         if not counts_items:
             # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
             # mean over their micro-batch, and would be summed up.
@@ -256,15 +255,8 @@ class ExactResume:
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(data))
 
     def _save_checkpoint(self, *options: Any) -> None:
-        with told_of(self.args.output_dir, self._checkpoint_bytes()):
+        with told_of(self.args.output_dir):
             super()._save_checkpoint(*options)  # type: ignore[misc]
-
-    def _checkpoint_bytes(self) -> int:
-        """Return about how many bytes a checkpoint takes: what is trained, and the optimizer's state of it."""
-        tensors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for state in self.optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -276,7 +268,6 @@ class ExactResume:
         assert self._hooks.hooks is not None, "the Trainer calls on_train_begin first"
         write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
         write_tensors(folder / HOOKS_FILE, self._hooks.hooks.state_dict())
-        self._recorder.saved_to = str(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._hooks is None:
@@ -338,14 +329,9 @@ class EpochLengthSampler(LengthGroupedSampler):
 
 
 class CheckpointRecorder(TrainerCallback, ExportableState):
-    """Records the files of every checkpoint, as AromaCallback does, so that only whole ones are gone on from.
-
-    Attributes:
-        saved_to: The folder of the last save.
-    """
+    """Records the files of every checkpoint, as AromaCallback does, so that only whole ones are gone on from."""
 
     def __init__(self) -> None:
-        self.saved_to: str | None = None
         self._records = CheckpointRecords()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -354,7 +340,7 @@ class CheckpointRecorder(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Write the record: the Trainer asks when all files are there but its last."""
-        self._records.write(self.saved_to)
+        self._records.write()
         return {"args": {}, "attributes": {}}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
