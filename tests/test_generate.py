@@ -252,10 +252,6 @@ def test_an_adapter_of_another_method_is_opened_or_refused_whole(bases, tmp_path
     assert answers(found, [prompt])[0].ids == [token for token in written if token not in found.template.stop_ids]
     with pytest.raises(ConfigError, match=r"PEFT cannot put the one into the other: Target modules .* not found"):
         load_for_inference(tmp_path, str(bases["gpt2"]))
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "target_modules": "([a-z._]*)*X"}))
-    with pytest.raises(CheckpointError, match=r"matching it could take forever; name the modules one by one"):
-        load_for_inference(tmp_path)
 
 
 def test_what_is_no_language_models_adapter_is_refused(bases, adapter, tmp_path):

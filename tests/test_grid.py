@@ -140,7 +140,7 @@ def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
         ),
         (
             {"overrides": [{"method": "lora", "over": {RATE: [1e-3]}}]},
-            f"overrides[0].over.{RATE}=[0.001]: a grid has no such key",
+            f"overrides[0].over={{'{RATE}': [0.001]}}: a grid has no such key",
         ),
     ],
     ids=str,

@@ -194,9 +194,9 @@ def test_evidence_in_the_trainer_and_in_a_loop(tmp_path: Path, monkeypatch: pyte
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     few = [{name: value[None] for name, value in row.items()} for row in examples(20)]
     names |= {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": few[:10]}
-    names |= {"training": few * 10}
+    names |= {"training": few * 20}
     exec(compile(in_loop, "evidence.md", "exec"), names)
-    assert [found.step for found in names["checkups"].history] == [200]
+    assert [found.step for found in names["checkups"].history] == [400]
 
 
 def test_choosing_settings(tmp_path: Path) -> None:

@@ -555,4 +555,4 @@ def test_figures_and_collected_runs_are_written_and_overwrite_nothing(grid, tmp_
         assert command(*arguments) != 0
         assert "it exists, and nothing is overwritten" in capsys.readouterr().err
     assert command("figure", "ranks", grid, "--out", "a.docx") != 0
-    assert "--out='a.docx': unknown kind of picture" in capsys.readouterr().err
+    assert "a.docx': unknown kind of picture" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: No YAML.
     """
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())}); quote texts that hold ': '") from error
 

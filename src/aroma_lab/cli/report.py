@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.outputs import new_file
 
     folder = Path(arguments.run_folder)
+    out = None if arguments.out is None else new_file("--out", arguments.out, force=bool(arguments.force))
     if not TrialFiles(folder).trial.is_file():
         raise bad_value("RUN", str(folder), "no run there; give the output of `aroma train`, or the folder of a trial")
-    force = bool(arguments.force) or arguments.out is None
-    out = new_file("--out", arguments.out or folder / REPORT, force=force)
+    out = out or new_file("--out", folder / REPORT, force=True)
     from aroma.cli.quiet import quiet
 
     quiet()

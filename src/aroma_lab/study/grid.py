@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 from aroma.errors import AromaError, bad_value
 
 from ..run.trial import Trial
-from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields
+from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields, unknown_key
 from ..specs import TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
@@ -236,6 +236,10 @@ def check_settings(values: Mapping[str, Any], where: str = "", lists: bool = Fal
                 raise bad_value(f"{prefix}{key}", several, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
     free = {key: value for key, value in flat.items() if key.startswith("options.")}
     typed = {key: value for key, value in flat.items() if key not in free}
+    for key, value in typed.items():
+        if key not in types:
+            known = [f"{prefix}{name}" for name in ("task", "method", *types, "options.r")]
+            raise unknown_key(f"{prefix}{key}", value, known, "a grid")
     checked = free | typed_fields(types, typed, where)
     return {key: checked[key] for key in flat}
 
