@@ -94,8 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..run.processes import join
     from ..run.recipe import run_recipe
+    from ..run.run import join
 
     processes = join()
     console = Console(markup=False, soft_wrap=True)

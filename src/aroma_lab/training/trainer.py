@@ -16,7 +16,6 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from aroma.controller import AromaController
 from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
@@ -50,17 +49,6 @@ class Fit:
 
     trainer: Trainer
     growth: AromaCallback | None = None
-
-    @property
-    def controller(self) -> AromaController:
-        """AROMA's controller, of a training that has begun."""
-        controller = self.growth and self.growth.controller
-        assert controller is not None, "only AROMA has a controller, once it has trained"
-        return controller
-
-    def train(self, checkpoint: str | None = None) -> None:
-        """Train, from a checkpoint if one is given."""
-        self.trainer.train(resume_from_checkpoint=checkpoint)
 
 
 class _Bar(ProgressCallback):
