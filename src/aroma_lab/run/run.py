@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from transformers import Trainer, set_seed
+from transformers import ProgressCallback, Trainer, set_seed
 
 from aroma.checkpoint import verify_checkpoint
 from aroma.errors import CheckpointError, bad_value
@@ -274,7 +274,12 @@ def _train(run: Run, progress: bool) -> Fit:
         progress=progress and first,
         describe=job.describe,
     )
-    fit.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    try:
+        fit.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    finally:
+        for one in fit.trainer.callback_handler.callbacks:
+            if isinstance(one, ProgressCallback) and one.training_bar is not None:
+                one.training_bar.close()  # after an error or Ctrl-C; else the message would stand in the bar's line
     return fit
 
 
