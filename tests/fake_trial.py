@@ -1,4 +1,4 @@
-"""Stands in for `aroma_lab.run.worker.attempt`: a trial that only counts steps, without PyTorch.
+"""Stands in for `aroma_lab.study.workers.attempt`: a trial that only counts steps, without PyTorch.
 
 The trial's options say how it goes: `pause` (seconds per step; else $FAKE_SECONDS for all), `fail` ("raise", "exit",
 "kill", or "kill once": at half of the steps), `until` (a file; while it is absent, the trial fails). Steps and ends

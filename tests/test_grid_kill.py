@@ -76,15 +76,6 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_the_trial_of_a_killed_worker_is_taken_up_again_from_its_checkpoint(grid_file: Path) -> None:
-    command, victim = start(grid_file), folders(grid_file)[0]
-    wait_until(lambda: f"step {SAVED_EVERY + 2}" in lines(victim))
-    os.kill(json.loads((victim / "pid.json").read_text()), signal.SIGKILL)
-    assert output_of(command) == "4 0 0\n"  # finished, skipped, failed
-    assert len(lines(victim)) > STEPS + 1, "it was killed"
-    assert finish(grid_file) == (0, 4)
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_or_interrupted_command_takes_its_workers_along(grid_file: Path, how: signal.Signals) -> None:
     command = start(grid_file)

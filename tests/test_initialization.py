@@ -151,6 +151,15 @@ def test_a_trial_of_lora_ga_scores_on_the_original_base_what_it_scored(material:
     assert {rank for changes in read(tmp_path / "run" / "curve.json")["ranks"].values() for _, rank in changes} == {4}
 
 
+def test_a_run_that_goes_on_draws_nothing_anew(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = trial_of(material, "eva")
+    monkeypatch.setattr(runner, "resumable_checkpoint", lambda files: tmp_path)
+    monkeypatch.setattr(Lora, "initialize", lambda *_: pytest.fail("it was started anew"))
+    runner._prepare(trial, runner.TrialFiles(tmp_path), runner.join(), runner.Usage())
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +171,7 @@ def test_a_start_is_refused_where_there_are_no_data_for_it(init: Any, material: 
     trial = replace(trial_of(material), options={"init": init})
     two: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(ConfigError, match=f"init='{init}': it is computed by one process; start one"):
-        runner._prepare(trial, runner.TrialFolder(tmp_path / "run"), two, runner.Usage())
+        runner._prepare(trial, runner.TrialFiles(tmp_path / "run"), two, runner.Usage())
     planted = TaskSpec(name="net", kind="planted_net", layers=2, width=8, examples=24)
     elsewhere = replace(trial, model="made", task=planted, training=replace(trial.training, group_by_length=False))
     with pytest.raises(ConfigError, match=f"init='{init}': only classification and regression have the texts"):

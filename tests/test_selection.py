@@ -145,9 +145,9 @@ def test_a_selection_is_widened_to_the_best_and_around_it_and_never_beyond_its_b
 
 
 def test_a_selection_ends_where_no_value_lies_beyond():
-    grid = whole_grid(select={"over": {"training.min_lr_ratio": [0.1, 1.0]}, "widen": 1})
-    found, end = rounds(grid, lambda _, values: (values["training.min_lr_ratio"], 0.0))
-    assert (found, end.chosen) == ([[(0.1,), (1.0,)]], {"training.min_lr_ratio": 1.0})
+    grid = whole_grid(select={"over": {"task.held_out": [0.2, 0.9]}, "widen": 1})
+    found, end = rounds(grid, lambda _, values: (values["task.held_out"], 0.0))
+    assert (found, end.chosen) == ([[(0.2,), (0.9,)]], {"task.held_out": 0.9})
 
 
 def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_them():

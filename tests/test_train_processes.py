@@ -12,10 +12,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+import trial_runs
 from aroma.cli import main
 from aroma.errors import ConfigError
-from aroma_lab.run.processes import require_as_many
-from aroma_lab.run.run import planned_steps, run_trial
+from aroma_lab.run.run import planned_steps, require_as_many, run_trial
 from aroma_lab.run.trial import save_trial
 from aroma_lab.specs import TrainSpec
 from ranks import launch, torchrun
@@ -91,7 +91,7 @@ def test_it_resumes_as_if_it_had_not_been_interrupted(many: Path, tmp_path: Path
     shutil.rmtree(out / "adapter")
     (out / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"^--nproc-per-node=1: .*checkpoint-20 is of 2 on .*; start 2$"):
-        require_as_many(str(out / "checkpoints" / "checkpoint-20"))
+        require_as_many(out / "checkpoints" / "checkpoint-20")
     arguments = ["train", str(out / "recipe.yaml"), f"output={out}", "--resume"]
     assert main(arguments) == 2  # alone
     launch(2, "aroma", *arguments)
@@ -110,7 +110,7 @@ def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one
         trial, model=str(files / "model"), training=replace(trial.training, group_by_length=False, train_pooler=False)
     )
     save_trial(trial, tmp_path / "trial.json")
-    launch(2, "aroma_lab.run.worker", str(tmp_path / "trial.json"), str(tmp_path / "many"))
+    launch(2, trial_runs.__file__, str(tmp_path / "trial.json"), str(tmp_path / "many"))
     ours = read(tmp_path / "many" / "result.json")
     theirs = run_trial(replace(trial, training=replace(trial.training, batch_size=8)), tmp_path / "one")
     assert (ours["processes"], theirs["processes"]) == (2, 1)

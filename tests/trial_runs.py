@@ -6,15 +6,16 @@ import json
 import os
 import random
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aroma_lab.run.recorder import ProgressFile
-from aroma_lab.run.run import run_trial
-from aroma_lab.run.trial import Trial
+from aroma_lab.run import recorder
+from aroma_lab.run.run import join, run_trial
+from aroma_lab.run.trial import Trial, load_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.spec import TaskSpec
 from tiny_classifier import WORDS, save_tiny_bert, write_json_lines
@@ -101,15 +102,26 @@ def die_at(trial: Trial, folder: Path, step: int) -> None:
     torch.set_num_threads(1)
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == step:
+        if step in (-1, state.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if step == -1:
-        ProgressFile.on_train_end = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        recorder.Recorder.on_train_end = die  # type: ignore[method-assign]
     else:
-        ProgressFile.on_step_end = die  # type: ignore[method-assign]
+        recorder.Recorder.on_step_begin = die  # type: ignore[method-assign]
     run_trial(trial, folder)
+
+
+def begin(trial_file: str, folder: str) -> None:
+    """Run the trial of a file, as one of several processes."""
+    torch.set_num_threads(1)
+    run_trial(load_trial(trial_file), Path(folder))
+    join().destroy_process_group()
 
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    begin(*sys.argv[1:])

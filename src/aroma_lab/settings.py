@@ -25,7 +25,6 @@ def typed_fields(
 
     Args:
         kind: The dataclass, or types by name.
-        values: What is given, by name.
         where: Stands before every key in errors, as `"training"` or `"tasks.mrpc"`.
         whole: What an unknown key does not belong to, as `"a grid"`.
 
@@ -40,12 +39,10 @@ def typed_fields(
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """Return one `value` as `kind` ("1e-4" is a float, 1.5 is no int).
-
-    Raises:
-        ConfigError: It is none; the error names `key`.
-    """
-    if value is None and NoneType not in get_args(kind) and kind is not Any:
+    """Return one `value` as `kind` ("1e-4" is a float, 1.5 is no int); ConfigError under `key` if it is none."""
+    if kind is Any:
+        return value
+    if value is None and NoneType not in get_args(kind):
         raise bad_value(key, value, f"give {_type_name(kind)}; it cannot be null")
     try:
         return _parser(kind).parse_object({"value": value})["value"]
@@ -54,13 +51,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def unknown_key(key: str, value: Any, known: Iterable[str], whole: str) -> ConfigError:
-    """Return (not raise) the error for a key that does not exist, naming the nearest that does.
-
-    Args:
-        key: The key, dotted.
-        known: All keys there are.
-        whole: What lacks it, as `"a recipe"`.
-    """
+    """Return (not raise) the error for a dotted key that `whole` lacks, naming the nearest of those `known`."""
     # A key of the right name in the wrong section is nearer than one that is merely spelled alike.
     alike = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     nearest = alike or difflib.get_close_matches(key, [*known], n=1, cutoff=0.0)
@@ -88,31 +79,18 @@ def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
 
 
 def read_mapping(field: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds; an empty file is an empty one.
-
-    Args:
-        field: What the file is called in errors, as `"recipe"`.
-
-    Raises:
-        ConfigError: No such file, no YAML, or no mapping.
-    """
+    """Return the mapping that a YAML file holds; ConfigError if it holds none. `field` is its name in errors."""
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise bad_value(field, str(path), f"cannot be read ({error.strerror}); give a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise bad_value(field, str(path), "not UTF-8 text; give a YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad_value(field, str(path), f"cannot be read ({error}); give a YAML file") from error
     if not isinstance(values, dict | None):
         raise bad_value(field, str(path), f"it holds a {type(values).__name__}; a {field} is a mapping of keys")
     return values or {}
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML text, which stands at `where`.
-
-    Raises:
-        ConfigError: No YAML.
-    """
+    """Return the value of a YAML text, which stands at `where`; ConfigError if it is none."""
     try:
         return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -123,9 +101,6 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
     """Put the values of `overrides`, such as `"training.batch_size=16"` with the value as YAML, into nested `values`.
 
     Keys of `values` may hold dots themselves, as the label `lora-0.5` of a method: the longest that fits is meant.
-
-    Raises:
-        ConfigError: An override that is none, or that leads through something that has no keys.
     """
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -185,6 +160,7 @@ _TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
     str: "a text",
     NoneType: "null",
+    list: "a list of values",
 }
 
 

@@ -13,6 +13,8 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 from aroma.errors import ConfigError, bad_value
 
+from ..run.files import REPORT, TrialFiles
+
 if TYPE_CHECKING:
     from ..specs import Recipe
 
@@ -94,8 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..run.processes import join
     from ..run.recipe import run_recipe
+    from ..run.run import join
 
     processes = join()
     console = Console(markup=False, soft_wrap=True)
@@ -107,25 +109,16 @@ def run(arguments: argparse.Namespace) -> None:
         _print_result(recipe, result)
     processes.destroy_process_group()
     if processes.is_main_process and not arguments.no_report:
-        _write_report(Path(recipe.output))
+        from ..report.run_page import write_run_page
 
-
-def _write_report(folder: Path) -> None:
-    from aroma.outputs import new_file
-
-    from ..report.run_page import write_run_page
-    from ..run.files import REPORT
-
-    out = new_file("output", folder / REPORT, force=True)
-    write_run_page(folder, out)
-    print(f"report: {out}")
+        page = Path(recipe.output) / REPORT
+        write_run_page(Path(recipe.output), page)
+        print(f"report: {page}")
 
 
 def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
     """Return what an interrupted run left, and the command that goes on with it."""
     from aroma.checkpoint import last_complete_checkpoint
-
-    from ..run.files import TrialFiles
 
     files = TrialFiles(Path(recipe.output))
     if not files.trial.exists():
@@ -139,8 +132,6 @@ def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
 def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from ..run.files import TrialFiles
 
     table = Table("split", *result["held_out"])
     for split, metrics in {"validation": result["held_out"], **result["reported"]}.items():
@@ -160,7 +151,7 @@ def _describe_keys(section: str | None) -> str:
     from ..run.recipe import recipe_help
 
     keys = [*recipe_help()]
-    sections = [*dict.fromkeys(key.partition(".")[0] for key, _, _ in keys)]
+    sections = {key.partition(".")[0]: None for key, _, _ in keys}
     if section not in (None, *sections):
         raise bad_value("--keys", section, f"a recipe has the sections {', '.join(sections)}")
     lines = ["keys of a recipe, with their defaults:"]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import sys
-import threading
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -61,10 +59,8 @@ def peak_bytes() -> int:
     """Return the peak of this process's resident memory, in bytes."""
     # Not getrusage where it can be avoided: on Linux its peak is inherited from the process that started this one.
     status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -79,19 +75,14 @@ def peak_gpu_bytes() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, in pieces of up to 32 MiB, rather than give it back to the system.
+    """Let this process keep what it frees, in pieces of up to 32 MiB; False where the C library is not glibc.
 
     An activation of a few MiB is otherwise returned when it is freed, and mapped again page by page a moment later:
     tens of thousands of page faults a step, more or fewer as chance has it. Resident memory stays at its peak.
-
-    Returns:
-        Whether the C library could be told; only glibc can.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is None:
-        return False
     trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
-    return bool(mallopt(mmap_threshold, 32 * 2**20)) and bool(mallopt(trim_threshold, -1))
+    return bool(mallopt and mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, -1))
 
 
 def free_memory() -> None:
@@ -107,15 +98,3 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def end_with_parent() -> None:
-    """Let this process, which `multiprocessing` started, end as soon as its parent has."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

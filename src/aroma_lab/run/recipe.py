@@ -25,15 +25,10 @@ _ADAPTER, _WHOLE = "adapter", "a recipe"
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file and apply overrides.
-
-    Args:
-        path: A YAML file with any of the keys of `Recipe`; what it leaves out has its default.
-        overrides: Texts like `"training.batch_size=16"`, stronger than the file; values are read as YAML.
+    """Read a recipe file and apply overrides, such as `"training.batch_size=16"`, which are stronger.
 
     Raises:
-        ConfigError: No such file, no YAML, an unknown key (the nearest known one is named), or a value of a wrong type
-            or out of range.
+        ConfigError: No such file, no YAML, or as `make_recipe`.
     """
     values = read_mapping("recipe", path)
     apply_overrides(values, overrides)
@@ -44,7 +39,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """Return the recipe with `values`, nested or by dotted key (`"training.batch_size"`), over the defaults.
 
     Raises:
-        ConfigError: An unknown key, or a value of a wrong type or out of range.
+        ConfigError: An unknown key (the nearest is named), or a value of a wrong type or out of range.
     """
     kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
     given: dict[str, dict[str, Any]] = {section: {} for section in (*kinds, _ADAPTER)}
@@ -105,12 +100,7 @@ def trial_of(recipe: Recipe) -> Trial:
 
 
 def check_output(recipe: Recipe, resume: bool) -> None:
-    """Raise unless a run can be put into `recipe.output`, or resumed there; nothing is left there.
-
-    Raises:
-        ConfigError: The run there is finished.
-        OutputError: The folder is not empty, or cannot be written to.
-    """
+    """Raise AromaError unless a run can be put into `recipe.output`, or resumed there; nothing is left there."""
     files = TrialFiles(Path(recipe.output))
     if resume and files.result.exists():
         raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
@@ -125,25 +115,16 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
 
-    Under torchrun every process calls this; see `run_trial`.
+    Under torchrun every process calls this; see `run_trial`, also for what is returned and raised.
 
     Args:
         resume: Go on from the last whole checkpoint in the folder.
         progress: Whether a progress bar is shown.
         on_note: Called, before the training, with what became of examples that did not fit.
-
-    Returns:
-        The content of `result.json`.
-
-    Raises:
-        ConfigError: A recipe that cannot work, or a resume of another or a finished run.
-        OutputError: A folder that is not empty, or cannot be written to.
-        DataError, CheckpointError, NonFiniteError: See `run_trial`.
     """
     from aroma.sharding import refuse_together
 
-    from .processes import join
-    from .run import run_trial
+    from .run import join, run_trial
 
     files = TrialFiles(Path(recipe.output))
     with refuse_together(join().device):

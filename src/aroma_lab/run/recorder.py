@@ -1,4 +1,4 @@
-"""What is recorded of a run while the Trainer works: ranks and parameters by step, cost, progress, events, history."""
+"""What is recorded of a run while the Trainer works: ranks and parameters by step, cost, events, history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from aroma.errors import CheckpointError, NonFiniteError
 from aroma.events import Event
-from aroma.files import write_json, write_text
+from aroma.files import write_text
 
 from ..methods import Method
 from .machine import peak_bytes, peak_gpu_bytes
@@ -24,8 +24,6 @@ from .machine import peak_bytes, peak_gpu_bytes
 Changes = list[list[int]]
 """Pairs of optimizer step and value; a value holds from its step on, until the next pair's."""
 
-_LEAST_SECONDS = 2.0
-"""Seconds between two writes of the progress."""
 _COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """What the Trainer adds to the metrics of an evaluation."""
 
@@ -54,10 +52,7 @@ class Curve:
                 changes.append([step, value])
 
     def average_parameters(self, planned_steps: int) -> float:
-        """Return the parameters that trained in an optimizer step, averaged over the planned ones.
-
-        After an early stop the last value counts for the steps that were not taken.
-        """
+        """Return the parameters that trained in a planned optimizer step, on average; after an early stop the last."""
         ends = [step for step, _ in self.parameters[1:]] + [planned_steps]
         areas = [
             value * (min(end, planned_steps) - min(step, planned_steps))
@@ -69,14 +64,6 @@ class Curve:
         """Return the curve, JSON-able."""
         return {"parameters": self.parameters, "total_rank": self.total_rank, "ranks": self.ranks}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the curve for a checkpoint, where the Trainer sorts keys: the modules keep their order in a list."""
-        return {**self.as_dict(), "ranks": [[name, changes] for name, changes in self.ranks.items()]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        self.parameters, self.total_rank, self.ranks = state["parameters"], state["total_rank"], dict(state["ranks"])
-
 
 class Usage:
     """Cost of a run since this object was made, plus the cost of earlier attempts up to their last checkpoint.
@@ -84,13 +71,13 @@ class Usage:
     Attributes:
         epochs: Training time of each epoch begun, in seconds; the last need not be whole. Evaluations, checkpoints and
             recording do not count.
+        earlier: The total of the earlier attempts.
     """
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-        self._earlier = dict.fromkeys(("wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
-        self._since = 0.0
+        self.earlier = dict.fromkeys(("wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
+        self._wall, self._cpu, self._since = time.monotonic(), time.process_time(), 0.0
 
     def begin(self) -> None:
         """Count training time from now on."""
@@ -108,21 +95,13 @@ class Usage:
 
     def total(self) -> dict[str, float]:
         """Return the cost so far: CPU seconds are those of all threads, GPU memory is what PyTorch allocated."""
-        earlier = self._earlier
+        earlier = self.earlier
         return {
             "wall_seconds": earlier["wall_seconds"] + time.monotonic() - self._wall,
             "cpu_seconds": earlier["cpu_seconds"] + time.process_time() - self._cpu,
             "peak_memory_mib": max(earlier["peak_memory_mib"], peak_bytes() / 2**20),
             "peak_gpu_memory_mib": max(earlier["peak_gpu_memory_mib"], peak_gpu_bytes() / 2**20),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the cost so far, for a later attempt to add, JSON-able."""
-        return {"epochs": self.epochs, "total": self.total()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add the cost of an earlier attempt, as its checkpoint has it."""
-        self.epochs, self._earlier = list(state["epochs"]), dict(state["total"])
 
 
 class Recorder(TrainerCallback, ExportableState):
@@ -132,35 +111,36 @@ class Recorder(TrainerCallback, ExportableState):
     """
 
     def __init__(self, method: Method, usage: Usage) -> None:
-        self.curve = Curve()
-        self._method = method
-        self.usage = usage
+        self.curve, self.usage, self._method = Curve(), usage, method
+
+    def note(self, step: int, model: Any) -> None:
+        """Record ranks and parameters after optimizer step `step`."""
+        self.curve.note(step, self._method.active_parameters(model), self._method.ranks(model))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Record the start, or go on from a checkpoint; CheckpointError if that is no trial's."""
-        if state.global_step > 0:
-            saved = state.stateful_callbacks.get(type(self).__name__)
-            if saved is None:
-                raise CheckpointError("trainer_state.json: the checkpoint is no trial's; begin the trial anew")
-            self.curve.load_state_dict(saved["attributes"]["curve"])
-            self.usage.load_state_dict(saved["attributes"]["usage"])
+        if state.global_step == 0:
+            self.note(0, model)
+        elif (saved := state.stateful_callbacks.get(type(self).__name__)) is None:
+            raise CheckpointError("trainer_state.json: the checkpoint is no trial's; begin the trial anew")
         else:
-            self._note(0, model)
+            curve, usage = saved["attributes"]["curve"], saved["attributes"]["usage"]
+            self.curve.parameters, self.curve.total_rank = curve["parameters"], curve["total_rank"]
+            self.curve.ranks = dict(curve["ranks"])
+            self.usage.epochs, self.usage.earlier = list(usage["epochs"]), dict(usage["total"])
         self.usage.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Record the step."""
         self.usage.end_step(state.epoch)
-        self._note(state.global_step, model)
+        self.note(state.global_step, model)
         self.usage.begin()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exclude the evaluation from the training time."""
         self.usage.begin()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Exclude the checkpoint from the training time."""
-        self.usage.begin()
+    on_save = on_evaluate
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raise NonFiniteError at a loss or gradient that is not finite: the model would still be scored."""
@@ -172,35 +152,10 @@ class Recorder(TrainerCallback, ExportableState):
                 )
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint."""
-        attributes = {"curve": self.curve.state_dict(), "usage": self.usage.state_dict()}
-        return {"args": {}, "attributes": attributes}
-
-    def _note(self, step: int, model: Any) -> None:
-        self.curve.note(step, self._method.active_parameters(model), self._method.ranks(model))
-
-
-class ProgressFile(TrainerCallback):
-    """Writes `progress.json` every few seconds: step, planned steps, and when and at which step this attempt began."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._written = 0.0
-        self._record: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the step at which the attempt begins."""
-        self._record = {"step": 0, "planned": 0, "started": time.time(), "first_step": state.global_step}
-        self._write(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write, at most every few seconds."""
-        if time.monotonic() - self._written >= _LEAST_SECONDS or state.global_step >= state.max_steps:
-            self._write(state)
-
-    def _write(self, state: Any) -> None:
-        self._written = time.monotonic()
-        write_json(self._path, {**self._record, "step": state.global_step, "planned": state.max_steps})
+        """Return what the Trainer stores in a checkpoint, where it sorts keys: modules keep their order in a list."""
+        curve = {**self.curve.as_dict(), "ranks": [[name, changes] for name, changes in self.curve.ranks.items()]}
+        usage = {"epochs": self.usage.epochs, "total": self.usage.total()}
+        return {"args": {}, "attributes": {"curve": curve, "usage": usage}}
 
 
 class EventLog:

@@ -31,22 +31,15 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         predictions: By split: the held-out and, if the trial reports, the reported examples.
     """
     trial, method, work, recorder = run.trial, run.method, run.work, run.recorder
-    steps = fit.trainer.state.global_step
+    job, curve, model = work.job, recorder.curve, fit.trainer.model
+    steps, ranks, components = fit.trainer.state.global_step, method.ranks(model), method.components(model)
     held_out = predictions[work.held_out]
     reported = {split: one.metrics for split, one in predictions.items() if split != work.held_out}
     # Made tasks are always evaluated on fresh examples too. A recipe may have none but those that validate.
     is_reported = bool(reported) and trial.purpose == "report"
-    curve, model = recorder.curve, fit.trainer.model
-    ranks = method.ranks(model)
-    # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
-    size = getattr(method, "r", 1) if fit.growth is not None else 1
-    components = method.components(model)
-    modules = fit.controller.summary() if fit.growth is not None else []
-    events = run.home.events.read_text(encoding="utf-8").splitlines()
+    events = run.files.events.read_text(encoding="utf-8").splitlines()
     of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
     average = curve.average_parameters(run.steps)
-    job = work.job
-    guessed = {split: job.guess(split) for split in predictions} if isinstance(job, ClassifierJob) else {}
     result: dict[str, Any] = {
         "name": trial.name,
         "task": trial.task.name,
@@ -62,10 +55,10 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "held_out": held_out.metrics,
         "held_out_loss": held_out.loss,
         "reported": reported,
-        "guessed": guessed,
-        "examples": work.job.examples,
+        "guessed": {split: job.guess(split) for split in predictions} if isinstance(job, ClassifierJob) else {},
+        "examples": job.examples,
         "asked_examples": len(run.held_out or []),  # of those of training: the method held them out
-        "notes": list(work.job.notes),
+        "notes": list(job.notes),
         "steps": steps,
         "planned_steps": run.steps,
         "stopped_early": method.trains and steps < run.steps,
@@ -76,14 +69,13 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
             "head": count_trainable(model)["head"],
         },
         "pooler": pooler_of(model),
-        **spectra_of(components, r=size),
+        # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
+        **spectra_of(components, r=getattr(method, "r", 1) if fit.growth is not None else 1),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
-        "relative_updates": fit.controller.relative_updates() if fit.growth is not None else {},
         "trained_rank": average / of_rank_one if of_rank_one else None,
-        "states": {module.name: module.state for module in modules},
-        "explanation": fit.controller.explanation() if fit.growth is not None else None,
+        **_of_growth(fit),
         **{name: round(value, 3) for name, value in recorder.usage.total().items()},
         "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
         "inner_checks": inner_checks_of(map(json.loads, events)),
@@ -96,6 +88,18 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         began = {name: changes[0][1] for name, changes in curve.ranks.items()}
         result["planted"] = compare_ranks(work.planted, ranks, began)
     return result
+
+
+def _of_growth(fit: Fit) -> dict[str, Any]:
+    if fit.growth is None:
+        return {"relative_updates": {}, "states": {}, "explanation": None}
+    controller = fit.growth.controller
+    assert controller is not None, "it has trained"
+    return {
+        "relative_updates": controller.relative_updates(),
+        "states": {module.name: module.state for module in controller.summary()},
+        "explanation": controller.explanation(),
+    }
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The one runner: prepare a trial, train, evaluate, write everything; a killed run resumes to the bit."""
+"""The one runner, read from top to bottom: check, prepare, train, evaluate, write; a killed run resumes to the bit."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,26 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from transformers import Trainer, set_seed
+from transformers import ProgressCallback, Trainer, set_seed
 
-from aroma.errors import bad_value
+from aroma.checkpoint import verify_checkpoint
+from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json, write_text
-from aroma.sharding import refuse_together
+from aroma.outputs import open_folder
+from aroma.sharding import processes_of_node, refuse_together
 
 from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
-from ..training.interrupt import saved_when_interrupted
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
-from .folder import TrialFolder, step_of
+from .files import TrialFiles
 from .machine import provenance
-from .processes import join, of_first, require_as_many
-from .recorder import EventLog, ProgressFile, Recorder, Usage, history_of
+from .recorder import EventLog, Recorder, Usage, history_of
 from .result import result_of
-from .trial import Trial
+from .trial import Trial, differing_keys, load_trial, save_trial
 from .work import Work, work_of
 
 if TYPE_CHECKING:
@@ -69,22 +71,80 @@ def run_trial(
         CheckpointError: A checkpoint to go on from is damaged.
         NonFiniteError: NaN or infinity in training.
     """
-    usage, processes, home = Usage(), join(), TrialFolder(Path(folder))
+    usage, processes, files = Usage(), join(), TrialFiles(Path(folder))
     with refuse_together(processes.device):
-        home.check(trial)
-        run = None if home.result.exists() else _prepare(trial, home, processes, usage)
+        _check_folder(trial, files)
+        run = None if files.result.exists() else _prepare(trial, files, processes, usage)
     if run is not None:
         if processes.is_main_process:
-            home.open(trial)
+            files.root.mkdir(parents=True, exist_ok=True)
+            save_trial(trial, files.trial)
             on_start(run.work.job)
         processes.wait_for_everyone()
         result = _train_and_evaluate(run, progress)
         if processes.is_main_process:
-            write_json(home.result, result)
+            write_json(files.result, result)
     if processes.is_main_process:
-        home.clean(keep_checkpoints)
+        files.failure.unlink(missing_ok=True)
+        if not keep_checkpoints:
+            shutil.rmtree(files.checkpoints, ignore_errors=True)
     processes.wait_for_everyone()
-    return result if run is not None else dict(read_json(home.result))
+    return result if run is not None else dict(read_json(files.result))
+
+
+def join() -> PartialState:
+    """Join the processes that torchrun started, or be the only one; each has one device."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
+
+
+def _check_folder(trial: Trial, files: TrialFiles) -> None:
+    """Refuse a folder of another trial, and one that cannot be written to; nothing is left there."""
+    open_folder("folder", files.root)
+    if files.trial.exists():
+        if differing := differing_keys(trial, load_trial(files.trial)):
+            remedy = f"it differs in {', '.join(differing)}. Give another folder, or move that one away"
+            raise bad_value("folder", str(files.root), f"the trial there was made with other settings: {remedy}")
+        return
+    # What may be there before trial.json is, and what is half written.
+    own = re.compile(r"recipe\.yaml|failure\.json|.*\.log|\..*\.tmp")
+    found = [path.name for path in files.root.iterdir()] if files.root.is_dir() else []
+    if strangers := sorted(name for name in found if not own.fullmatch(name)):
+        remedy = f"it holds {strangers[0]}, and nothing is overwritten; give another folder"
+        raise bad_value("folder", str(files.root), remedy)
+
+
+def resumable_checkpoint(files: TrialFiles) -> Path | None:
+    """Return the latest checkpoint that the run can go on from; None if it has to begin anew.
+
+    One that a kill cut off is passed over, and so is one after which the training was over: the Trainer would take
+    one more step before it stops.
+    """
+    found = sorted(files.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return next((path for path in reversed(found) if _is_resumable(path)), None)
+
+
+def _is_resumable(checkpoint: Path) -> bool:
+    try:
+        verify_checkpoint(checkpoint)
+    except CheckpointError:
+        return False
+    control = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]["TrainerControl"]
+    return not control["args"]["should_training_stop"]
+
+
+def require_as_many(checkpoint: Path) -> None:
+    """Raise ConfigError for a checkpoint of another number of processes: its batches would be others."""
+    # The Trainer saves the random numbers of every process of a machine in a file of its own.
+    before, now = max(1, len([*checkpoint.glob("rng_state_*.pth")])), processes_of_node()
+    if before != now:
+        remedy = f"{checkpoint} is of {before} on this machine, and a step would have other examples; start {before}"
+        raise bad_value("--nproc-per-node", now, remedy)
+
+
+# Before anything is written ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,15 +156,13 @@ class Run:
         work: Its examples and what they are scored by.
         train: The examples that it trains on.
         held_out: Those that the method asks instead; see `Method.hold_out`.
-        model: What is trained.
         steps: Planned optimizer steps.
         checkpoint: Where it goes on from; None: it begins.
-        recorder: Records ranks, parameters and cost.
         provenance: Versions, revision and machine when it began: sources may be edited while it runs.
     """
 
     trial: Trial
-    home: TrialFolder
+    files: TrialFiles
     processes: PartialState
     method: Method
     work: Work
@@ -112,22 +170,19 @@ class Run:
     held_out: Dataset | None
     model: Any
     steps: int
-    checkpoint: str | None
+    checkpoint: Path | None
     recorder: Recorder
     provenance: dict[str, Any]
 
 
-def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Usage) -> Run:
+def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, usage: Usage) -> Run:
     """Do everything that can fail before anything is written, the cheapest first."""
-    training = trial.training
-    checkpoint = home.checkpoint()
-    require_as_many(checkpoint)
+    training, checkpoint = trial.training, resumable_checkpoint(files)
+    if checkpoint is not None:
+        require_as_many(checkpoint)
     method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
     if not method.trains and trial.quantization is not None:
-        remedy = (
-            f"transformers' Trainer takes no quantised model without an adapter, and {method.name} has none; leave "
-            "the method out, or evaluate the model with `aroma eval`"
-        )
+        remedy = f"the Trainer takes no quantised model without an adapter, as {method.name}; use `aroma eval`"
         raise bad_value("quantization", trial.quantization, remedy)
     if processes.num_processes > 1:
         method.require_no_data_option("it is computed by one process; start one")
@@ -148,20 +203,8 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
     if method.data_option is not None and checkpoint is None:
         model.to(processes.device)
         method.initialize(model, draw_batches(train, work, training, processes.device))
-    return Run(
-        trial=trial,
-        home=home,
-        processes=processes,
-        method=method,
-        work=work,
-        train=train,
-        held_out=held_out,
-        model=model,
-        steps=steps,
-        checkpoint=checkpoint,
-        recorder=Recorder(method, usage),
-        provenance=found,
-    )
+    recorder = Recorder(method, usage)
+    return Run(trial, files, processes, method, work, train, held_out, model, steps, checkpoint, recorder, found)
 
 
 def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -178,14 +221,8 @@ def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str
 
 def draw_batches(train: Dataset, work: Work, training: TrainSpec, device: torch.device) -> list[Any]:
     """Return the batches that a method computes its start from, drawn without repetition with the run's seed."""
-    order = torch.Generator().manual_seed(training.seed)
-    loader = DataLoader(
-        train,
-        training.batch_size,
-        shuffle=True,
-        generator=order,
-        collate_fn=work.objective.collator,
-    )
+    order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
+    loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
     return [batch.to(device) for batch in islice(loader, INITIALIZATION_BATCHES)]
 
 
@@ -204,34 +241,45 @@ def check_warmup(training: TrainSpec, steps: int) -> None:
         raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
 
 
+# Training and evaluation ---------------------------------------------------------------------------------------------
+
+
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
     fit = _train(run, progress) if run.method.trains else _untrained(run)
-    if run.processes.is_main_process:
-        # What was trained is kept first: an evaluation may fail.
+    first = run.processes.is_main_process
+    if first:  # what was trained is kept before an evaluation may fail
         _leave(run, fit)
     predictions = {split: run.work.job.predict(fit.trainer, split) for split in run.work.job.evaluated}
-    return of_first(run.processes, lambda: result_of(run, fit, predictions))
+    found = [result_of(run, fit, predictions) if first else {}]
+    if run.processes.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
 
 
 def _train(run: Run, progress: bool) -> Fit:
     job, training, first = run.work.job, run.trial.training, run.processes.is_main_process
-    sets = job.eval_sets if training.eval_steps is not None else {}
+    sets = {split: job.eval_sets[split] for split in run.work.traced} if training.eval_steps is not None else None
+    at = 0 if run.checkpoint is None else int(run.checkpoint.name.partition("-")[2])
     fit = make_trainer(
         run.method,
         run.model,
         run.work.objective,
         training,
-        run.home.checkpoints,
+        run.files.checkpoints,
         train=run.train,
-        validation={split: sets[split] for split in run.work.traced} if sets else None,
+        validation=sets or None,
         held_out=run.held_out,
-        callbacks=[run.recorder, *([ProgressFile(run.home.progress)] if first else [])],
-        on_event=EventLog(run.home.events, upto=step_of(run.checkpoint)) if first else None,
+        callbacks=[run.recorder],
+        on_event=EventLog(run.files.events, upto=at) if first else None,
         progress=progress and first,
         describe=job.describe,
     )
-    with saved_when_interrupted(fit.trainer):
-        fit.train(run.checkpoint)
+    try:
+        fit.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    finally:
+        for one in fit.trainer.callback_handler.callbacks:
+            if isinstance(one, ProgressCallback) and one.training_bar is not None:
+                one.training_bar.close()  # after an error or Ctrl-C; else the message would stand in the bar's line
     return fit
 
 
@@ -241,31 +289,28 @@ def _untrained(run: Run) -> Fit:
     loop = replace(run.trial.training, eval_steps=None, save_steps=None, checkpoint="last")
     trainer = Trainer(
         model=model,
-        args=training_arguments(loop, objective, run.home.checkpoints),
+        args=training_arguments(loop, objective, run.files.checkpoints),
         data_collator=objective.collator,
         processing_class=objective.processor,
         compute_metrics=objective.metrics,
         preprocess_logits_for_metrics=logits_alone,
     )
     trainer.accelerator.prepare_model(model, evaluation_mode=True)
-    run.recorder.curve.note(0, run.method.active_parameters(model), run.method.ranks(model))
+    run.recorder.note(0, model)
     if run.processes.is_main_process:
-        EventLog(run.home.events, upto=0)
+        EventLog(run.files.events, upto=0)
     return Fit(trainer)
 
 
 def _leave(run: Run, fit: Fit) -> None:
-    """Write all but the result."""
-    home, model = run.home, fit.trainer.model
+    """Write all but the result; on one line, for a curve has thousands of pairs of numbers."""
+    files, model = run.files, fit.trainer.model
     curve = {"planned_steps": run.steps, **run.recorder.curve.as_dict()}
-    # On one line: a curve has thousands of pairs of numbers.
-    for path, value in (
-        (home.curve, curve),
-        (home.history, history_of(fit.trainer.state.log_history, run.work.traced)),
-    ):
+    history = history_of(fit.trainer.state.log_history, run.work.traced)
+    for path, value in ((files.curve, curve), (files.history, history)):
         write_text(path, json.dumps(value, allow_nan=False) + "\n")
     if run.trial.purpose == "report" and run.method.trains:
-        shutil.rmtree(home.adapter, ignore_errors=True)  # of an attempt that was killed right here
-        home.adapter.mkdir()
-        run.method.save(model, home.adapter)
-        run.work.job.describe(model, home.adapter)
+        shutil.rmtree(files.adapter, ignore_errors=True)  # of an attempt that was killed right here
+        files.adapter.mkdir()
+        run.method.save(model, files.adapter)
+        run.work.job.describe(model, files.adapter)

@@ -51,9 +51,8 @@ class Runs:
     def all_ended(self) -> set[str]:
         """Return the names of all trials that have ended, of any grid."""
         root = self.output / RUNS
-        return {
-            str(path.parent.relative_to(root)) for end in ("result", "failure") for path in root.rglob(f"{end}.json")
-        }
+        found = [path for end in ("result", "failure") for path in root.rglob(f"{end}.json")]
+        return {str(path.parent.relative_to(root)) for path in found}
 
     def state(self, trial: Trial) -> State:
         """Return the state of a trial; `"conflict"`: its folder holds a result or a checkpoint of another one."""
@@ -86,7 +85,7 @@ class Runs:
         with path.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = True
             except BlockingIOError:
-                ours = False
-            yield ours
+                yield False
+            else:
+                yield True

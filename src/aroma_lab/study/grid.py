@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 from aroma.errors import AromaError, bad_value
 
 from ..run.trial import Trial
-from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields, unknown_key
+from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields
 from ..specs import TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
@@ -31,11 +30,6 @@ selection can have `over`, whose lists replace the selection's for these tasks a
 
 Chosen = Mapping[tuple[str, str], Settings]
 """The settings that a selection chose, by task and method."""
-
-OVER = "over"
-"""In an override of a selection: what is tried in place of the selection's own lists."""
-DATA = "{data}"
-"""Stands, in the source of a task, for the folder `data` of the grid."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +56,6 @@ class Selection:
     overrides: tuple[Override, ...] = ()
     widen: int = 0
     again: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.widen < 0:
-            raise bad_value("select.widen", self.widen, "give 0 or more")
-        seeds = [self.seed, *self.again]
-        if min(seeds) < 0 or len({*seeds}) < len(seeds):
-            raise bad_value("select.again", [*self.again], "give different seeds, 0 or more, other than select.seed")
 
 
 @dataclass(frozen=True)
@@ -104,20 +91,10 @@ class Grid:
     quantization: Literal["nf4", "int8"] | None = None
 
     def __post_init__(self) -> None:
-        for key, text in (("output", self.output), ("model", self.model)):
-            if not text:
-                raise bad_value(key, text, "give it; a grid has no default for it")
-        for key, several, example in (("tasks", self.tasks, "mrpc: {}"), ("methods", self.methods, "a: {kind: lora}")):
-            if not several:
-                raise bad_value(key, several, f"give at least one, such as {example}")
-        for label in self.methods:
-            if not isinstance(label, str) or not re.fullmatch(r"\w[\w.+-]*", label):
-                raise bad_value("methods", label, "it names folders; use letters, digits, '-', '+', '_' and '.' only")
-        if "select" in self.tasks:
-            raise bad_value("tasks", "select", "it would share a folder with trials of a selection; rename it")
-        if self.processes < 1:
-            raise bad_value("processes", self.processes, "give 1 or more")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+        for key in ("output", "model", "tasks", "methods", "seeds", "processes"):
+            if not (value := getattr(self, key)):
+                raise bad_value(key, value, "give it; a grid needs one")
+        if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise bad_value("seeds", list(self.seeds), "give at least one, 0 or more, each once, such as [0, 1, 2]")
         check_training(self.training)
 
@@ -176,11 +153,10 @@ def load_grid(
 
 
 _MAPPING, _MAPPINGS = dict[str, Any] | None, dict[str, dict | None] | None  # type: ignore[type-arg]
-_NESTED = {
-    **{"tasks": _MAPPINGS, "methods": _MAPPINGS, "training": _MAPPING, "select": _MAPPING},
-    **{"seeds": list[int], "overrides": list[dict] | None},  # type: ignore[type-arg]
-}
-"""Types of the sections before their keys are checked."""
+_LISTED = list[dict] | None  # type: ignore[type-arg]
+_OF_GRID = {"tasks": _MAPPINGS, "methods": _MAPPINGS, "training": _MAPPING, "select": _MAPPING, "seeds": list[int]}
+_OF_SELECTION = {"over": _MAPPING, "training": _MAPPING, "again": list[int]}
+"""Types of sections before their keys are checked."""
 
 
 def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ignore[assignment]
@@ -189,12 +165,12 @@ def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ig
     Raises:
         ConfigError: An unknown key (the nearest is named), a missing one, or a value that cannot work.
     """
-    given = typed_fields({**get_type_hints(kind), **_NESTED}, values, whole=f"a {kind.__name__.lower()}")
+    types = {**get_type_hints(kind), **_OF_GRID, "overrides": _LISTED}
+    given = typed_fields(types, values, whole=f"a {kind.__name__.lower()}")
     if "space" in given:  # overrides such as `space.training.learning_rate.low=1` nest it
         given["space"] = flatten(given["space"], SECTIONS)
-    task_types = {name: hint for name, hint in get_type_hints(TaskSpec).items() if name != "name"}
     tasks = {
-        name: TaskSpec(name=name, **typed_fields(task_types, keys or {}, f"tasks.{name}"))
+        name: TaskSpec(name=name, **typed_fields(_types(TaskSpec), keys or {}, f"tasks.{name}"))
         for name, keys in (given.get("tasks") or {}).items()
     }
     methods = {label: keys or {} for label, keys in (given.get("methods") or {}).items()}
@@ -214,6 +190,11 @@ def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ig
     return kind(**{"output": "", "model": "", **given, **made})
 
 
+def _types(kind: type[Any], prefix: str = "") -> dict[str, Any]:
+    own = {"name", "seed"} if kind is TrainSpec else {"name"}
+    return {f"{prefix}{name}": hint for name, hint in get_type_hints(kind).items() if name not in own}
+
+
 def check_settings(values: Mapping[str, Any], where: str = "", lists: bool = False) -> Settings:
     """Return settings, nested or by dotted key, by dotted key, each of its field's type; methods check their options.
 
@@ -221,27 +202,15 @@ def check_settings(values: Mapping[str, Any], where: str = "", lists: bool = Fal
         where: Stands before every key in errors.
         lists: Whether each is a list of values to try; or None, to try nothing.
     """
-    flat = flatten(values, SECTIONS)
-    prefix = f"{where}." if where else ""
+    flat, prefix = flatten(values, SECTIONS), f"{where}." if where else ""
     if "training.seed" in flat:
         remedy = "seeds are given by `seeds` and `select.seed`; leave it out"
         raise bad_value(f"{prefix}training.seed", flat["training.seed"], remedy)
-    types = {f"training.{name}": hint for name, hint in get_type_hints(TrainSpec).items()}
-    types |= {f"task.{name}": hint for name, hint in get_type_hints(TaskSpec).items() if name != "name"}
-    types |= {"model": str}
+    types = {"model": str, **_types(TrainSpec, "training."), **_types(TaskSpec, "task.")}
     if lists:
         types = {key: list[hint] | None for key, hint in types.items()}  # type: ignore[valid-type]
-        for key, several in flat.items():
-            if several is not None and (not isinstance(several, list) or not several):
-                raise bad_value(f"{prefix}{key}", several, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
-    free = {key: value for key, value in flat.items() if key.startswith("options.")}
-    typed = {key: value for key, value in flat.items() if key not in free}
-    for key, value in typed.items():
-        if key not in types:
-            known = [f"{prefix}{name}" for name in ("task", "method", *types, "options.r")]
-            raise unknown_key(f"{prefix}{key}", value, known, "a grid")
-    checked = free | typed_fields(types, typed, where)
-    return {key: checked[key] for key in flat}
+    types |= {key: list | None if lists else Any for key in flat if key.startswith("options.")}
+    return typed_fields(types, flat, where)
 
 
 def section_of(settings: Settings, section: str) -> dict[str, Any]:
@@ -255,32 +224,28 @@ def _overrides(
 ) -> tuple[Override, ...]:
     made = []
     for index, entry in enumerate(given or ()):
-        settings, filters, here = dict(entry), {}, f"{where}[{index}]"
+        settings, special, here = dict(entry), {}, f"{where}[{index}]"
         for name, known in (("task", tasks), ("method", methods)):
             if not isinstance(settings.get(name, {}), dict):  # a mapping is a section of settings
                 labels = typed(f"{here}.{name}", settings.pop(name), str | list[str])
-                filters[name] = [labels] if isinstance(labels, str) else labels
-                for label in set(filters[name]).difference(known):
+                special[name] = [labels] if isinstance(labels, str) else labels
+                for label in set(special[name]).difference(known):
                     remedy = f"the grid has no such {name}; it has {', '.join(known)}"
                     raise bad_value(f"{here}.{name}", label, remedy)
-        if selects and OVER in settings:
-            filters[OVER] = check_settings(settings.pop(OVER), f"{here}.{OVER}", lists=True)
-        made.append({**filters, **check_settings(settings, here)})
+        if selects and "over" in settings:
+            special["over"] = check_settings(settings.pop("over"), f"{here}.over", lists=True)
+        made.append({**special, **check_settings(settings, here)})
     return tuple(made)
 
 
 def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterable[str]) -> Selection:
-    own = {"over": _MAPPING, "training": _MAPPING, "overrides": _NESTED["overrides"], "again": list[int]}
-    given = typed_fields({**get_type_hints(Selection), **own}, values, "select")
+    types = {**get_type_hints(Selection), **_OF_SELECTION, "overrides": _LISTED}
+    given = typed_fields(types, values, "select")
     over = check_settings(given.get("over") or {}, "select.over", lists=True)
-    if not over or None in over.values():
+    if not all(over.values()) or not over:
         example = "{training.learning_rate: [5.0e-4, 1.0e-3]}"
         raise bad_value("select.over", given.get("over"), f"name what to try, such as {example}")
     overrides = _overrides("select.overrides", given.get("overrides"), tasks, methods, selects=True)
-    for index, entry in enumerate(overrides):
-        for key in entry.get(OVER, {}).keys() - over.keys():
-            remedy = f"it replaces a list of select.over, which has {', '.join(over)}; name it there"
-            raise bad_value(f"select.overrides[{index}].{OVER}.{key}", entry[OVER][key], remedy)
     training = section_of(check_settings({"training": given.get("training")}, "select"), "training")
     made = {"over": over, "training": training, "overrides": overrides, "again": tuple(given.get("again", ()))}
     return Selection(**{**given, **made})
@@ -312,7 +277,7 @@ def overridden(overrides: Iterable[Override], task: str, method: str, part: str 
     for entry in overrides:
         if task in entry.get("task", [task]) and method in entry.get("method", [method]):
             settings = entry.get(part, {}) if part else entry
-            found |= {key: value for key, value in settings.items() if key not in ("task", "method", OVER)}
+            found |= {key: value for key, value in settings.items() if key not in ("task", "method", "over")}
     return found
 
 
@@ -328,10 +293,15 @@ def make_trial(
     """Return one trial of a grid, whose `settings` win over the grid's overrides."""
     resolved = {**overridden(grid.overrides, task, method), **settings, "training.seed": seed}
     options = {**grid.methods[method], **section_of(resolved, "options")}
+    made = replace(grid.tasks[task], **section_of(resolved, "task"))
+    if "{data}" in (made.source or ""):
+        if grid.data is None:
+            raise bad_value("data", None, f"tasks.{task}.source={made.source!r} is below it; give the folder")
+        made = replace(made, source=str(made.source).replace("{data}", grid.data))
     return Trial(
         name=name,
         model=resolved.get("model", grid.model),
-        task=_with_data(replace(grid.tasks[task], **section_of(resolved, "task")), grid.data),
+        task=made,
         method=method,
         kind=options.pop("kind"),
         options=options,
@@ -340,14 +310,6 @@ def make_trial(
         dtype=grid.dtype,
         quantization=grid.quantization,
     )
-
-
-def _with_data(task: TaskSpec, data: str | None) -> TaskSpec:
-    if task.source is None or DATA not in task.source:
-        return task
-    if data is None:
-        raise bad_value("data", None, f"tasks.{task.name}.source={task.source!r} is below it; give the folder")
-    return replace(task, source=task.source.replace(DATA, data))
 
 
 def check_methods(trials: Iterable[Trial]) -> None:
@@ -359,11 +321,9 @@ def check_methods(trials: Iterable[Trial]) -> None:
     from ..methods import make_method
 
     for trial in _distinct(trials, lambda trial: [trial.kind, trial.options, trial.training.max_steps]):
-        label = f"methods.{trial.method}"
-        with _under(label):
+        with _under(f"methods.{trial.method}"):
             method = make_method(trial.kind, trial.options)
-        if trial.training.max_steps is not None:  # else the examples say how long a run is
-            with _under(f"{label}, in select" if trial.purpose == "select" else label):
+            if trial.training.max_steps is not None:  # else the examples say how long a run is
                 method.check_steps(trial.training.max_steps)
 
 

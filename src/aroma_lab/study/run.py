@@ -12,8 +12,8 @@ from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import open_folder
 
-from ..run import worker
 from ..run.trial import Trial
+from . import workers
 from .folder import Ended, Runs, State
 from .grid import Grid, check_methods, check_tasks, expand
 from .selection import Selected, select, write_selection
@@ -69,7 +69,7 @@ def run_grid(
     methods: Sequence[str] | None = None,
     retry_failed: bool = False,
     watch: Watch = lambda *_: None,
-    attempt: Attempt = worker.attempt,
+    attempt: Attempt = workers.attempt,
 ) -> Outcome:
     """Run all trials of a grid that have no result yet, with other commands on the same folder.
 
@@ -77,7 +77,7 @@ def run_grid(
         tasks: Run these tasks only; None for all.
         methods: Run these methods only; None for all.
         retry_failed: Run trials again that failed earlier.
-        watch: Is told how it goes.
+        watch: Called with every trial that ends.
         attempt: What runs a trial. Tests pass a stand-in, which needs neither methods nor data.
 
     Raises:
@@ -96,7 +96,7 @@ def run_grid(
         failure = plan.runs.files(trial.name).failure
         if failure.exists() and (retry_failed or plan.runs.state(trial) == "new"):  # new: other settings failed
             failure.unlink()
-    if attempt is worker.attempt:
+    if attempt is workers.attempt:
         # Whatever is chosen, the reported trials differ in nothing that could be refused later.
         everything = [*plan.trials(), *expand(plan.grid)]
         check_methods(everything)

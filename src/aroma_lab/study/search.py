@@ -17,18 +17,16 @@ from aroma.errors import bad_value
 from aroma.files import read_json, write_json
 from aroma.outputs import open_folder
 
-from ..run import worker
 from ..run.trial import Trial, differing, load_trial
+from . import workers
 from .folder import Ended, Runs
 from .grid import Grid, Settings, check_methods, check_settings, check_tasks, make_trial
 from .workers import Attempt, Watch, run_all
 
 SEARCH_FILE = "search.json"
-
-_WRITE = (
-    "write {low: 1e-4, high: 1e-2, log: true}, {low: 1, high: 8}, {low: 0.1, high: 0.5, step: 0.1} or "
-    "{choices: [1, 2]}"
-)
+_FREE = {"output", "processes", "trials", "data", "select"}
+"""What may differ between two commands of one search."""
+_WRITE = "write {low: 1e-4, high: 1e-2, log: true}, {low: 0.1, high: 0.5, step: 0.1} or {choices: [1, 2]}"
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -52,22 +50,17 @@ class Search(Grid):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key, several in (("tasks", self.tasks), ("methods", self.methods), ("seeds", self.seeds)):
-            if len(several) != 1:
-                remedy = "a search has one task, one method and one seed; for more, use a grid"
+            if len(several) != 1 or self.select is not None:
+                remedy = "a search has one task, one method, one seed and no `select`; for more, use a grid"
                 raise bad_value(key, list(several), remedy)
-        if self.select is not None:
-            raise bad_value("select", self.select.over, "only a grid has it; a search has `space`")
-        if self.trials < 1:
-            raise bad_value("trials", self.trials, "give 1 or more")
+        if not self.space or self.trials < 1:
+            raise bad_value("space", self.space, f"give 1 trial or more, and a key of the space or more: {_WRITE}")
         self.extreme_trials()  # a key or a value that cannot work is refused here
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """What is searched, by sorted key: the order of lines changes nothing."""
-        if not self.space:
-            remedy = f"give at least one dotted key, such as training.learning_rate, and for it {_WRITE}"
-            raise bad_value("space", self.space, remedy)
-        return {key: _distribution(f"space.{key}", self.space[key]) for key in sorted(self.space, key=str)}
+        return {key: _distribution(f"space.{key}", self.space[key]) for key in sorted(self.space)}
 
     def trial_of(self, name: str, values: Mapping[str, Any]) -> Trial:
         """Return the trial that tries these values."""
@@ -96,11 +89,12 @@ class SearchPlan:
         file, distributions = self.runs.files(name).trial, self.search.distributions
         if file.exists():
             return load_trial(file)
-        seed, names = self.search.seeds[0], self.names()
-        study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed * 100_000 + names.index(name)))
+        names = self.names()
+        seed = self.search.seeds[0] * 100_000 + names.index(name)
+        study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed))
         if self.search.sampler == "tpe":
             # Constant liar: trials that run elsewhere count as bad, or all workers would try the same place.
-            study.sampler = TPESampler(seed=seed * 100_000 + names.index(name), constant_liar=True)
+            study.sampler = TPESampler(seed=seed, constant_liar=True)
             for other in names:
                 values, ended = self.values(other), self.runs.ended(other)
                 if values and not (ended and ended.failure):
@@ -117,14 +111,14 @@ class SearchPlan:
 
 
 def run_search(
-    search: Search, watch: Watch = lambda *_: None, attempt: Attempt = worker.attempt
+    search: Search, watch: Watch = lambda *_: None, attempt: Attempt = workers.attempt
 ) -> list[dict[str, Any]]:
     """Run the trials that a search lacks, with other commands on the same folder, and write `search.json`.
 
     Every trial is scored on examples held out from the training data; reported examples are never read.
 
     Args:
-        watch: Is told how it goes.
+        watch: Called with every trial that ends.
         attempt: What runs a trial. Tests pass a stand-in, which needs neither methods nor data.
 
     Returns:
@@ -140,12 +134,11 @@ def run_search(
     if file.exists() and (keys := differing(read_json(file)["searched"], record["searched"])):
         remedy = f"{SEARCH_FILE} there is of a search with another {', '.join(keys)}; give another output"
         raise bad_value("output", search.output, remedy)
-    is_open = any(plan.runs.ended(name) is None for name in plan.names())
-    if is_open and attempt is worker.attempt:
-        check_methods(search.extreme_trials())
-        check_tasks(search.extreme_trials())
-    if is_open:  # from now on another search is refused here
-        write_json(file, record)
+    if any(plan.runs.ended(name) is None for name in plan.names()):
+        if attempt is workers.attempt:
+            check_methods(search.extreme_trials())
+            check_tasks(search.extreme_trials())
+        write_json(file, record)  # from now on another search is refused here
         run_all(plan, watch, attempt)
     ends = {name: plan.runs.ended(name) or Ended(failure="its files were removed") for name in plan.names()}
     tried = [
@@ -154,10 +147,6 @@ def run_search(
     ]
     write_json(file, {**record, "scored_on": "held_out", "tried": tried})
     return tried
-
-
-_FREE = {"output", "processes", "trials", "data", "select"}
-"""What may differ between two commands of one search."""
 
 
 def _distribution(key: str, given: Any) -> BaseDistribution:

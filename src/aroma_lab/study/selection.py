@@ -21,10 +21,7 @@ from aroma.files import write_text
 
 from ..run.trial import Trial
 from .folder import Ended
-from .grid import OVER, Grid, Selection, Settings, make_trial, overridden
-
-FINALISTS = 2
-"""How many of the best are run with further seeds, where `select.again` names some."""
+from .grid import Grid, Selection, Settings, make_trial, overridden
 
 _FURTHER = ",seed="
 """Stands in the name of a run between that of the first run of its settings and a further seed."""
@@ -63,7 +60,7 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
     """
     rule = grid.select
     assert rule is not None, "its callers check it"
-    over = {**rule.over, **overridden(rule.overrides, task, method, OVER)}
+    over = {**rule.over, **overridden(rule.overrides, task, method, "over")}
     listed = {key: values for key, values in over.items() if values is not None}
     points = [dict(zip(listed, point, strict=True)) for point in itertools.product(*listed.values())]
     tried = _candidates(grid, task, method, points)
@@ -109,10 +106,7 @@ def _labels(points: Sequence[Settings]) -> list[str]:
 
 
 def _means(tried: Sequence[Candidate], ended: Callable[[str], Ended | None]) -> list[tuple[Settings, Ended | None]]:
-    """Return all values that were tried, with the mean of score and loss over seeds.
-
-    None where a run has not finished: what fails with one seed is not to be chosen.
-    """
+    """Return all values that were tried, with the mean over seeds; None where a run has not finished."""
     points = [one.values for one in tried]
     found = []
     for values in (point for index, point in enumerate(points) if point not in points[:index]):
@@ -126,11 +120,9 @@ def _means(tried: Sequence[Candidate], ended: Callable[[str], Ended | None]) -> 
 def _beside(
     points: Sequence[Settings], chosen: Settings, listed: Mapping[str, Sequence[Any]], most: int
 ) -> Iterator[Settings]:
-    """Yield what is next to the chosen values, one number apart, and is not among the `points` that were tried.
+    """Yield what is next to the chosen values, one number apart, and was not tried.
 
-    Args:
-        listed: The values of each key with which the selection began.
-        most: How many more values than those a key may get.
+    A key gets at most so many more values than those with which the selection began, which are `listed`.
     """
     for key, value in chosen.items():
         numbers = _numbers(points, key)
@@ -145,13 +137,9 @@ def _beside(
 
 
 def _finals(rule: Selection, tried: Sequence[Candidate], ranked: Sequence[Settings]) -> list[Candidate]:
-    """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
-
-    What is best by its mean so far may be another after them, and is due then. Where one combination of values alone
-    has finished, there is nothing to decide.
-    """
+    """Return the runs of the two best with the further seeds of `select.again` that are not among those `tried`."""
     names, found = {one.trial.name for one in tried}, []
-    for seed, values in itertools.product(rule.again, ranked[:FINALISTS] if len(ranked) > 1 else []):
+    for seed, values in itertools.product(rule.again, ranked[:2] if len(ranked) > 1 else []):
         first = next(one.trial for one in tried if one.values == values)
         name, training = f"{first.name}{_FURTHER}{seed}", replace(first.training, seed=seed)
         if name not in names:
@@ -165,11 +153,7 @@ def first_of(name: str) -> str:
 
 
 def preference(score: float, loss: float, by: str) -> tuple[float, float]:
-    """Return what is largest for the best run of a selection.
-
-    By score the highest wins; of equal ones, which are common after few steps on few examples, the lowest loss. By
-    loss it is the other way round.
-    """
+    """Return what is largest for the best run: the score, and of equal ones less loss; by loss the other way round."""
     return (-loss, score) if by == "loss" else (score, -loss)
 
 

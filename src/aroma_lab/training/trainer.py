@@ -16,7 +16,6 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from aroma.controller import AromaController
 from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
@@ -51,17 +50,6 @@ class Fit:
     trainer: Trainer
     growth: AromaCallback | None = None
 
-    @property
-    def controller(self) -> AromaController:
-        """AROMA's controller, of a training that has begun."""
-        controller = self.growth and self.growth.controller
-        assert controller is not None, "only AROMA has a controller, once it has trained"
-        return controller
-
-    def train(self, checkpoint: str | None = None) -> None:
-        """Train, from a checkpoint if one is given."""
-        self.trainer.train(resume_from_checkpoint=checkpoint)
-
 
 class _Bar(ProgressCallback):
     """The Trainer's bar, with the loss beside it in place of a line for every log."""
@@ -89,14 +77,11 @@ def make_trainer(
     """Return a Trainer of `model`; only callbacks and trained parameters differ between methods.
 
     Args:
-        objective: Batches, loss and metrics of the task.
         folder: Where checkpoints go.
-        train: Tokenized training examples.
-        validation: Tokenized examples, or several sets of them by name; None if nothing is evaluated on the way.
-        held_out: Tokenized examples that the method asks and that are not trained on; see `Method.hold_out`.
+        validation: What is evaluated on the way: examples, or several sets of them by name; None: nothing.
+        held_out: Examples that the method asks and that are not trained on; see `Method.hold_out`.
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
-        progress: Whether a progress bar is shown.
         describe: Called with the model and the folder of every checkpoint; writes tokenizer and task there.
 
     Raises:
@@ -140,13 +125,13 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
 
 def training_arguments(training: TrainSpec, objective: Objective, folder: str | os.PathLike[str]) -> TrainingArguments:
     """Return the Trainer's arguments for a training section; all counts are of optimizer steps."""
-    further: dict[str, Any] = {"save_strategy": "no"} if training.save_steps is None else {}
+    further: dict[str, Any] = {"save_strategy": "no"}
+    if training.save_steps is not None:
+        further = {"save_steps": training.save_steps}
     if training.group_by_length:
         further["train_sampling_strategy"] = "group_by_length"
     if training.scheduler == "cosine_with_min_lr":
         further["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_lr_ratio}
-    if training.save_steps is not None:
-        further["save_steps"] = training.save_steps
     return (objective.trainer.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -201,9 +186,7 @@ class ExactResume:
 
     Args:
         hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
-        counts_items: Whether the model divides its loss by the number of items in the whole step, as language models
-            do.
-        evaluate: Evaluates a set in place of the Trainer; see `Objective`.
+        counts_items, evaluate: See `Objective`.
         describe: Called with the model and the folder of every checkpoint; None for nothing.
         **options: Of the Trainer.
     """
@@ -226,9 +209,7 @@ class ExactResume:
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._hooks = hooks
-        self._evaluate_set = evaluate
-        self._describe = describe
+        self._hooks, self._evaluate_set, self._describe = hooks, evaluate, describe
         self.add_callback(LossWindow(self))
         if hooks is not None:  # else AromaCallback does it
             self.add_callback(CheckpointRecorder())
@@ -293,7 +274,7 @@ class MethodTrainer(ExactResume, Trainer):
 
 @torch.no_grad()
 def load_trained(model: nn.Module, file: Path) -> None:
-    """Write trained parameters back into their model; CheckpointError if the file is damaged, or of another model."""
+    """Write trained parameters back into their model; CheckpointError if the file is of another model."""
     saved, parameters = read_tensors(file), trained_tensors(model)
     for name in sorted(saved.keys() | parameters.keys()):
         one, other = (tuple(held[name].shape) if name in held else "nothing" for held in (saved, parameters))
@@ -308,8 +289,8 @@ def load_trained(model: nn.Module, file: Path) -> None:
 class EpochLengthSampler(LengthGroupedSampler):
     """transformers' groups of similar lengths, in an order that depends on seed and epoch alone.
 
-    Drawn from the global random numbers, as transformers does it, an epoch's order could not be found again by a run
-    that resumes in its midst; and every method, which draws its own dropout, would see other batches.
+    Drawn from the global random numbers, as transformers does it, a resumed run could not find an epoch's order again,
+    and every method, which draws its own dropout, would see other batches.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
