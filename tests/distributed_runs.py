@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-import aroma.sharding.processes
 import trainer_runs
 from aroma import AromaCallback, AromaController, aroma_layers, attach, last_complete_checkpoint
 from aroma.errors import AromaError
@@ -236,7 +235,7 @@ class CountCollectives:
         self.number = 0
         self._kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
         for name, call in self._kept.items():
-            setattr(aroma.sharding.processes.dist, name, partial(self._count, call))
+            setattr(dist, name, partial(self._count, call))
         return self
 
     def _count(self, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +244,7 @@ class CountCollectives:
 
     def __exit__(self, *_: Any) -> None:
         for name, call in self._kept.items():
-            setattr(aroma.sharding.processes.dist, name, call)
+            setattr(dist, name, call)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -257,10 +257,7 @@ def reset_to_zero(_: Path) -> None:
     engine = engine_of(zero(2), reset="zero")
     attach(engine, engine.optimizer, total_steps=32)
     engine.backward(engine(**stacked(share(batch_of(0)))).loss)
-    try:
-        engine.step()
-    finally:
-        assert "step" not in vars(engine.optimizer), "an error leaves DeepSpeed's own method"
+    engine.step()
 
 
 def merged(_: Path) -> None:

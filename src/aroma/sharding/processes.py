@@ -56,21 +56,10 @@ def processes_of_node() -> int:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that DistributedDataParallel, DeepSpeed or torch.compile wraps, or `model` itself."""
-    return [*_wrappers(model)][-1]
-
-
-def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield `model`, what it wraps, and so on."""
-    inner: nn.Module | None = model
-    while inner is not None:
-        yield inner
-        is_wrapper = isinstance(inner, DistributedDataParallel) or is_engine(inner)
-        inner = inner.module if is_wrapper else compat.compiled_module(inner)  # type: ignore[assignment]
-
-
-def replicas_of(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel that is, or is wrapped by, `model`; None without one."""
-    return next((one for one in _wrappers(model) if isinstance(one, DistributedDataParallel)), None)
+    if isinstance(model, DistributedDataParallel) or is_engine(model):
+        return unwrapped(model.module)  # type: ignore[arg-type]
+    inner = compat.compiled_module(model)
+    return model if inner is None else unwrapped(inner)
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
@@ -117,8 +106,8 @@ def agree(
         if most < torch.inf and most - least > _DRIFT * most:
             raise ConfigError(
                 f"{name}: its norm is {least:.6g} on one rank and {most:.6g} on another, so the replicas drift apart; "
-                "wrap the model in DistributedDataParallel (or let accelerate or the Trainer do it) before "
-                "training, call it and not the model inside, and let every rank take the same optimizer steps"
+                "wrap the model in DistributedDataParallel with this adapter active, call the wrapper and not the "
+                "model inside, and let every rank take the same optimizer steps"
             )
     agreed = largest.tolist()
     derived = zip(values, agreed[len(norms) :], strict=True)
@@ -182,19 +171,11 @@ def refuse_changed_processes(processes: int, wrapper: Any) -> None:
         ConfigError: Naming `world_size` or `join`.
     """
     if world_size() != processes:
-        raise bad_value(
-            "world_size",
-            world_size(),
-            f"the controller was made when it was {processes}; make it after init_process_group, when the model is "
-            "wrapped in DistributedDataParallel or sharded by fully_shard",
-        )
+        remedy = "make it after init_process_group, when the model is wrapped or sharded"
+        raise bad_value("world_size", world_size(), f"the controller was made when it was {processes}; {remedy}")
     if compat.is_joined(wrapper):
-        raise bad_value(
-            "join",
-            True,
-            "a rank that has run out of data would take no part in the checks of the others; leave the join context, "
-            "and give all ranks equally many batches (DistributedSampler, accelerate and the Trainer do)",
-        )
+        remedy = "leave the join context, and give all ranks equally many batches (DistributedSampler does)"
+        raise bad_value("join", True, f"a rank without data would take no part in the checks of the others; {remedy}")
 
 
 def require_equal_replicas(
@@ -221,12 +202,8 @@ def require_equal_replicas(
         raise bad_value(name, shown, "it differs between the ranks; give every rank the same model and arguments")
     differing = _differing([_checksum(tensor) for _, tensor in named], device)
     if differing is not None:
-        raise bad_value(
-            "model",
-            named[differing][0],
-            "it differs between the ranks, so they would train different models; load the same weights on every rank "
-            "and wrap the model in DistributedDataParallel before the controller is made",
-        )
+        remedy = "load the same weights on every rank, and wrap the model before the controller is made"
+        raise bad_value("model", named[differing][0], f"it differs between the ranks; {remedy}")
 
 
 def _number_of(text: str) -> int:
