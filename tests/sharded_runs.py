@@ -82,7 +82,6 @@ LOOPS: dict[str, Kind] = {
 }
 MORE_LOOPS: dict[str, Kind] = {
     "momentum": (Loop("sgd", method={"outer_tolerance": 0.008}), by_block),
-    "accumulation": (Loop(accumulate=2), by_block),
     "other random numbers": (
         Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1, "r": 2}),
         by_block,

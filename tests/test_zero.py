@@ -38,13 +38,10 @@ LOOPS = [
     "zero 2",
     "zero 3, nothing stays, transposed layers",
     "zero 3, loaded in shards, offloaded",
-    "zero 2, offloaded",
     "zero 2, base in 16 bits",
-    "zero 3, base in 16 bits",
     "zero 2, momentum",
     "zero 2, accumulation",
     "zero 3, on after all have finished",
-    "zero 2, on after all have finished",
 ]
 STAGES = ["2", "3, nothing stays"]
 
@@ -77,9 +74,7 @@ def test_a_sharded_model_trains_as_replicas_do(told: Path, name: str) -> None:
         assert_same(first[what], second[what], what)
     assert first["events"] == replicas["events"]
     assert first["stopped"] == replicas["stopped"]
-    # ZeRO-3 evaluates a linear layer otherwise, and 16 bits are rounded otherwise.
-    if name != "zero 3, base in 16 bits":
-        assert_close(first["weights"], replicas["weights"])
+    assert_close(first["weights"], replicas["weights"])
     frozen = [event for event in first["events"] if event["kind"] == "frozen"]
     assert len({event["step"] for event in frozen}) > 1 or "on after" in name
 
@@ -212,7 +207,7 @@ def test_the_trainer_under_deepspeed_without_zero_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_does_what_it_does_with_replicas(told: Path, stage: str) -> None:
     ends = [load(told / f"end-{stage}-{rank}.pt") for rank in (0, 1)]
     replicas = load(told / "end-replicas-0.pt")
@@ -224,7 +219,7 @@ def test_the_trainer_does_what_it_does_with_replicas(told: Path, stage: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
     for rank in (0, 1):
         end, again = (load(told / f"{kind}-{stage}-{rank}.pt") for kind in ("end", "again"))
@@ -233,7 +228,7 @@ def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_goes_back_to_the_best_checkpoint(told: Path, stage: str) -> None:
     """Of a moment when modules trained that are frozen at the end; DeepSpeed loads it, and no adapter is."""
     ends = [load(told / f"best-{stage}-{rank}.pt") for rank in (0, 1)]
@@ -246,7 +241,7 @@ def test_the_trainer_goes_back_to_the_best_checkpoint(told: Path, stage: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_saves_whole_adapters(told: Path, stage: str) -> None:
     for checkpoint in ("checkpoint-8", "checkpoint-16"):
         folder = told / stage / checkpoint

@@ -101,15 +101,16 @@ def agree(
         return [*norms], [*values]
     own = [*norms, *(0.0 if value is None else value for value in values)]
     finite = [number if -torch.inf < number < torch.inf else torch.inf for number in own]
-    largest, smallest = _extremes(torch.tensor(finite, dtype=torch.float64), device)
-    for name, most, least in zip(names, largest.tolist(), smallest.tolist(), strict=False):
+    sent = torch.tensor([finite, [-number for number in finite]], dtype=torch.float64, device=device)
+    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    agreed, smallest = sent[0].tolist(), (-sent[1]).tolist()
+    for name, most, least in zip(names, agreed, smallest, strict=False):
         if most < torch.inf and most - least > _DRIFT * most:
             raise ConfigError(
                 f"{name}: its norm is {least:.6g} on one rank and {most:.6g} on another, so the replicas drift apart; "
                 "wrap the model in DistributedDataParallel with this adapter active, call the wrapper and not the "
                 "model inside, and let every rank take the same optimizer steps"
             )
-    agreed = largest.tolist()
     derived = zip(values, agreed[len(norms) :], strict=True)
     return agreed[: len(norms)], [None if value is None else number for value, number in derived]
 
@@ -193,17 +194,16 @@ def require_equal_replicas(
     """
     if not is_distributed():
         return
-    named = [*tensors]
-    facts = {**facts, "model": [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]}
+    named = dict(tensors)
+    facts = {**facts, "model": [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named.items()]}
+    remedy = "it differs between the ranks; give every rank the same model and arguments"
     differing = _differing([_number_of(repr(value)) for value in facts.values()], device)
     if differing is not None:
         name, value = list(facts.items())[differing]
-        shown = f"{len(value)} of them" if isinstance(value, list) else value
-        raise bad_value(name, shown, "it differs between the ranks; give every rank the same model and arguments")
-    differing = _differing([_checksum(tensor) for _, tensor in named], device)
+        raise bad_value(name, f"{len(value)} of them" if isinstance(value, list) else value, remedy)
+    differing = _differing([_checksum(tensor) for tensor in named.values()], device)
     if differing is not None:
-        remedy = "load the same weights on every rank, and wrap the model before the controller is made"
-        raise bad_value("model", named[differing][0], f"it differs between the ranks; {remedy}")
+        raise bad_value("model", list(named)[differing], remedy)
 
 
 def _number_of(text: str) -> int:
@@ -222,15 +222,8 @@ def _differing(numbers: Sequence[int | Tensor], device: torch.device) -> int | N
     if not numbers:
         return None
     own = torch.stack([torch.as_tensor(number, dtype=torch.int64).to(device) for number in numbers])
-    largest, smallest = _extremes(own, device)
-    indices = (largest != smallest).nonzero()
-    return int(indices[0]) if len(indices) else None
-
-
-def _extremes(numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the largest and the smallest of each of `numbers` (k,) over all ranks, in one collective."""
-    # Integers are complemented, because the least of them has no negative.
-    mirrored = -numbers if numbers.is_floating_point() else ~numbers
-    sent = torch.stack([numbers, mirrored]).to(device)
+    # Complemented, not negated, because the least integer has no negative.
+    sent = torch.stack([own, ~own])
     dist.all_reduce(sent, dist.ReduceOp.MAX)
-    return sent[0], -sent[1] if numbers.is_floating_point() else ~sent[1]
+    indices = (sent[0] != ~sent[1]).nonzero()
+    return int(indices[0]) if len(indices) else None

@@ -74,8 +74,10 @@ class Zero(Sharding):
 
     def own_entries(self, tensor: Any) -> Tensor:
         """Return this rank's range of `tensor` (any shape), one-dimensional, without padding; or the whole tensor."""
-        start, stop = _bounds(tensor) if is_partitioned(tensor) else (0, 0)
-        own: Tensor = tensor.ds_tensor.detach()[: stop - start] if is_partitioned(tensor) else tensor.detach()
+        if not is_partitioned(tensor):
+            return super().own_entries(tensor)
+        start, stop = _bounds(tensor)
+        own: Tensor = tensor.ds_tensor.detach()[: stop - start]
         return own
 
     @torch.no_grad()
