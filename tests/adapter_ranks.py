@@ -8,7 +8,6 @@ Every rank writes what the adapters came to into files of its own in OUT.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
-from distributed_runs import TIMEOUT, tell_refusals, whole
+from distributed_runs import TIMEOUT, whole
 from small_nets import STEPS, Net, copied, loss_of, rows, share, trainable
 
 METHOD: dict[str, Any] = {
@@ -183,33 +182,6 @@ def resumed(way: type[Adapter], out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def wrapped_for_another(_: Path) -> None:
-    """One wrapper for both adapters: it averages the gradients of the first alone."""
-    model = two_adapters()
-    wrapped = DistributedDataParallel(model)
-    model.set_adapter("other")
-    attach(wrapped, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20, adapter_name="other")
-
-
-def wrapped_for_both(_: Path) -> None:
-    """It would wait for gradients of the one that rests."""
-    model = two_adapters()
-    model.base_model.set_adapter(["default", "other"])
-    wrapped = DistributedDataParallel(model)
-    model.set_adapter("default")
-    attach(wrapped, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20)
-
-
-REFUSALS: list[Callable[[Path], None]] = [wrapped_for_another, wrapped_for_both]
-SAYS = {
-    "wrapped_for_another": (
-        "ConfigError",
-        "adapter_name='other': DistributedDataParallel wrapped the model while this",
-    ),
-    "wrapped_for_both": ("ConfigError", "the adapter 'other' was active, and waits for its gradients; call model."),
-}
-
-
 def main(out: Path) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     for way, kind in WAYS.items():
@@ -217,7 +189,6 @@ def main(out: Path) -> None:
             found = came_to(order, kind, out / f"{way}-{order}")
             torch.save(found, out / f"{way}-{order}-{dist.get_rank()}.pt")
         torch.save(resumed(kind, out / f"{way}-resumed"), out / f"{way}-{dist.get_rank()}.pt")
-    tell_refusals(out, REFUSALS)
     dist.destroy_process_group()
 
 

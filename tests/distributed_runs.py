@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-import aroma.sharding.processes
 import trainer_runs
 from aroma import AromaCallback, AromaController, aroma_layers, attach, last_complete_checkpoint
 from aroma.errors import AromaError
@@ -88,12 +87,10 @@ class Loop:
 
 LOOPS = {
     "all parameters used": Loop(),
-    "unused parameters looked for": Loop(ddp={"find_unused_parameters": True}),
     "static graph, momentum": Loop(
         "sgd", ddp={"static_graph": True, "gradient_as_bucket_view": True}, method={"outer_tolerance": 0.008}
     ),
     "adafactor": Loop("adafactor", method={"outer_tolerance": 0.01}),
-    "accumulation": Loop(accumulate=2),
     "accelerate": Loop(accelerate=True),
     "two forwards": Loop(forwards=2, method={"inner_criterion": "update_change", "reset": "zero", "r": 2}),
     "other random numbers": Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1}),
@@ -236,7 +233,7 @@ class CountCollectives:
         self.number = 0
         self._kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
         for name, call in self._kept.items():
-            setattr(aroma.sharding.processes.dist, name, partial(self._count, call))
+            setattr(dist, name, partial(self._count, call))
         return self
 
     def _count(self, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +242,7 @@ class CountCollectives:
 
     def __exit__(self, *_: Any) -> None:
         for name, call in self._kept.items():
-            setattr(aroma.sharding.processes.dist, name, call)
+            setattr(dist, name, call)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -269,33 +266,14 @@ def other_weights(_: Path) -> None:
     grow(adapted(tiny_bert(seed=rank())))
 
 
-def other_heads(_: Path) -> None:
-    model = adapted(tiny_bert())
-    with torch.no_grad():
-        model.base_model.classifier.modules_to_save["default"].bias[0] += rank() * 1e-6
-    grow(model)
-
-
 def other_drawn_seeds(_: Path) -> None:
     base = tiny_bert()
     torch.manual_seed(rank())
     grow(adapted(base, component_seed=None))
 
 
-def other_chosen_seeds(_: Path) -> None:
-    grow(DistributedDataParallel(adapted(component_seed=rank())))
-
-
 def other_tolerances(_: Path, wrap: Callable[[Any], Any] = DistributedDataParallel) -> None:
     grow(wrap(adapted(outer_tolerance=0.01 * (1 + rank()))))
-
-
-def other_lengths(_: Path) -> None:
-    grow(DistributedDataParallel(adapted(max_inner_steps=None)), total_steps=640 + rank())
-
-
-def other_targets(_: Path) -> None:
-    grow(adapted(exclude_modules=["pooler.dense"] if rank() else None))
 
 
 def other_components(_: Path) -> None:
@@ -345,19 +323,6 @@ def broken_checkpoint(out: Path) -> None:
     grow(wrapped, optimizer, resume_from=str(folder))
 
 
-def no_pair_in_one_optimizer(_: Path) -> None:
-    wrapped = DistributedDataParallel(adapted())
-    grow(wrapped, OPTIMIZERS["adamw"]([p for p in wrapped.parameters() if p.requires_grad][rank() :]))
-
-
-def zero_redundancy_optimizer(_: Path) -> None:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    wrapped = DistributedDataParallel(adapted())
-    parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    grow(wrapped, ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=0.01))
-
-
 def joined(_: Path) -> None:
     wrapped = DistributedDataParallel(adapted())
     optimizer = adamw(wrapped)
@@ -368,19 +333,13 @@ def joined(_: Path) -> None:
 
 REFUSALS = [
     other_weights,
-    other_heads,
     other_drawn_seeds,
-    other_chosen_seeds,
     other_tolerances,
-    other_lengths,
-    other_targets,
     other_components,
     not_wrapped,
     broken_component,
     broken_head,
     broken_checkpoint,
-    no_pair_in_one_optimizer,
-    zero_redundancy_optimizer,
     joined,  # last: DDP goes on waiting for the joined ranks
 ]
 

@@ -7,7 +7,6 @@ Every rank writes its results into files of its own in OUT.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -28,14 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.distributed.fsdp import fully_shard
 
 import distributed_runs
-from aroma import AromaController, aroma_layers, attach, save_adapter
+from aroma import AromaController, attach, save_adapter
 from aroma.sharding import own_entries
 from distributed_runs import (
     CALM,
@@ -50,7 +45,6 @@ from distributed_runs import (
     run_loop,
     size,
     stacked,
-    step_on,
     take_step,
     tell_refusals,
     trained_in_the_trainer,
@@ -88,7 +82,6 @@ LOOPS: dict[str, Kind] = {
 }
 MORE_LOOPS: dict[str, Kind] = {
     "momentum": (Loop("sgd", method={"outer_tolerance": 0.008}), by_block),
-    "accumulation": (Loop(accumulate=2), by_block),
     "other random numbers": (
         Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1, "r": 2}),
         by_block,
@@ -235,34 +228,6 @@ def checkpoints(out: Path) -> None:
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
-def by_tensor_parallelism(_: Path) -> None:
-    model = adapted()
-    layer = next(iter(aroma_layers(model).values()))
-    layer.get_base_layer().weight = nn.Parameter(
-        distribute_tensor(layer.get_base_layer().weight.detach(), init_device_mesh("cpu", (size(),)), [Shard(0)]),
-        requires_grad=False,
-    )
-    grow(model)
-
-
-def hybrid(_: Path) -> None:
-    model: Any = adapted()
-    fully_shard(model, mesh=init_device_mesh("cpu", (size(), 1), mesh_dim_names=("replicate", "shard")))
-    grow(model)
-
-
-def by_columns(_: Path) -> None:
-    model: Any = adapted()
-    fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.shape == (32, 32) else None)
-    grow(model)
-
-
-def over_some(_: Path) -> None:
-    model: Any = adapted()
-    fully_shard(model, mesh=init_device_mesh("cpu", (size(), 1), mesh_dim_names=("a", "b"))["b"])
-    grow(model)
-
-
 def without_root(_: Path) -> None:
     model = adapted()
     for block in model.base_model.model.bert.encoder.layer:
@@ -274,10 +239,6 @@ def optimizer_too_early(_: Path) -> None:
     model = adapted()
     optimizer = adamw(model)
     grow(as_one(model), optimizer)
-
-
-def fsdp1(_: Path) -> None:
-    grow(FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu")))
 
 
 def other_tolerances(out: Path) -> None:
@@ -318,13 +279,8 @@ def saved_into_a_file(out: Path) -> None:
 
 
 REFUSALS = [
-    by_tensor_parallelism,
-    hybrid,
-    by_columns,
-    over_some,
     without_root,
     optimizer_too_early,
-    fsdp1,
     other_tolerances,
     sharded_on_one,
     broken_component,
@@ -333,47 +289,6 @@ REFUSALS = [
     merged,
     saved_into_a_file,
 ]
-
-
-# What stays where it is ----------------------------------------------------------------------------------------------
-
-
-class CountBytes(TorchDispatchMode):
-    """Counts the bytes that this rank gives to collectives, whoever calls them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "c10d" in call.namespace:
-            tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
-            self.number += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return call(*args, **(kwargs or {}))
-
-
-def traffic(out: Path) -> None:
-    """What a controller sends when it begins, at an outer step, and what gathering one base weight would be."""
-    model = by_block(adapted())
-    optimizer = adamw(model)
-    with CountBytes() as start:
-        controller = AromaController(model, optimizer, total_steps=32)
-    step_on(model, optimizer, 1)
-    with CountBytes() as outer:
-        controller.outer_step()
-    weight = controller.modules[0].layer.get_base_layer().weight
-    with CountBytes() as one:
-        weight.full_tensor()
-    told = {
-        "start": start.number,
-        "outer": outer.number,
-        "one gathered": one.number,
-        "one weight": weight.numel() * weight.element_size() // size(),
-        "pairs": sum(p.numel() * p.element_size() for module in controller.modules for p in module.pair),
-        "modules": len(controller.modules),
-        "merged": sum(module.rank for module in controller.modules),
-    }
-    (out / f"traffic-{rank()}.json").write_text(json.dumps(told))
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------
@@ -416,7 +331,6 @@ def tell_all(out: Path) -> None:
     """Everything in one process group: starting one takes longer than most of it."""
     run_loops(out)
     checkpoints(out)
-    traffic(out)
     tell_refusals(out, REFUSALS)
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import inspect
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,56 +13,26 @@ import torch
 from torch import nn
 
 import aroma
-import aroma.integrations.callback
 import aroma.tuner
 from aroma import compat
-from aroma.compat import DEEPSPEED_NAMES, NAMES, TRAINER_NAMES, TUNER_NAMES, PrivateName
 from aroma.errors import AromaError, IncompatibleError
-from aroma.sharding import refuse_sharding
 from aroma.tuner.finished import FinishedComponents
 
 SOURCE = Path(aroma.__file__).parent
-LISTED = {name.name for name in NAMES}
-CHECKED = [name for name in NAMES if name.how != "at use"]
-
-
-def label(name: PrivateName) -> str:
-    return f"{name.package}-{name.name}"
+TABLES = (compat.TUNER_NAMES, compat.TRAINER_NAMES, compat.NAMES_AT_USE)
+LISTED = {name for table in TABLES for names in table.values() for name in names}
 
 
 # A name that vanishes ------------------------------------------------------------------------------------------------
 
 
-def remove(name: PrivateName, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take a name away from the package that defines it, as a new release might."""
-    module, _, path = name.where.partition(":")
-    *parents, last = path.split(".") if path else [""]
-    parent: Any = import_module(module)
-    for part in parents:
-        parent = getattr(parent, part)
-    if name.how == "read by":
-        monkeypatch.setattr(parent, last, lambda: None)
-        return
-    holder = getattr(parent, last) if last else parent
-    if name.how == "instance" or holder is torch.Tensor:  # whose attributes cannot be deleted
-        monkeypatch.setattr(parent, last, type(last, (), {}))
-        return
-    for owner in inspect.getmro(holder) if isinstance(holder, type) else [holder]:
-        if name.name in vars(owner):
-            monkeypatch.delattr(owner, name.name)
-
-
-@pytest.mark.parametrize("name", CHECKED, ids=label)
-def test_a_name_that_vanishes_is_named(name: PrivateName, monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.require_names([name])
-    with monkeypatch.context() as patch:
-        remove(name, patch)
-        with pytest.raises(IncompatibleError) as error:
-            compat.require_names([name])
-    said = str(error.value)
-    version = compat.metadata.version(name.package)
-    for words in (f"{name.package} {version}: ", repr(name.name), name.use, f"a version that works: {name.package}>="):
-        assert words in said
+@pytest.mark.parametrize("where", [*compat.TUNER_NAMES, *compat.TRAINER_NAMES])
+def test_a_name_that_vanishes_is_named(where: str) -> None:
+    package = re.split("[.:]", where)[0]
+    with pytest.raises(IncompatibleError) as error:
+        compat.require_names({where: ("_vanished",)})
+    for words in (f"{package} {compat.metadata.version(package)}: ", "'_vanished'", f"works: {package}>="):
+        assert words in str(error.value)
 
 
 def test_the_error_is_one_of_aroma_and_of_an_import() -> None:
@@ -74,78 +40,10 @@ def test_the_error_is_one_of_aroma_and_of_an_import() -> None:
     assert issubclass(IncompatibleError, ImportError)
 
 
-@pytest.mark.parametrize(
-    ("names", "module"), [(TUNER_NAMES, aroma.tuner), (TRAINER_NAMES, aroma.integrations.callback)]
-)
-def test_the_names_are_checked_at_import(
-    names: tuple[PrivateName, ...], module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checked: list[PrivateName] = []
-    monkeypatch.setattr(compat, "require_names", checked.extend)
-    spec = importlib.util.find_spec(module.__name__)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # a second one; the first stays as it is
-    assert checked == [*names]
-
-
-def test_a_wrapper_of_torch_compile_without_its_module_is_named() -> None:
+def test_the_module_in_a_compiled_one_is_found() -> None:
     model = nn.Linear(2, 2)
     assert compat.compiled_module(model) is None
-    wrapped = torch.compile(model)
-    assert compat.compiled_module(wrapped) is model
-    wrapped._modules["_other"] = wrapped._modules.pop("_orig_mod")
-    with pytest.raises(IncompatibleError, match=r"^torch .* has no '_orig_mod'"):
-        compat.compiled_module(wrapped)
-
-
-# DeepSpeed, which is no dependency -----------------------------------------------------------------------------------
-
-
-def zero_run(stage: int) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """A model and an optimizer with what DeepSpeed gives them, and everything in it that carries names."""
-    model = nn.Linear(3, 2, bias=False)
-    weight: Any = model.weight
-    base = type("ZeROOptimizer", (), {})
-    optimizer: Any = type(f"DeepSpeedZeroOptimizer{'_Stage3' if stage == 3 else ''}", (base,), {})()
-    optimizer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    if stage == 3:
-        optimizer.get_param_id = lambda parameter: 0
-        optimizer.grad_position = {0: (0, 0, 6)}
-        optimizer.fp32_partitioned_groups_flat = [torch.zeros(6)]
-        weight.ds_tensor, weight.ds_numel, weight.ds_shape = torch.zeros(6), 6, (2, 3)
-        weight.ds_status, weight.ds_process_group, weight._z3_optimizer = SimpleNamespace(name=""), None, optimizer
-        return model, optimizer, {"optimizer": optimizer, "parameter": weight}
-    mapping = SimpleNamespace(
-        lp_fragment_address=SimpleNamespace(start=0, numel=6),
-        hp_fragment_address=SimpleNamespace(start=0, numel=6),
-        param_group_index=0,
-        get_hp_fragment=lambda: torch.zeros(6),
-    )
-    weight._hp_mapping = mapping
-    optimizer.single_partition_of_fp32_groups = [torch.zeros(6)]
-    return model, optimizer, {"optimizer": optimizer, "parameter": weight, "mapping": mapping}
-
-
-ZERO = [
-    *((2, "optimizer", name) for name in compat.ZERO_2_OPTIMIZER),
-    *((2, "parameter", name) for name in compat.ZERO_2_PARAMETER),
-    *((2, "mapping", name) for name in compat.ZERO_2_MAPPING),
-    *((3, "optimizer", name) for name in compat.ZERO_3_OPTIMIZER),
-    *((3, "parameter", name) for name in compat.ZERO_3_PARAMETER),
-]
-
-
-@pytest.mark.parametrize(("stage", "holder", "name"), ZERO, ids=lambda value: getattr(value, "name", str(value)))
-def test_a_name_of_deepspeed_that_vanishes_is_named(
-    stage: int, holder: str, name: PrivateName, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compat.metadata, "requires", lambda _: ['deepspeed>=0.19; extra == "deepspeed"'])
-    model, optimizer, holders = zero_run(stage)
-    refuse_sharding(model, optimizer)
-    delattr(holders[holder], name.name)
-    with pytest.raises(IncompatibleError, match=rf"^deepspeed .*: .* has no '{name.name}'.* works: deepspeed>=0.19$"):
-        refuse_sharding(model, optimizer)
+    assert compat.compiled_module(torch.compile(model)) is model
 
 
 # The table is whole, and holds nothing else --------------------------------------------------------------------------
@@ -233,12 +131,6 @@ def test_nothing_is_listed_that_is_not_used() -> None:
     spelled |= {node.attr for node in ast.walk(readers) if isinstance(node, ast.Attribute)}
     spelled |= {node.value for node in ast.walk(readers) if isinstance(node, ast.Constant)}
     assert spelled >= LISTED, LISTED - spelled
-
-
-def test_every_name_has_one_check() -> None:
-    assert len({(name.where, name.name) for name in NAMES}) == len(NAMES)
-    assert all(name.how == "at use" for name in DEEPSPEED_NAMES)
-    assert {name.package for name in NAMES} == {"torch", "peft", "accelerate", "transformers", "trl", "deepspeed"}
 
 
 def test_every_function_that_takes_a_tensor_says_its_shape() -> None:

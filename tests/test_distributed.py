@@ -161,19 +161,13 @@ def test_ddp_does_not_send_the_finished_components(told: Path) -> None:
 SAYS = {
     "made_too_early": ("ConfigError", "world_size=2: "),
     "other_weights": ("ConfigError", "model='base_model.model.bert.embeddings.word_embeddings.weight': it differs"),
-    "other_heads": ("ConfigError", "classifier.modules_to_save.default.bias': it differs"),
     "other_drawn_seeds": ("ConfigError", "lora_A.default.weight': it differs"),
-    "other_chosen_seeds": ("ConfigError", "component_seed="),
     "other_tolerances": ("ConfigError", "outer_tolerance="),
-    "other_lengths": ("ConfigError", "total_steps=64"),
-    "other_targets": ("ConfigError", "target_modules='1"),
     "other_components": ("ConfigError", "finished B': it differs"),
     "not_wrapped": ("ConfigError", "the replicas drift apart; wrap the model"),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
     "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.bias: not finite"),
     "broken_checkpoint": ("CheckpointError", "aroma_state.json: the file is missing"),
-    "no_pair_in_one_optimizer": ("ConfigError", "optimizer='AdamW': it does not hold"),
-    "zero_redundancy_optimizer": ("ConfigError", "optimizer='ZeroRedundancyOptimizer': "),
     "joined": ("ConfigError", "join=True: "),
 }
 
@@ -238,8 +232,6 @@ def test_zero_gradients_reach_every_tensor_that_a_model_returns() -> None:
         assert all(parameter.grad is not None for parameter in keeper.layers[0].pair("default"))
     assert changed["states"][1][1] is None
     assert changed["count"] is output["count"]
-    with pytest.raises(ConfigError, match=r"^model='object': .*no floating-point tensor"):
-        keeper(model, (), object())
 
 
 def test_what_is_sharded_is_refused_in_one_process_too() -> None:

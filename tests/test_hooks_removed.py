@@ -12,7 +12,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from aroma import AromaCallback, attach
-from aroma.errors import NonFiniteError
 from aroma.sharding import REPLICAS, ZERO, StepHooks
 from trainer_runs import adapted, examples, trainer_for
 
@@ -126,14 +125,6 @@ def test_steps_are_hooked_until_the_hooks_are_removed() -> None:
     assert vars(optimizer).keys() == {"said"}, "the method of the class is back"
 
 
-def test_hooks_get_what_torch_gives_its_own() -> None:
-    given: list[tuple[Any, ...]] = []
-    optimizer = Engine()
-    StepHooks(optimizer, lambda *found: given.append(found), lambda *found: given.append(found))
-    optimizer.step(closure=None)
-    assert given == [(optimizer, (), {"closure": None})] * 2
-
-
 def test_a_step_that_was_replaced_before_comes_back() -> None:
     optimizer: Any = SimpleNamespace(step=lambda: "own")
     own = optimizer.step
@@ -156,40 +147,6 @@ def test_a_wrapper_that_was_added_later_stays() -> None:
     assert optimizer.step is later
     assert optimizer.step() == "stepped"
     assert optimizer.said == ["later", "step"]
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
-def test_several_hooks_are_removed_in_any_order(order: tuple[int, ...]) -> None:
-    optimizer = Engine()
-    hooks = [StepHooks(optimizer, *say(optimizer, f"before {i}", f"after {i}")) for i in range(3)]
-    left = {0, 1, 2}
-    for index in order:
-        hooks[index].remove()
-        left.remove(index)
-        optimizer.said.clear()
-        optimizer.step()
-        outer_first = sorted(left, reverse=True)
-        assert optimizer.said == [*(f"before {i}" for i in outer_first), "step", *(f"after {i}" for i in sorted(left))]
-    assert vars(optimizer).keys() == {"said"}
-
-
-@pytest.mark.parametrize("where", ["before", "step", "after"])
-def test_an_error_leaves_the_step_as_it_was(where: str) -> None:
-    optimizer: Any = type("Engine", (Engine,), {})()
-
-    def fail(*_: Any) -> None:
-        raise NonFiniteError("NaN")
-
-    if where == "step":
-        type(optimizer).step = fail
-    StepHooks(
-        optimizer,
-        fail if where == "before" else lambda *_: None,
-        fail if where == "after" else lambda *_: None,
-    )
-    with pytest.raises(NonFiniteError):
-        optimizer.step()
-    assert "step" not in vars(optimizer)
 
 
 # The protocol --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from aroma import AromaCallback, AromaConfig, aroma_layers, attach, save_adapter
 from aroma.errors import ConfigError
 from aroma.export import rank_table
 from aroma.integrations.callback import trainable_adapter
-from distributed_runs import assert_refused
 from ranks import launch
 from small_nets import STEPS, trainable
 from trainer_runs import METHOD as PAPER
@@ -91,12 +90,6 @@ def test_two_processes_resume_the_second_one_to_the_bit(told: Path, way: str) ->
         uninterrupted, resumed = torch.load(told / f"{way}-{rank}.pt", weights_only=False)
         assert uninterrupted["second"]["events"], "something happened after the stop"
         assert_same(resumed, uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", adapter_ranks.SAYS)
-def test_what_was_wrapped_for_another_adapter_is_refused(told: Path, name: str) -> None:
-    assert_refused(told, name, *adapter_ranks.SAYS[name])
 
 
 # With heads, in the Trainer ------------------------------------------------------------------------------------------

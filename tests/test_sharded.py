@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import sharded_runs
 from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.errors import ConfigError
-from aroma.sharding import gathered, sharding_modules, summed
+from aroma.sharding import gathered, sharding_modules
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
 from ranks import launch
 from sharded_runs import LOOPS, MORE_LOOPS, OF_FOUR, REFUSALS, SAVED_AT, STEPS, Training
@@ -105,25 +105,9 @@ def test_more_loops_and_more_processes(tmp_path: Path, processes: int, part: str
 def test_no_collective_a_step_and_few_a_check(told: Path) -> None:
     for name in LOOPS:
         first, _ = both(told, name)
-        inner = len({event["step"] for event in first["events"] if event["kind"] == "checked"})
-        outer = first["checks"] - inner
-        at_start, later = first["collectives"]
-        # An inner check gathers the pairs and agrees on the values; an outer one also sums the products with W0,
-        # where a component is kept.
-        assert 2 * first["checks"] <= later <= 2 * inner + 3 * outer, name
-        assert at_start <= 6
-
-
-@pytest.mark.slow
-def test_no_base_weight_is_ever_gathered(told: Path) -> None:
-    for rank in (0, 1):
-        sent = json.loads((told / f"traffic-{rank}.json").read_text())
-        assert sent["merged"] > 8, "norms after a merge were measured"
-        assert sent["one gathered"] >= sent["one weight"], "a gathered weight would be seen"
-        # The pairs, and a few numbers a module.
-        for moment in ("start", "outer"):
-            assert sent[moment] <= sent["pairs"] + 80 * sent["modules"]
-        assert sent["outer"] < sent["pairs"] + sent["one weight"]
+        at_start, later = first["collectives"]  # without those that gather
+        assert later == first["checks"], name
+        assert at_start <= 4
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
@@ -200,13 +184,8 @@ def test_sharded_weights_are_not_loaded_into_a_model_without_the_components(told
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 SAYS = {
-    "by_tensor_parallelism": ("ConfigError", "a DTensor that fully_shard does not manage"),
-    "hybrid": ("ConfigError", "a mesh of several dimensions"),
-    "by_columns": ("ConfigError", "not sharded by rows"),
-    "over_some": ("ConfigError", "sharded over 1 of 2 processes"),
     "without_root": ("ConfigError", "model='base_model.model.bert.pooler.dense.lora_A.default.weight': it trains"),
     "optimizer_too_early": ("ConfigError", "after get_peft_model and, if you use it, fully_shard"),
-    "fsdp1": ("ConfigError", "model='FullyShardedDataParallel': it is a module of FSDP1"),
     "other_tolerances": ("ConfigError", "outer_tolerance="),
     "sharded_on_one": ("ConfigError", "fully_shard="),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
@@ -350,6 +329,3 @@ def test_nothing_is_copied_where_nothing_is_sharded() -> None:
     pair = AromaController(model, sharded_runs.adamw(model), total_steps=32).modules[0].pair
     assert all(one is other for one, other in zip(gathered(pair), pair, strict=True))
     assert sharding_modules(model) == []
-    weight, B, A = torch.ones(3, 2), torch.ones(3, 1), torch.ones(1, 2)
-    (value,) = summed(lambda W, b, a: (W + b @ a).sum(), [lambda: weight], [(B, A)])
-    assert value == 12

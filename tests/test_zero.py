@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from aroma import verify_adapter
 from aroma.errors import ConfigError, ResetError
 from aroma.integrations.rewarmup import was_skipped
 from aroma.reset import check_resettable, forget_moments, reset_state
-from aroma.sharding import Partition, refuse_sharding, summed, unwrapped_optimizer
+from aroma.sharding import refuse_sharding
 from distributed_runs import CALM, assert_refused, batch_of, stacked
 from test_distributed import assert_close, load
 from trainer_runs import assert_same, tiny_bert
@@ -39,13 +38,10 @@ LOOPS = [
     "zero 2",
     "zero 3, nothing stays, transposed layers",
     "zero 3, loaded in shards, offloaded",
-    "zero 2, offloaded",
     "zero 2, base in 16 bits",
-    "zero 3, base in 16 bits",
     "zero 2, momentum",
     "zero 2, accumulation",
     "zero 3, on after all have finished",
-    "zero 2, on after all have finished",
 ]
 STAGES = ["2", "3, nothing stays"]
 
@@ -78,9 +74,7 @@ def test_a_sharded_model_trains_as_replicas_do(told: Path, name: str) -> None:
         assert_same(first[what], second[what], what)
     assert first["events"] == replicas["events"]
     assert first["stopped"] == replicas["stopped"]
-    # ZeRO-3 evaluates a linear layer otherwise, and 16 bits are rounded otherwise.
-    if name != "zero 3, base in 16 bits":
-        assert_close(first["weights"], replicas["weights"])
+    assert_close(first["weights"], replicas["weights"])
     frozen = [event for event in first["events"] if event["kind"] == "frozen"]
     assert len({event["step"] for event in frozen}) > 1 or "on after" in name
 
@@ -181,7 +175,7 @@ def test_the_saved_adapter_gives_plain_peft_the_logits_of_the_engine(told: Path,
 SAYS = {
     "without_zero": ("ConfigError", "set zero_optimization.stage to 1, 2 or 3"),
     "base_optimizer": ("ConfigError", "give engine.optimizer"),
-    "reset_to_zero": ("ResetError", "reset='zero': DeepSpeedZeroOptimizer counts the steps"),
+    "reset_to_zero": ("ResetError", "reset='zero': DeepSpeedZeroOptimizer: it counts the steps"),
     "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
     "in_16_bits": ("ConfigError", "leave bf16 and fp16 out of DeepSpeed's configuration"),
     "other_tolerances": ("ConfigError", "outer_tolerance"),
@@ -194,25 +188,11 @@ def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     assert_refused(told, name, *SAYS[name])
 
 
-def test_other_optimizers_of_deepspeed_are_refused() -> None:
-    """By name: a process alone makes none of them."""
+@pytest.mark.parametrize("option", ["round_robin_gradients", "zenflow", "params_in_nvme_and_cpu", "swap_optimizer"])
+def test_options_that_move_flat_copies_are_refused(option: str) -> None:
     known = type("ZeROOptimizer", (), {"optimizer": None})
-    other = type("BF16_Optimizer", (known,), {})()
-    assert unwrapped_optimizer(SimpleNamespace(optimizer=other)) is other
-    with pytest.raises(ConfigError, match=r"^optimizer='BF16_Optimizer': .*use stage 2"):
-        refuse_sharding(torch.nn.Linear(2, 2), other)
-    for name, option, value, said in (
-        ("DeepSpeedZeroOptimizer_Stage3", "params_in_nvme_and_cpu", True, r"^offload='nvme': "),
-        ("DeepSpeedZeroOptimizer_Stage3", "backup_optimizer", None, r"^offload_optimizer.ratio='below 1': "),
-        ("DeepSpeedZeroOptimizer", "round_robin_gradients", True, r"^round_robin_gradients=True: .*set it to false"),
-        ("DeepSpeedZeroOptimizer_Stage3", "zenflow", True, r"^zenflow=True: .*leave it out"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            refuse_sharding(torch.nn.Linear(2, 2), type(name, (known,), {option: value})())
-    coded = torch.nn.Linear(2, 2)
-    coded.weight.ds_tensor = SimpleNamespace(ds_quant_scale=1.0)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"^model='weight': ZeRO-3 shards it in quantised form"):
-        refuse_sharding(coded, type("DeepSpeedZeroOptimizer_Stage3", (known,), {})())
+    with pytest.raises(ConfigError, match=rf"^{option}=True: .*leave it out"):
+        refuse_sharding(torch.nn.Linear(2, 2), type("DeepSpeedZeroOptimizer_Stage3", (known,), {option: True})())
 
 
 def test_the_trainer_under_deepspeed_without_zero_is_refused() -> None:
@@ -223,17 +203,11 @@ def test_the_trainer_under_deepspeed_without_zero_is_refused() -> None:
         refuse_sharding(torch.nn.Linear(2, 2), wrapper)
 
 
-def test_an_engine_in_stages_is_refused() -> None:
-    engine = type("PipelineEngine", (torch.nn.Module,), {})()
-    with pytest.raises(ConfigError, match=r"^model='PipelineEngine': it is an engine of DeepSpeed whose stages"):
-        refuse_sharding(engine, None)
-
-
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_does_what_it_does_with_replicas(told: Path, stage: str) -> None:
     ends = [load(told / f"end-{stage}-{rank}.pt") for rank in (0, 1)]
     replicas = load(told / "end-replicas-0.pt")
@@ -245,7 +219,7 @@ def test_the_trainer_does_what_it_does_with_replicas(told: Path, stage: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
     for rank in (0, 1):
         end, again = (load(told / f"{kind}-{stage}-{rank}.pt") for kind in ("end", "again"))
@@ -254,7 +228,7 @@ def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_goes_back_to_the_best_checkpoint(told: Path, stage: str) -> None:
     """Of a moment when modules trained that are frozen at the end; DeepSpeed loads it, and no adapter is."""
     ends = [load(told / f"best-{stage}-{rank}.pt") for rank in (0, 1)]
@@ -267,7 +241,7 @@ def test_the_trainer_goes_back_to_the_best_checkpoint(told: Path, stage: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_saves_whole_adapters(told: Path, stage: str) -> None:
     for checkpoint in ("checkpoint-8", "checkpoint-16"):
         folder = told / stage / checkpoint
@@ -282,47 +256,6 @@ def test_the_trainer_saves_whole_adapters(told: Path, stage: str) -> None:
 
 
 # One process ---------------------------------------------------------------------------------------------------------
-
-
-def pieces(matrix: Tensor, ranks: int) -> Iterator[Partition]:
-    """Cut a matrix as ZeRO-3 does: into equal ranges of its entries, the last ones shorter or empty."""
-    flat = matrix.reshape(-1)
-    length = -(-len(flat) // ranks)
-    for rank in range(ranks):
-        start = min(rank * length, len(flat))
-        yield Partition(flat[start : start + length], start, tuple(matrix.shape))
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (5, 3), (1, 7), (7, 1), (2, 9)])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 100])
-def test_the_rectangles_of_all_ranks_are_the_matrix(shape: tuple[int, int], ranks: int) -> None:
-    matrix = torch.arange(1.0, shape[0] * shape[1] + 1).view(shape)
-    for transposed in (False, True):
-        found = torch.zeros_like(matrix.T if transposed else matrix)
-        for piece in pieces(matrix, ranks):
-            blocks = [*(piece.T if transposed else piece).blocks()]
-            assert len(blocks) <= 3
-            for block, rows, columns in blocks:
-                assert not found[rows, columns].any(), "every entry once"
-                found[rows, columns] = block
-        assert torch.equal(found, matrix.T if transposed else matrix)
-
-
-def test_a_measure_is_the_sum_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    W, B, A = (torch.randn(*shape, generator=generator) for shape in ((5, 7), (5, 2), (2, 7)))
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
-
-    def measure(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return (W + B @ A).square().sum()
-
-    def constant(value: Any) -> Callable[[], Any]:
-        return lambda: value
-
-    for stored in (W, W.T.contiguous()):
-        parts = [piece if stored is W else piece.T for piece in pieces(stored, 11)]
-        values = [summed(measure, [constant(part)], [(B, A)])[0] for part in parts]
-        torch.testing.assert_close(torch.stack(values).sum(), measure(W, B, A))
 
 
 def flat_optimizer(parameter: Any, start: int, count: int, **state: Tensor) -> Any:
@@ -356,7 +289,7 @@ def test_a_range_of_flat_moments_is_pruned_as_the_whole_would_be(ratio: float) -
 
 
 @pytest.mark.parametrize("kind", ["prune", "none"])
-@pytest.mark.parametrize("state", [{"z": torch.ones(20)}, {"exp_avg_sq_row": torch.ones(5)}])
+@pytest.mark.parametrize("state", [{"exp_avg_sq_row": torch.ones(5)}])
 def test_flat_state_that_cannot_be_reset_is_refused(kind: str, state: dict[str, Tensor]) -> None:
     """With `none` too, as what a frozen component leaves is zeroed all the same."""
     parameter = torch.nn.Parameter(torch.ones(3, 5))

@@ -75,18 +75,12 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
         zero(3, **NOTHING_STAYS),
     ),
     LOADED_SHARDED: (PLAIN, zero(3, zero_offload_optimizer={"device": "cpu"})),
-    "zero 2, offloaded": (PLAIN, zero(2, zero_offload_optimizer={"device": "cpu"})),
     "zero 2, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(2)),
-    "zero 3, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(3, **NOTHING_STAYS)),
     "zero 2, momentum": (replace(PLAIN, optimizer="sgd", method={"outer_tolerance": 0.008}), zero(2)),
     "zero 2, accumulation": (replace(PLAIN, accumulate=2), zero(2, gradient_accumulation_steps=2)),
     "zero 3, on after all have finished": (
         replace(PLAIN, early_stop=False, head=False, method={"max_components": 2}, steps=20),
         zero(3),
-    ),
-    "zero 2, on after all have finished": (
-        replace(PLAIN, early_stop=False, head=False, method={"max_components": 2, "reset": "none"}, steps=20),
-        zero(2),
     ),
 }
 
@@ -257,10 +251,7 @@ def reset_to_zero(_: Path) -> None:
     engine = engine_of(zero(2), reset="zero")
     attach(engine, engine.optimizer, total_steps=32)
     engine.backward(engine(**stacked(share(batch_of(0)))).loss)
-    try:
-        engine.step()
-    finally:
-        assert "step" not in vars(engine.optimizer), "an error leaves DeepSpeed's own method"
+    engine.step()
 
 
 def merged(_: Path) -> None:
@@ -293,7 +284,7 @@ def train_replicas(out: Path) -> None:
 
 
 def train(out: Path) -> None:
-    for stage in (1, 2, 3):
+    for stage in (2, 3):
         config = {
             **zero(stage, zero_stage3_gather_16bit_weights_on_model_save=True),
             "train_micro_batch_size_per_gpu": "auto",

@@ -19,7 +19,6 @@ from .criteria import (
     merged_norm_squared,
     product_norm_squared,
 )
-from .sharding import Partition, summed
 
 Pair = tuple[Tensor, Tensor]
 """A component b (m, r), a (r, n)."""
@@ -96,20 +95,20 @@ def outer_value(update_norm: float, weight_norm: float) -> float | None:
     return None if update_norm > 0 else 0.0
 
 
-def weight_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: Sequence[Pair]) -> list[float]:
+def weight_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair]) -> list[float]:
     """Return ‖W0 + B A‖_F of every module, from scratch.
 
     Args:
-        weights: W0 (m, n) of every module, or what this rank has of it, by call: a quantised weight is dequantised one
+        weights: W0 (m, n) of every module, by call: a quantised weight is dequantised, and a sharded one gathered, one
             module at a time.
         updates: Finished components B (m, R), A (R, n), scale folded in.
     """
-    squares = summed(merged_norm_squared, weights, updates)
+    squares = [merged_norm_squared(weight(), B, A) for weight, (B, A) in zip(weights, updates, strict=True)]
     return _to_host([square.clamp_min(0).sqrt() for square in squares])
 
 
 @torch.no_grad()
-def relative_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: Sequence[Pair]) -> list[float | None]:
+def relative_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair]) -> list[float | None]:
     """Return ‖B A‖_F / ‖W0‖_F of every module; None where W0 is 0 and its update is not.
 
     If parameters are sharded, all ranks call this together.
@@ -124,7 +123,7 @@ def relative_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates:
 
 
 def grown_norms(
-    weights: Sequence[Callable[[], Tensor | Partition]],
+    weights: Sequence[Callable[[], Tensor]],
     updates: Sequence[Pair],
     added: Sequence[Pair],
     norms: Sequence[float],
@@ -138,7 +137,7 @@ def grown_norms(
         norms: ‖W0 + B A‖_F.
     """
     squares = []
-    crosses = summed(cross_term, weights, added)
+    crosses = [cross_term(weight(), b, a) for weight, (b, a) in zip(weights, added, strict=True)]
     for cross, (B, A), (b, a), norm in zip(crosses, updates, added, norms, strict=True):
         both = cross + inner_product(B, A, b, a)
         squares.append((norm**2 + 2 * both + product_norm_squared(b, a)).clamp_min(0).sqrt())

@@ -1,8 +1,7 @@
 """Reinit & Reset (Algorithm 1): the fresh component, and the optimizer's state of the one that was merged.
 
-Names decide which entries of an optimizer's state are moments, not shapes alone: a tensor shaped like its parameter
-may be the iterate of a schedule-free method, and zeroing that would silently wreck a run. How the state is spread over
-processes is not known here: see `aroma.sharding.Sharding.optimizer_state`.
+A floating-point state with the shape of its parameter, or of a row or column factor of it, is a moment. How the state
+is spread over processes is not known here: see `aroma.sharding.Sharding.optimizer_state`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,35 +19,18 @@ from .sharding import Entries, OptimizerState, sharding_of, unwrapped_optimizer
 
 RESET_KINDS = ("prune", "zero", "none")
 
-_MOMENTS = frozenset(
-    {
-        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # torch Adam, AdamW, NAdam, RAdam, Adamax
-        *("momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta"),  # torch SGD, RMSprop, Adagrad, Adadelta
-        *("row_var", "col_var", "variance"),  # torch Adafactor
-        *("exp_avg_sq_row", "exp_avg_sq_col"),  # transformers Adafactor
-        *("state1", "state2"),  # bitsandbytes
-    }
-)
-
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. All parameters share qmap, so it is never written."""
 
-_COUNTS = {"step": 0, "mu_product": 1}
+_FIRST_COUNTS = {"step": 0, "mu_product": 1}
 """Counts of steps, by what they begin with; NAdam's is the product of the momenta so far."""
 
-_SCRATCH = frozenset({"RMS", "unorm_vec"})
-"""The optimizer recomputes these at every step, so there is nothing to reset."""
+_ITERATES = ("z", "ax", "slow_buffer")
+"""Schedule-free, averaging and lookahead methods keep iterates, shaped like moments; to zero one wrecks the run."""
 
 
-@dataclass(frozen=True)
-class _Moment:
-    """This rank's entries of one moment.
-
-    Attributes:
-        entries: The entries.
-        zero: The value among them that stands for zero: a code where the moment is quantised.
-        absmax: The scales of the blocks, (blocks,), where the moment is quantised.
-    """
+class _Moment(NamedTuple):
+    """This rank's entries of one moment; what among them stands for zero; the blocks' scales if it is quantised."""
 
     entries: Entries
     zero: float = 0.0
@@ -107,16 +88,15 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
     `"none"` changes nothing. A parameter without state has nothing to reset yet.
 
     Args:
-        optimizer: torch's Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad, Adadelta or Adafactor,
-            transformers' Adafactor, or a bitsandbytes optimizer of 32 or 8 bits; wrapped by accelerate or not. Under
-            DeepSpeed's ZeRO those that keep moments shaped as their parameters.
+        optimizer: Any that keeps moments as those of torch, transformers or bitsandbytes (32 or 8 bits) do; wrapped by
+            accelerate or not, or DeepSpeed's.
         param: The parameter (any shape), as the optimizer holds it.
         kind: `"prune"`, `"zero"` or `"none"`.
         prune_ratio: Share of entries that `"prune"` zeroes, in [0, 1].
         generator: CPU generator that chooses the entries.
 
     Raises:
-        ResetError: AROMA cannot reset some of the state; nothing has been changed.
+        ResetError: Some of the state is no moment; nothing has been changed.
         ConfigError: An unknown `kind`.
     """
     moments = _resettable_moments(optimizer, param, kind)
@@ -125,7 +105,10 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
     elif kind == "zero":
         for moment in moments:
             _clear(moment)
-        _clear_step(optimizer.state.get(param, {}))
+        state = optimizer.state.get(param, {})
+        for name in _FIRST_COUNTS.keys() & state.keys():
+            first = _FIRST_COUNTS[name]
+            state[name] = state[name].fill_(first) if isinstance(state[name], Tensor) else first
 
 
 @torch.no_grad()
@@ -135,7 +118,7 @@ def forget_moments(optimizer: Any, param: Tensor) -> None:
     A flat optimizer does: without moments the parameter stays zero. Any other leaves it alone, and so does this.
 
     Raises:
-        ResetError: AROMA cannot reset some of the state; nothing has been changed.
+        ResetError: Some of the state is no moment; nothing has been changed.
     """
     state = sharding_of(param, optimizer).optimizer_state(optimizer, param)
     if not state.is_flat:
@@ -152,7 +135,7 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
     Check all parameters (any shapes) before the first is reset, so that an error leaves every one unchanged.
 
     Raises:
-        ResetError: AROMA cannot reset some of the state, or `optimizer` does not hold `param`.
+        ResetError: Some of the state is no moment.
         ConfigError: An unknown `kind`.
     """
     _resettable_moments(optimizer, param, kind)
@@ -180,72 +163,54 @@ def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Momen
     """Return the moments of `param` (any shape) that `kind` resets, or raise what `reset_state` raises."""
     if kind not in RESET_KINDS:
         raise bad_value("reset", kind, "choose 'prune', 'zero' or 'none'")
-    sharding = sharding_of(param, optimizer)
-    state = sharding.optimizer_state(optimizer, param)
-    if state.is_flat and kind == "zero":
-        raise _no_own_step(
-            optimizer, "the steps of many parameters at once", "train under DistributedDataParallel or FSDP2"
-        )
+    state = sharding_of(param, optimizer).optimizer_state(optimizer, param)
+    if kind == "zero" and (state.is_flat or _shares_count(optimizer, state)):
+        remedy = "it counts the steps of many parameters at once, so one count cannot be zeroed; set reset='prune'"
+        raise bad_value("reset", "zero", f"{type(unwrapped_optimizer(optimizer)).__name__}: {remedy}", ResetError)
     # The moments of a flat optimizer are needed whatever `kind` is: once the component is frozen, they are zeroed.
     if kind == "none" and not state.is_flat:
         return []
     if state.is_elsewhere:
         # Nothing to reset, but the mask is drawn as on every other rank: later draws depend on it.
         return [_Moment(Entries(param.new_zeros(0), state.shape, lambda whole: whole.reshape(-1)[:0]))]
-    if not state.values:
-        if sharding.not_held(optimizer, [param]):
-            raise _not_held(optimizer, param)
-        return []
-    _require_known(optimizer, state)
-    # A step count per group (apex) also corrects the bias of parameters that go on, so it must not be zeroed. And
-    # zeroed moments under an old count would be corrected wrongly.
-    if kind == "zero" and "step" not in state.values and any("step" in group for group in optimizer.param_groups):
-        raise _no_own_step(optimizer, "steps per parameter group", "use another optimizer")
     # In the order of names: the order in which a loaded state lists its keys must not change the random draws.
-    keys = sorted(key for key in state.values if key in _MOMENTS and state.values[key] is not None)
-    return [_read_moment(optimizer, state, key) for key in keys]
+    moments = [_read_moment(optimizer, state, key) for key in sorted(state.values)]
+    return [moment for moment in moments if moment is not None]
 
 
-def _require_known(optimizer: Any, state: OptimizerState) -> None:
-    codebooks = {name for key, names in _CODEBOOKS.items() if key in state.values for name in names}
-    known = {*_COUNTS} | _MOMENTS | _SCRATCH | codebooks
-    for key in sorted(state.values):
-        if key not in known:
-            raise _refusal(optimizer, state, key, "which AROMA does not know how to reset")
-    for name, first in _COUNTS.items():
-        count = state.values.get(name, first)
-        if not isinstance(count, int | float) and not (isinstance(count, Tensor) and count.numel() == 1):
-            raise _refusal(optimizer, state, name, "which is not a step count")
+def _read_moment(optimizer: Any, state: OptimizerState, key: str) -> _Moment | None:
+    """Return the state `key` as a moment; None if it is a number or a scale, which stays."""
+    value = state.values[key]
+    if key in _FIRST_COUNTS or value is None or key.startswith(("qmap", "absmax", "unorm")) or _is_number(value):
+        return None
+    entries = state.entries(value) if isinstance(value, Tensor) else None
+    if entries is not None and entries.shape in _moment_shapes(state.shape) and key not in _ITERATES:
+        if value.is_floating_point():
+            return _Moment(entries)
+        qmap, absmax = (state.values.get(name) for name in _CODEBOOKS.get(key, ("", "")))
+        if value.dtype == torch.uint8 and isinstance(qmap, Tensor) and isinstance(absmax, Tensor):
+            return _Moment(entries, int((qmap == 0).nonzero()[0]), absmax)
+    kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+    # Of a flat optimizer the moments of frozen components are zeroed whatever `reset` is.
+    without = "" if state.is_flat else ", or reset='none', which leaves it alone"
+    raise ResetError(
+        f"optimizer={type(unwrapped_optimizer(optimizer)).__name__}: its state {key!r} of {kind} is no moment of a "
+        f"parameter of shape {state.shape}; use another optimizer, e.g. torch.optim.AdamW{without}"
+    )
 
 
-def _read_moment(optimizer: Any, state: OptimizerState, key: str) -> _Moment:
-    values = state.values[key]
-    entries = state.entries(values)
-    if entries is None:
-        raise _refusal(optimizer, state, key, "which is neither a plain tensor nor sharded as its parameter is")
-    if entries.shape not in _moment_shapes(state.shape):
-        raise _refusal(optimizer, state, key, f"which does not fit its parameter of shape {state.shape}")
-    if values.is_floating_point():
-        return _Moment(entries)
-    if type(values) in (Tensor, torch.nn.Parameter) and values.dtype == torch.uint8 and key in _CODEBOOKS:
-        return _read_quantised(optimizer, state, key, entries)
-    raise _refusal(optimizer, state, key, f"whose dtype {values.dtype} AROMA cannot read")
+def _shares_count(optimizer: Any, state: OptimizerState) -> bool:
+    return bool(state.values) and "step" not in state.values and any("step" in one for one in optimizer.param_groups)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def _moment_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     """Return the shapes of a full moment, and of row and column factors with and without the reduced dimension."""
     rows, columns = shape[:-1], shape[:-2] + shape[-1:]
     return {shape, rows, (*rows, 1), columns, (*shape[:-2], 1, *shape[-1:])}
-
-
-def _read_quantised(optimizer: Any, state: OptimizerState, key: str, entries: Entries) -> _Moment:
-    qmap, absmax = (state.values.get(name) for name in _CODEBOOKS[key])
-    if not isinstance(qmap, Tensor) or not isinstance(absmax, Tensor):
-        raise _refusal(optimizer, state, key, "which is quantized without block scales (blockwise=False)")
-    codes = torch.nonzero(qmap == 0)
-    if len(codes) == 0:
-        raise _refusal(optimizer, state, key, "whose quantization map has no zero")
-    return _Moment(entries, int(codes[0]), absmax)
 
 
 # Resets --------------------------------------------------------------------------------------------------------------
@@ -268,50 +233,3 @@ def _clear(moment: _Moment) -> None:
     moment.entries.values.fill_(moment.zero)
     if moment.absmax is not None:
         moment.absmax.zero_()
-
-
-def _clear_step(state: dict[str, Any]) -> None:
-    for name, first in _COUNTS.items():
-        if isinstance(state.get(name), Tensor):
-            state[name].fill_(first)
-        elif name in state:
-            state[name] = first
-
-
-# Errors --------------------------------------------------------------------------------------------------------------
-
-
-def _not_held(optimizer: Any, param: Tensor) -> Exception:
-    """Return the error of a parameter (any shape) that the optimizer lacks because it trains, e.g., flat shards."""
-    return bad_value(
-        "param",
-        tuple(param.shape),
-        f"this component is not held by {_name(optimizer)}, so its state cannot be reset; make the optimizer from "
-        "the parameters of the model as it trains, or set reset='none'",
-        ResetError,
-    )
-
-
-def _no_own_step(optimizer: Any, how: str, remedy: str) -> Exception:
-    return bad_value(
-        "reset",
-        "zero",
-        f"{_name(optimizer)} counts {how}, so the count of one component cannot be zeroed; set reset='prune' or "
-        f"'none', or {remedy}",
-        ResetError,
-    )
-
-
-def _refusal(optimizer: Any, state: OptimizerState, key: str, why: str) -> ResetError:
-    value = state.values.get(key)
-    kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-    # Of a flat optimizer the moments of frozen components are zeroed whatever `reset` is.
-    without = "" if state.is_flat else ", or reset='none', which leaves it alone"
-    return ResetError(
-        f"optimizer={_name(optimizer)}: it keeps state {key!r} of {kind}, {why}; use another optimizer, e.g. "
-        f"torch.optim.AdamW{without}"
-    )
-
-
-def _name(optimizer: Any) -> str:
-    return type(unwrapped_optimizer(optimizer)).__name__

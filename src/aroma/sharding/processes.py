@@ -56,21 +56,10 @@ def processes_of_node() -> int:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that DistributedDataParallel, DeepSpeed or torch.compile wraps, or `model` itself."""
-    return [*_wrappers(model)][-1]
-
-
-def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield `model`, what it wraps, and so on."""
-    inner: nn.Module | None = model
-    while inner is not None:
-        yield inner
-        is_wrapper = isinstance(inner, DistributedDataParallel) or is_engine(inner)
-        inner = inner.module if is_wrapper else compat.compiled_module(inner)  # type: ignore[assignment]
-
-
-def replicas_of(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel that is, or is wrapped by, `model`; None without one."""
-    return next((one for one in _wrappers(model) if isinstance(one, DistributedDataParallel)), None)
+    if isinstance(model, DistributedDataParallel) or is_engine(model):
+        return unwrapped(model.module)  # type: ignore[arg-type]
+    inner = compat.compiled_module(model)
+    return model if inner is None else unwrapped(inner)
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
@@ -112,15 +101,16 @@ def agree(
         return [*norms], [*values]
     own = [*norms, *(0.0 if value is None else value for value in values)]
     finite = [number if -torch.inf < number < torch.inf else torch.inf for number in own]
-    largest, smallest = _extremes(torch.tensor(finite, dtype=torch.float64), device)
-    for name, most, least in zip(names, largest.tolist(), smallest.tolist(), strict=False):
+    sent = torch.tensor([finite, [-number for number in finite]], dtype=torch.float64, device=device)
+    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    agreed, smallest = sent[0].tolist(), (-sent[1]).tolist()
+    for name, most, least in zip(names, agreed, smallest, strict=False):
         if most < torch.inf and most - least > _DRIFT * most:
             raise ConfigError(
                 f"{name}: its norm is {least:.6g} on one rank and {most:.6g} on another, so the replicas drift apart; "
-                "wrap the model in DistributedDataParallel (or let accelerate or the Trainer do it) before "
-                "training, call it and not the model inside, and let every rank take the same optimizer steps"
+                "wrap the model in DistributedDataParallel with this adapter active, call the wrapper and not the "
+                "model inside, and let every rank take the same optimizer steps"
             )
-    agreed = largest.tolist()
     derived = zip(values, agreed[len(norms) :], strict=True)
     return agreed[: len(norms)], [None if value is None else number for value, number in derived]
 
@@ -182,19 +172,11 @@ def refuse_changed_processes(processes: int, wrapper: Any) -> None:
         ConfigError: Naming `world_size` or `join`.
     """
     if world_size() != processes:
-        raise bad_value(
-            "world_size",
-            world_size(),
-            f"the controller was made when it was {processes}; make it after init_process_group, when the model is "
-            "wrapped in DistributedDataParallel or sharded by fully_shard",
-        )
+        remedy = "make it after init_process_group, when the model is wrapped or sharded"
+        raise bad_value("world_size", world_size(), f"the controller was made when it was {processes}; {remedy}")
     if compat.is_joined(wrapper):
-        raise bad_value(
-            "join",
-            True,
-            "a rank that has run out of data would take no part in the checks of the others; leave the join context, "
-            "and give all ranks equally many batches (DistributedSampler, accelerate and the Trainer do)",
-        )
+        remedy = "leave the join context, and give all ranks equally many batches (DistributedSampler does)"
+        raise bad_value("join", True, f"a rank without data would take no part in the checks of the others; {remedy}")
 
 
 def require_equal_replicas(
@@ -212,21 +194,16 @@ def require_equal_replicas(
     """
     if not is_distributed():
         return
-    named = [*tensors]
-    facts = {**facts, "model": [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]}
+    named = dict(tensors)
+    facts = {**facts, "model": [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named.items()]}
+    remedy = "it differs between the ranks; give every rank the same model and arguments"
     differing = _differing([_number_of(repr(value)) for value in facts.values()], device)
     if differing is not None:
         name, value = list(facts.items())[differing]
-        shown = f"{len(value)} of them" if isinstance(value, list) else value
-        raise bad_value(name, shown, "it differs between the ranks; give every rank the same model and arguments")
-    differing = _differing([_checksum(tensor) for _, tensor in named], device)
+        raise bad_value(name, f"{len(value)} of them" if isinstance(value, list) else value, remedy)
+    differing = _differing([_checksum(tensor) for tensor in named.values()], device)
     if differing is not None:
-        raise bad_value(
-            "model",
-            named[differing][0],
-            "it differs between the ranks, so they would train different models; load the same weights on every rank "
-            "and wrap the model in DistributedDataParallel before the controller is made",
-        )
+        raise bad_value("model", list(named)[differing], remedy)
 
 
 def _number_of(text: str) -> int:
@@ -245,15 +222,8 @@ def _differing(numbers: Sequence[int | Tensor], device: torch.device) -> int | N
     if not numbers:
         return None
     own = torch.stack([torch.as_tensor(number, dtype=torch.int64).to(device) for number in numbers])
-    largest, smallest = _extremes(own, device)
-    indices = (largest != smallest).nonzero()
-    return int(indices[0]) if len(indices) else None
-
-
-def _extremes(numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the largest and the smallest of each of `numbers` (k,) over all ranks, in one collective."""
-    # Integers are complemented, because the least of them has no negative.
-    mirrored = -numbers if numbers.is_floating_point() else ~numbers
-    sent = torch.stack([numbers, mirrored]).to(device)
+    # Complemented, not negated, because the least integer has no negative.
+    sent = torch.stack([own, ~own])
     dist.all_reduce(sent, dist.ReduceOp.MAX)
-    return sent[0], -sent[1] if numbers.is_floating_point() else ~sent[1]
+    indices = (sent[0] != ~sent[1]).nonzero()
+    return int(indices[0]) if len(indices) else None

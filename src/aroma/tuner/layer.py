@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
-from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
+from ..sharding import gathered, is_sharded, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Update, autocast_dtype, linear_with_update
 from .tracing import is_hooked, is_traced
@@ -203,18 +203,18 @@ class AromaLinear(LoraLinear):
 
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
-    def weight_matrix(self) -> Tensor | Partition:
+    def weight_matrix(self) -> Tensor:
         """Return W0 as (m, n): a view, or a copy if the base layer is quantised or offloaded.
 
-        Under ZeRO-3 this rank's part of it.
+        All ranks gather a sharded one together.
 
         Raises:
             ConfigError: The weight has no data, and nothing can load it.
         """
         base = self.get_base_layer()
         if is_sharded(base.weight):
-            part: Partition = self._as_matrix(sharded_matrix(base.weight))
-            return part
+            whole: Tensor = self._as_matrix(gathered([base.weight])[0].detach())
+            return whole
         with align_module_device(base):
             if base.weight.is_meta:
                 raise bad_value(
