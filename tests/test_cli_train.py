@@ -268,6 +268,7 @@ def test_eval_refuses(files, run, tmp_path, capsys):
     (edited / "aroma_task.json").write_text('{"kind": "classification"}')
     for adapter, data, further, message in (
         (run / "adapter", files / "test.jsonl", ["--base-model", "no/model"], "base_model='no/model': cannot be load"),
+        (run / "adapter", files / "test.jsonl", ["--batch-size", "0"], "--batch-size=0: give 1 or more"),
         (run / "adapter", unknown, [], "'middling': labels that the training examples lack"),
         (edited, files / "test.jsonl", [], "aroma_task.json: edited"),
     ):
