@@ -90,13 +90,7 @@ class AromaCallback(TrainingCallback):
         return whole_checkpoint(resume_from_checkpoint, trainer.args)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        model: nn.Module,
-        optimizer: Any,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self._was_over = False
@@ -189,14 +183,7 @@ class AromaCallback(TrainingCallback):
             self._rewarmup.end(optimizer, lr_scheduler)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: Any,
-        lr_scheduler: Any,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
     ) -> None:
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
