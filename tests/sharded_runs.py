@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 import distributed_runs
-from aroma import AromaController, attach, save_adapter
+from aroma import attach, save_adapter
 from aroma.sharding import own_entries
 from distributed_runs import (
     CALM,
@@ -179,20 +179,6 @@ def save(out: Path) -> None:
     torch.save(training.go_on(SAVED_AT, STEPS), out / f"uninterrupted-{rank()}.pt")
 
 
-def state_of_rank_0(out: Path) -> None:
-    """What the Trainer asks rank 0 alone for, after all ranks have looked for NaN."""
-    training = Training()
-    training.go_on(0, SAVED_AT)
-    controller = training.growth.controller
-    together = controller.state_dict()
-    controller.require_finite()
-    if rank() == 0:
-        controller.require_finite(alone=True)
-        assert_same(controller.state_dict(), together)
-    before = training.go_on(SAVED_AT, SAVED_AT + 1)["controller"]["state"]["adapter_digest"]
-    assert before != together["state"]["adapter_digest"], "what was held for rank 0 is let go at the next step"
-
-
 def resume(out: Path, name: str = "resumed", loads_late: bool = False) -> None:
     training = Training(out / "adapter", loads_late=loads_late)
     torch.save(training.go_on(SAVED_AT, STEPS), out / f"{name}-{rank()}.pt")
@@ -222,7 +208,6 @@ def checkpoints(out: Path) -> None:
     resume(out)
     resume(out, "resumed-late", loads_late=True)
     load_shards(out)
-    state_of_rank_0(out)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -258,16 +243,6 @@ def broken_head(out: Path) -> None:
     distributed_runs.broken_head(out, as_one, "weight")
 
 
-def unannounced_save(_: Path) -> None:
-    """What the Trainer asks rank 0 for; where nothing was gathered before, it would wait for the others."""
-    model = as_one(adapted())
-    controller = AromaController(model, adamw(model), total_steps=32)
-    controller.require_finite()
-    controller.require_finite(alone=True)
-    controller.step()
-    controller.require_finite(alone=True)
-
-
 def merged(_: Path) -> None:
     as_one(adapted()).merge_adapter()
 
@@ -285,7 +260,6 @@ REFUSALS = [
     sharded_on_one,
     broken_component,
     broken_head,
-    unannounced_save,
     merged,
     saved_into_a_file,
 ]

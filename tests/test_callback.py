@@ -161,14 +161,6 @@ def test_early_stop_follows_an_epoch_strategy(tmp_path: Path) -> None:
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [end]
 
 
-def test_early_stop_keeps_to_no_saving_and_no_evaluation(tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(outer_tolerance=100.0), tmp_path, AromaCallback(), save_strategy="no")
-    trainer.train()
-    assert growth(trainer).controller.finished
-    assert checkpoints(tmp_path) == []
-    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-
-
 def test_without_early_stop_the_head_trains_on(tmp_path: Path) -> None:
     trainer = train(tmp_path, Run(steps=16, method={"outer_tolerance": 100.0}, early_stop=False))
     assert trainer.state.global_step == 16
@@ -179,18 +171,6 @@ def test_without_early_stop_the_head_trains_on(tmp_path: Path) -> None:
     for name in ("base_model.model.classifier.weight", "base_model.model.classifier.bias"):
         assert not torch.equal(then.pop(name), now.pop(name))
     assert_same(then, now)
-
-
-def test_a_second_training_leaves_frozen_modules_frozen(tmp_path: Path) -> None:
-    first = train(tmp_path, Run(steps=14, training={"save_strategy": "no"}))
-    before = growth(first).controller.summary()
-    frozen = {summary.name: summary.rank for summary in before if summary.state == "frozen"}
-    assert 0 < len(frozen) < len(before)
-    second = trainer_for(first.model, tmp_path, AromaCallback(), max_steps=14, save_strategy="no")
-    second.train()
-    after = {summary.name: summary for summary in growth(second).controller.summary()}
-    assert {name: after[name].rank for name in frozen} == frozen
-    assert sum(summary.rank for summary in after.values()) > sum(summary.rank for summary in before)
 
 
 # The best checkpoint -------------------------------------------------------------------------------------------------
@@ -284,15 +264,6 @@ def test_a_model_without_a_growing_adapter_is_refused_at_construction(tmp_path: 
         trainer_for(model(), tmp_path, AromaCallback())
 
 
-def test_an_interval_longer_than_the_run_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        adapted(inner_check_interval=30, max_inner_steps=None), tmp_path, AromaCallback(), max_steps=20
-    )
-    with pytest.raises(ConfigError, match=r"inner_check_interval=30.*20 optimizer steps"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
 # NaN and infinity ----------------------------------------------------------------------------------------------------
 
 
@@ -348,14 +319,6 @@ def test_a_bad_loss_stops_the_training(
     assert_only_good_checkpoints(tmp_path, left)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_bad_component_is_named(tmp_path: Path, value: float) -> None:
-    trainer = trainer_for(adapted(inner_tolerance=1e-9), tmp_path, AromaCallback(), Poison(6, value), save_steps=2)
-    with pytest.raises(NonFiniteError, match=r"^bert\.pooler\.dense: .*optimizer step 6 \(outer step 1, inner step 6"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, [2, 4])
-
-
 def test_a_bad_gradient_in_the_log_stops_the_training_though_the_trainer_hides_the_loss(tmp_path: Path) -> None:
     trainer = trainer_for(adapted(), tmp_path, AromaCallback(), kind=bad_loss_at(5, math.nan), save_steps=4)
     with pytest.raises(NonFiniteError, match=r"^grad_norm=nan at optimizer step 5: .*resume"):
@@ -370,23 +333,6 @@ def test_two_callbacks_are_refused_before_they_freeze_each_other(tmp_path: Path)
         trainer.train()
 
 
-def test_one_callback_that_is_listed_twice_is_refused_and_may_train_again(tmp_path: Path) -> None:
-    callback = AromaCallback()
-    trainer = trainer_for(adapted(), tmp_path, callback)
-    trainer.add_callback(callback)
-    with pytest.raises(ConfigError, match=r"callbacks='AromaCallback': the same one is listed twice"):
-        trainer.train()
-    trainer.callback_handler.callbacks.remove(callback)
-    trainer.train()
-    assert callback.controller is not None
-    assert callback.controller.global_step == trainer.state.global_step > 0
-
-
-def test_saving_in_the_midst_of_a_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^enable_jit_checkpoint=True: .*last_complete_checkpoint"):
-        trainer_for(adapted(), tmp_path, AromaCallback(), enable_jit_checkpoint=True)
-
-
 @pytest.mark.slow
 def test_a_second_training_goes_on_with_directions_of_its_own(tmp_path: Path) -> None:
     trainer = trainer_for(adapted(outer_tolerance=None), tmp_path, AromaCallback())
@@ -399,15 +345,6 @@ def test_a_second_training_goes_on_with_directions_of_its_own(tmp_path: Path) ->
     assert len(second)
     cosines = torch.nn.functional.normalize(second, dim=1) @ torch.nn.functional.normalize(first, dim=1).T
     assert cosines.abs().max() < 0.9
-
-
-def test_a_bad_loss_in_the_log_stops_the_training(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        adapted(), tmp_path, AromaCallback(), kind=bad_loss_at(5, math.nan), logging_nan_inf_filter=False, save_steps=4
-    )
-    with pytest.raises(NonFiniteError, match=r"^loss=nan at optimizer step 5: .*resume"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, [4])
 
 
 def test_no_evaluation_of_a_broken_model(tmp_path: Path) -> None:

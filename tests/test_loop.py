@@ -112,27 +112,6 @@ def test_a_step_for_the_sake_of_the_state_is_none(kind: Callable[..., torch.opti
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("closure", [(), (None,)])
-def test_a_first_step_with_a_rate_of_zero_is_one(closure: tuple[None, ...]) -> None:
-    """As a schedule with a warm-up takes it."""
-    model = adapted("llama")
-    optimizer = optimizer_of(model, rate=0.0)
-    growth = attach(model, optimizer, total_steps=STEPS)
-    model(**batch("llama")).loss.backward()
-    optimizer.step(*closure)
-    assert growth.controller.global_step == 1
-
-
-def test_the_rate_is_whole_again_after_detaching_in_the_midst_of_a_climb() -> None:
-    model = adapted("llama", rewarmup_steps=50)
-    optimizer = optimizer_of(model)
-    growth = attach(model, optimizer, total_steps=STEPS)
-    train(model, batch("llama"), optimizer, 6)
-    assert growth.controller.lr_factor < 1
-    growth.detach()
-    assert optimizer.param_groups[0]["lr"] == 0.01
-
-
 def test_accelerate_grows_alike() -> None:
     plain = adapted("llama")
     events, losses = plain_run(plain)
@@ -290,51 +269,6 @@ def test_trained_without_a_controller_the_first_save_says_so(tmp_path: Path) -> 
     train(model, batch("llama"), optimizer_of(model), 2)
     with pytest.warns(UserWarning, match=r"trained without its controller.*aroma\.attach"):
         model.save_pretrained(tmp_path)
-
-
-def test_saved_untrained_or_attached_or_detached_nothing_is_said(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    model = adapted("llama")
-    model.save_pretrained(tmp_path)
-    optimizer = optimizer_of(model)
-    growth = attach(model, optimizer, total_steps=STEPS)
-    train(model, batch("llama"), optimizer, 2)
-    model.save_pretrained(tmp_path)
-    growth.detach()
-    del growth
-    model.save_pretrained(tmp_path)
-    assert not [warning for warning in recwarn if "controller" in str(warning.message)]
-    verify_adapter(tmp_path)
-
-
-def test_a_model_without_an_adapter_is_refused() -> None:
-    model = base("llama")
-    with pytest.raises(ConfigError, match=r"^adapter_name='default': LlamaForCausalLM .*get_peft_model"):
-        attach(model, optimizer_of(model), total_steps=STEPS)
-
-
-def test_an_optimizer_without_every_pair_is_refused() -> None:
-    model = adapted("llama")
-    optimizer = torch.optim.AdamW(trainable(model)[:-1])
-    with pytest.raises(ConfigError, match=r"optimizer='AdamW': .*'model\.layers\.1\.mlp\.down_proj'"):
-        attach(model, optimizer, total_steps=STEPS)
-
-
-def test_a_run_of_unknown_length_is_refused() -> None:
-    model = adapted("llama", max_inner_steps=None)
-    with pytest.raises(ConfigError, match=r"max_inner_steps=None: .*total_steps"):
-        attach(model, optimizer_of(model))
-
-
-def test_a_refused_attachment_leaves_no_hook() -> None:
-    model = adapted("llama", max_inner_steps=None)
-    optimizer = optimizer_of(model)
-    with pytest.raises(ConfigError):
-        attach(model, optimizer)
-    growth = attach(model, optimizer, total_steps=60)
-    train(model, batch("llama"), optimizer, 2)
-    assert growth.controller.global_step == 2
 
 
 def test_a_summary_prints_as_a_short_table() -> None:

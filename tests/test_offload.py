@@ -102,14 +102,6 @@ def test_offloaded_weights_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPa
     assert most == 1
 
 
-def test_an_offloaded_pair_is_refused() -> None:
-    model = adapted("llama")
-    optimizer = torch.optim.AdamW(trainable(model))
-    cpu_offload(model, CPU)
-    with pytest.raises(ConfigError, match=r"^model='offloaded': .*q_proj.*meta device.*before get_peft_model"):
-        attach(model, optimizer, total_steps=STEPS)
-
-
 def test_a_weight_that_nobody_can_load_is_refused() -> None:
     model = adapted("llama")
     layer = aroma_layers(model)["model.layers.0.mlp.up_proj"]

@@ -515,9 +515,7 @@ def test_a_resume_with_another_configuration_names_every_field(whole: Path) -> N
 
 def test_a_resume_with_more_targets_is_refused(tmp_path: Path) -> None:
     _, _, folder = trained(tmp_path, target_modules=["query", "key"])
-    with pytest.raises(
-        ConfigError, match=r"target_modules='bert\.[\w.]+': the checkpoint grows 4 modules and this model 13"
-    ):
+    with pytest.raises(CheckpointError, match="the model has other target_modules"):
         resume(folder, reloaded(folder, component_seed=5))
 
 

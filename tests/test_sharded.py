@@ -11,7 +11,6 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import sharded_runs
-from aroma import AromaCallback, AromaController, verify_adapter
-from aroma.errors import ConfigError
+from aroma import AromaController, verify_adapter
 from aroma.sharding import gathered, sharding_modules
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
 from ranks import launch
@@ -190,7 +188,6 @@ SAYS = {
     "sharded_on_one": ("ConfigError", "fully_shard="),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
     "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.weight: not finite"),
-    "unannounced_save": ("CheckpointError", "list AromaCallback behind the callbacks that set should_save"),
     "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
     "saved_into_a_file": ("CheckpointError", "taken"),
 }
@@ -200,37 +197,6 @@ SAYS = {
 @pytest.mark.parametrize("name", [refuse.__name__ for refuse in REFUSALS])
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     assert_refused(told, name, *SAYS[name])
-
-
-def test_loading_on_rank_0_alone_is_refused_in_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    callback, model = AromaCallback(), adapted()
-    arguments = SimpleNamespace(deepspeed=None, fsdp=True, fsdp_config={"cpu_ram_efficient_loading": True})
-    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading=True: .*set it to false"):
-        callback.on_init_end(arguments, None, None, model=model)
-    arguments.fsdp_config = {}
-    callback.on_init_end(arguments, None, None, model=model)
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
-    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading='True': "):
-        callback.on_init_end(arguments, None, None, model=model)
-    launched = SimpleNamespace(deepspeed=None, fsdp=False, fsdp_config=None)
-    callback.on_init_end(launched, None, None, model=model)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # by `accelerate launch --use_fsdp`
-    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading='True': "):
-        callback.on_init_end(launched, None, None, model=model)
-
-
-def test_checkpoints_in_shards_are_refused_in_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would hold no adapter."""
-    callback, model = AromaCallback(), adapted()
-    for config in ({"state_dict_type": "SHARDED_STATE_DICT"}, {"state_dict_type": "LOCAL_STATE_DICT"}):
-        arguments = SimpleNamespace(deepspeed=None, fsdp=True, fsdp_config=config)
-        with pytest.raises(ConfigError, match=r"^state_dict_type='(SHARDED|LOCAL)_STATE_DICT': .*FULL_STATE_DICT$"):
-            callback.on_init_end(arguments, None, None, model=model)
-    launched = SimpleNamespace(deepspeed=None, fsdp=False, fsdp_config=None)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate's own is in shards
-    with pytest.raises(ConfigError, match=r"^state_dict_type='SHARDED_STATE_DICT': "):
-        callback.on_init_end(launched, None, None, model=model)
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------

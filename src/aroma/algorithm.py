@@ -29,7 +29,8 @@ from .errors import NonFiniteError
 from .events import Event, EventKind
 
 if TYPE_CHECKING:
-    from .matrices import GrowingMatrices, GrowingMatrix
+    from .matrices import GrowingMatrices
+    from .matrix import GrowingMatrix
     from .tuner import AromaConfig
 
 
@@ -46,23 +47,26 @@ class PaperRule:
         inner_step: t, optimizer steps taken in this inner loop.
         outer_number: p, number of the current outer step.
         max_inner_steps: T_in.
-        tell: Called with events as they happen, while matrices and counts are still those that they tell of.
+        earlier_outer_steps: Outer steps of earlier runs of a loaded adapter.
+        on_events: Called with events as they happen, before the next inner loop begins.
     """
+
+    _STATE = ("global_step", "inner_step", "outer_number", "max_inner_steps", "earlier_outer_steps")
 
     def __init__(self, config: AromaConfig, max_inner_steps: int, matrices: GrowingMatrices) -> None:
         self._config = config
         self._matrices = matrices
-        self.tell: Callable[[Sequence[Event]], None] = lambda events: None
+        self.on_events: Callable[[Sequence[Event]], None] = lambda events: None
         self.max_inner_steps = max_inner_steps
         self.global_step = 0
         self.inner_step = 0
         self.outer_number = 1
         # A continued adapter must not draw again the directions it has.
-        self._earlier_outer_steps = max(matrix.component_count for matrix in matrices.all())
+        self.earlier_outer_steps = max(matrix.component_count for matrix in matrices.all())
         for matrix in matrices.active():
             if self._is_full(matrix):
                 matrices.freeze(matrix, loaded=True)
-        if self._earlier_outer_steps:
+        if self.earlier_outer_steps:
             matrices.start_unmoved(self.draw)
 
     @property
@@ -78,18 +82,8 @@ class PaperRule:
         )
 
     @property
-    def status(self) -> list[str]:
-        """Where the inner loop stands, for one line of progress."""
-        active, every = len(self._matrices.active()), len(self._matrices.all())
-        return [
-            f"inner {self.inner_step}/{self.max_inner_steps}",
-            f"active {active}/{every}",
-            f"finished rank {self._matrices.known_rank}",
-        ]
-
-    @property
     def explanation(self) -> str:
-        """Why the matrices grow no more, or what is open, in one sentence without a full stop."""
+        """Why the matrices grow no more, or how many still train, in one sentence without a full stop."""
         matrices = self._matrices.all()
         frozen = [matrix for matrix in matrices if matrix.is_frozen]
         full = sum(map(self._is_full, frozen))
@@ -106,7 +100,7 @@ class PaperRule:
     @property
     def draw(self) -> int:
         """Number of the current outer step, counted over all runs of the adapter."""
-        return self._earlier_outer_steps + self.outer_number
+        return self.earlier_outer_steps + self.outer_number
 
     # The algorithm ---------------------------------------------------------------------------------------------------
 
@@ -140,7 +134,7 @@ class PaperRule:
             matrix.inner_value = value
             matrix.converged = matrix.converged or (value is not None and value < tolerance)
         events = [self._event("checked", matrix, matrix.inner_value) for matrix in active]
-        self.tell(events)
+        self.on_events(events)
         return events
 
     def outer_step(self) -> list[Event]:
@@ -161,7 +155,7 @@ class PaperRule:
         events = [event for matrix in active for event in self._go_on(matrix, matrix in kept)]
         if self.finished:
             events.append(self._event("finished"))
-        self.tell(events)
+        self.on_events(events)
         self._start_inner_loop()
         return events
 
@@ -218,19 +212,12 @@ class PaperRule:
 
     def state(self) -> dict[str, Any]:
         """Return where the algorithm stands, JSON-able."""
-        return {
-            "global_step": self.global_step,
-            "inner_step": self.inner_step,
-            "outer_number": self.outer_number,
-            "max_inner_steps": self.max_inner_steps,
-            "earlier_outer_steps": self._earlier_outer_steps,
-        }
+        return {name: getattr(self, name) for name in self._STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
-        for name in ("global_step", "inner_step", "outer_number", "max_inner_steps"):
+        for name in self._STATE:
             setattr(self, name, state[name])
-        self._earlier_outer_steps = state["earlier_outer_steps"]
 
     def _event(self, kind: EventKind, matrix: GrowingMatrix | None = None, value: float | None = None) -> Event:
         return Event(

@@ -1,9 +1,9 @@
-"""What drives Algorithm 1 in a training run: it is stepped after the optimizer, and resumes exactly."""
+"""Algorithm 1 in a training run: stepped after the optimizer, resumed exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ from . import compat
 from .algorithm import PaperRule
 from .errors import CheckpointError, bad_value
 from .events import Event, Summary
-from .matrices import GrowingMatrices, GrowingMatrix
+from .matrices import GrowingMatrices
+from .matrix import GrowingMatrix
 from .measures import Pair
 from .sharding import (
     is_distributed,
@@ -32,7 +33,6 @@ from .sharding import (
 from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
-from .tuner.state import is_whole
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -57,12 +57,11 @@ class AromaController:
     Attributes:
         rule: Algorithm 1.
         matrices: The growing matrices.
-        live: The live state of the adapter: its seed, and who drives it.
+        live: The live state of the adapter: its seed and controller.
 
     Raises:
-        ConfigError: No growing module, a pair that the optimizer does not hold or that is offloaded, loops that
-            cannot fit the run, replicas that differ between the ranks, or parameters sharded otherwise than by FSDP2
-            or ZeRO.
+        ConfigError: No growing module, a pair that the optimizer does not hold, loops that cannot fit the run,
+            replicas that differ between the ranks, or parameters sharded otherwise than by FSDP2 or ZeRO.
     """
 
     def __init__(
@@ -76,14 +75,9 @@ class AromaController:
     ) -> None:
         wrapper, model = model, unwrapped(model)
         self.live = live_adapter(model, adapter_name)
-        if not hasattr(optimizer, "param_groups"):
-            remedy = "it is no optimizer; give the one that trains the adapter (the Trainer has it once it trains)"
-            raise bad_value("optimizer", type(optimizer).__name__, remedy)
-        if total_steps is not None and not is_whole(total_steps, 1, 2**62):
-            raise bad_value("total_steps", total_steps, "give the number of optimizer steps that are planned")
         self.adapter_name = adapter_name
         self.optimizer = optimizer
-        self.total_steps = None if total_steps is None else int(total_steps)
+        self.total_steps = total_steps
         self.config = self.live.config
         self.matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
         self._processes = world_size()
@@ -92,18 +86,17 @@ class AromaController:
         with self.together():
             refuse_sharding(wrapper, optimizer)
             self._sharding.belongs(optimizer, self.matrices.parameters)
-            self.matrices.require_data()
             inner_steps = self.config.resolve_inner_steps(self.total_steps)
             self.matrices.require_held_by_optimizer()
             self.matrices.refuse_other_adapters(wrapper)
         self._hooks: list[Any] = []
-        self._settle_graph(compiled or is_compiled(wrapper))
+        self._keep_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
         self.matrices.measure_weights()
         self._listeners: list[Callable[[Event], None]] = []
         self.rule = PaperRule(self.config, inner_steps, self.matrices)
-        # Not a method: the controller would live in a circle, and be there for a save after its run is dropped.
-        self.rule.tell = partial(_tell, self._listeners)
+        # Not a method: a reference cycle would keep the controller, and a save would find it after its run is dropped.
+        self.rule.on_events = partial(_call, self._listeners)
         self._stale = False
         self._state_is_known = False
         self.live.attach_controller(self)
@@ -167,7 +160,7 @@ class AromaController:
         """Return the rank of every matrix by its name, in module order.
 
         It is the rank of its update: of the finished components, and of those in training that have moved from 0.
-        Logs, `summary()`, `aroma inspect` and a saved adapter all say this number. The device is asked. If parameters
+        Logs, `summary()`, `aroma inspect` and a saved adapter all say this number. It reads the device. If parameters
         are sharded, all ranks call this together.
         """
         return self.matrices.ranks()
@@ -189,7 +182,7 @@ class AromaController:
         return self.matrices.relative_updates()
 
     def explanation(self) -> str:
-        """Return in one sentence why the matrices grow no more, or what is open; no device is asked.
+        """Return in one sentence why the matrices grow no more, or how many still train; the device is not read.
 
         For example: `31 of 36 matrices have finished (31 found the next component too small); 5 still train`.
         """
@@ -208,10 +201,12 @@ class AromaController:
             ResetError: The optimizer keeps state that `reset` cannot reset; found out at the first step.
         """
         self._refuse_stale()
-        self.matrices.release_pairs()
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
-            self._check_optimizer_state()
+            # Not at the end of the inner loop. A rank may hold no part of a flat optimizer's state for any pair.
+            with self.together():
+                self.matrices.require_resettable()
+            self._state_is_known = True
         with without_autocast(self.matrices.device):  # a loop may step within it
             return self.rule.step()
 
@@ -225,24 +220,16 @@ class AromaController:
             NonFiniteError: A component is NaN or infinite.
         """
         self._refuse_stale()
-        self.matrices.release_pairs()
         return self.rule.outer_step()
 
-    def require_finite(self, *, alone: bool = False) -> None:
-        """Check every component in training, as a check would; called before a checkpoint is written.
-
-        Args:
-            alone: Whether only this rank calls. Otherwise all ranks call, and all raise. If parameters are sharded,
-                call it on all ranks first: that gathers the components for what rank 0 does alone until the next step.
+    def require_finite(self) -> None:
+        """Check every component in training, as a check would; all ranks call this before a checkpoint is written.
 
         Raises:
             NonFiniteError: A component is NaN or infinite.
-            CheckpointError: One rank calls alone, and the sharded components have not been gathered.
         """
-        if self.matrices.are_sharded:
-            self._require_held() if alone else self.matrices.hold_pairs()
         active = self.matrices.active()
-        self.rule.require_finite(active, self.matrices.norms(active, alone=alone), "save")
+        self.rule.require_finite(active, self.matrices.norms(active), "save")
 
     def together(self) -> AbstractContextManager[None]:
         """Return a context in which an error of one rank is raised on all; see `refuse_together`."""
@@ -284,20 +271,15 @@ class AromaController:
         All ranks call it; the checkpoint may be of another number of processes.
 
         Raises:
-            ConfigError: The checkpoint has another configuration or other modules; every difference is named. Or the
-                optimizer does not hold the pair of a matrix that trained then.
+            ConfigError: The checkpoint has another configuration; every difference is named. Or the optimizer does
+                not hold the pair of a matrix that trained then.
             CheckpointError: The components are not those that the state was saved with.
         """
-        self.matrices.release_pairs()
         pairs = self.matrices.pairs(self.modules)
         state = exported["state"]
         with self.together():
             self.live.check_resumable(state["config"])
-            self.matrices.refuse_other(state, pairs)
-            if missing := sorted(self.rule.state().keys() - state.keys()):
-                raise CheckpointError(
-                    f"aroma_state.json: it lacks {missing[0]!r}, so another version wrote it; use another checkpoint"
-                )
+            self.matrices.require_same(state, pairs)
             self.rule.restore(state)
             self.matrices.restore(state, exported["tensors"], self.rule.draw, pairs)
             self._stale = False
@@ -305,11 +287,10 @@ class AromaController:
     def invalidate(self) -> None:
         """Note that other components were loaded behind the controller's back."""
         self._stale = True
-        self.matrices.release_pairs()
 
     # Compiled graphs and several processes ---------------------------------------------------------------------------
 
-    def _settle_graph(self, compiled: bool) -> None:
+    def _keep_graph(self, compiled: bool) -> None:
         """Keep frozen pairs in the graph where DistributedDataParallel or a compiler needs it unchanged."""
         stays = compiled or self._sharding.needs_all_gradients(self.matrices.parameters)
         self.matrices.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
@@ -347,13 +328,6 @@ class AromaController:
 
     # Refusals --------------------------------------------------------------------------------------------------------
 
-    def _check_optimizer_state(self) -> None:
-        """Refuse an optimizer whose state cannot be reset now that it has some, not at the end of the inner loop."""
-        # A rank may hold no part of a flat optimizer's state for any pair.
-        with self.together() if self._sharding.has_flat_optimizer else nullcontext():
-            self.matrices.require_resettable()
-        self._state_is_known = True
-
     def _refuse_stale(self) -> None:
         refuse_changed_processes(self._processes, self._wrapper)
         if self.live.controller is not self:
@@ -369,15 +343,8 @@ class AromaController:
                 "or restore the checkpoint's state with load_state_dict"
             )
 
-    def _require_held(self) -> None:
-        if not self.matrices.pairs_are_held:
-            raise CheckpointError(
-                f"at optimizer step {self.global_step} the Trainer saved before AromaCallback ran, and one rank alone "
-                "cannot gather sharded components; list AromaCallback behind the callbacks that set should_save"
-            )
 
-
-def _tell(listeners: Sequence[Callable[[Event], None]], events: Sequence[Event]) -> None:
+def _call(listeners: Sequence[Callable[[Event], None]], events: Sequence[Event]) -> None:
     for event in events:
         for listener in listeners:
             listener(event)

@@ -1,4 +1,4 @@
-"""What a growing adapter tells the world: an event per decision, a summary per matrix."""
+"""An event for every decision of a growing adapter, and a summary of every matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Event:
         module: Name of the matrix's module; None for `"finished"`.
         value: Left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`; None where undefined.
         rank: Rank of the matrix's finished components after the event; their sum for `"finished"`.
-        converged: Whether the matrix bears the inner label after the event.
+        converged: Whether the matrix has the inner label after the event.
     """
 
     kind: EventKind
@@ -47,7 +47,7 @@ class ModuleSummary:
         name: Name of its module in the base model.
         rank: Rank of its update, the component in training included once it has moved.
         effective_rank: Effective rank of its update (Appendix C).
-        state: `"training"`, `"converged"` (bears the inner label) or `"frozen"`.
+        state: `"training"`, `"converged"` (has the inner label) or `"frozen"`.
         inner_value: Left side of (5) at its last inner check, None where undefined.
         outer_value: Left side of (6) at its last outer check, None before the first.
     """

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, bad_value
-from .events import ModuleSummary
 from .files import tensors_digest
+from .matrix import GrowingMatrix
 from .measures import (
     Pair,
     PairSnapshot,
@@ -24,171 +24,10 @@ from .measures import (
     relative_norms,
     weight_norms,
 )
-from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
+from .reset import check_resettable, component_generator, forget_moments, reset_state
 from .sharding import agree, gathered, refuse_missing_pairs, refuse_other_adapters, sharding_of_model
-from .spectra import effective_rank, singular_values
-from .tuner import AromaLinear, aroma_layers
+from .tuner import aroma_layers
 from .tuner.live import LiveAdapter
-
-
-class GrowingMatrix:
-    """One growing layer, with its place among the others and what the rule notes about it.
-
-    Args:
-        name: Its name in the base model.
-        index: Its place in module order; it seeds the random numbers.
-        layer: The layer.
-        adapter_name: The adapter that grows.
-        live: Its live state.
-
-    Attributes:
-        weight_norm: ‖W0 + s B A‖_F over the finished components.
-        converged: Whether it bears the label "inner-converged" in this inner loop.
-        inner_value: Left side of (5) at the last check, None where undefined.
-        outer_value: Left side of (6) at the last outer check, None before the first.
-    """
-
-    def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
-        self.name = name
-        self.index = index
-        self.layer = layer
-        self.weight_norm = 0.0
-        self.converged = False
-        self.inner_value: float | None = None
-        self.outer_value: float | None = None
-        self._adapter_name = adapter_name
-        self._live = live
-
-    @property
-    def pair(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-        """The component in training, b (m, r) and a (r, n), as the optimizer holds it: sharded under FSDP2."""
-        return self.layer.pair(self._adapter_name)
-
-    @property
-    def finished(self) -> Pair:
-        """The finished components, B (m, R) with the scale folded in and A (R, n)."""
-        finished = self.layer.finished(self._adapter_name)
-        return finished.B, finished.A
-
-    def components(self, pair: Pair) -> Pair:
-        """Return the whole update, B (m, R) and A (R, n), the component in training last if it has moved.
-
-        Args:
-            pair: The component in training, b (m, r) and a (r, n), whole.
-        """
-        return self.layer.components(self._adapter_name, pair)
-
-    @property
-    def rank(self) -> int:
-        """Rank R of the finished components."""
-        return self.layer.finished(self._adapter_name).rank
-
-    @property
-    def component_count(self) -> int:
-        """Number of finished components; a loaded rest of a rank below r counts as one."""
-        return -(-self.rank // self._live.config.r)
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether it has stopped growing, for good."""
-        return self.layer.is_frozen(self._adapter_name)
-
-    def summary(self, pair: Pair) -> ModuleSummary:
-        """Return rank, effective rank, state and last check values.
-
-        Args:
-            pair: The component in training, b (m, r) and a (r, n), whole.
-        """
-        B, A = self.components(pair)
-        return ModuleSummary(
-            name=self.name,
-            rank=A.shape[0],
-            effective_rank=effective_rank(singular_values(B, A)),
-            state="frozen" if self.is_frozen else "converged" if self.converged else "training",
-            inner_value=self.inner_value,
-            outer_value=self.outer_value,
-        )
-
-    def start_component(self, draw: int) -> None:
-        """Reinit: b = 0, and the a that outer step `draw` starts with."""
-        self.layer.start_pair(self._adapter_name, self._fresh(draw))
-
-    def _fresh(self, draw: int) -> Tensor:
-        """Return the a (r, n) that outer step `draw` starts with."""
-        return fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
-
-    # Saved and restored ----------------------------------------------------------------------------------------------
-
-    _NOTED = ("converged", "inner_value", "outer_value", "weight_norm")
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint says of the matrix, JSON-able."""
-        noted = {name: getattr(self, name) for name in self._NOTED}
-        return {"name": self.name, "rank": self.rank, "frozen": self.is_frozen, **noted}
-
-    def _restore_noted(self, state: Mapping[str, Any]) -> None:
-        for name in self._NOTED:
-            setattr(self, name, state[name])
-
-    def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
-        """Return the component in training by name, if the plain adapter would not give it back bit for bit.
-
-        Args:
-            draw: Number of the outer step that it began in.
-            pair: The component, b (m, r) and a (r, n), whole.
-        """
-        if self.is_frozen:
-            return {}
-        b, a = (tensor.detach() for tensor in pair)
-        scale = self._live.config.scale
-        exact = torch.equal(b * scale / scale, b) if b.any() else torch.equal(a, self._fresh(draw).to(a))
-        return {} if exact else {f"pair.{self.index}.b": b.clone(), f"pair.{self.index}.a": a.clone()}
-
-    def restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor], draw: int, pair: Pair) -> None:
-        """Restore `state()`, and take the component that was in training out of the loaded finished ones.
-
-        Args:
-            state: What `state()` returned.
-            tensors: All tensors of the checkpoint's state.
-            draw: Number of the outer step for random draws.
-            pair: The component in training as it is now, b (m, r) and a (r, n), whole. DeepSpeed loads it as it was.
-
-        Raises:
-            CheckpointError: The loaded adapter has another rank than the state says.
-        """
-        self._restore_noted(state)
-        in_training = self._loaded_pair_rank(state["rank"], state["frozen"])
-        if state["frozen"]:
-            self.layer.freeze(self._adapter_name)
-            return
-        self.layer.unfreeze(self._adapter_name)
-        b, a = self.layer.finished(self._adapter_name).pop(in_training)
-        if f"pair.{self.index}.b" in tensors:
-            b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
-            self.layer.start_pair(self._adapter_name, a, b)
-        elif in_training:
-            self.layer.start_pair(self._adapter_name, a, b / self._live.config.scale)
-        elif not pair[0].any():
-            self.start_component(draw)
-
-    def _loaded_pair_rank(self, rank: int, frozen: bool) -> int:
-        """Return how much of the loaded rank was in training: r, or 0 where b had not moved."""
-        surplus = self.rank - rank
-        if surplus != self._live.config.r or frozen:
-            self.require_loaded_rank(rank)
-        return surplus
-
-    def require_loaded_rank(self, rank: int) -> None:
-        """Raise unless the loaded adapter has `rank`.
-
-        Raises:
-            CheckpointError: Naming the matrix.
-        """
-        if self.rank != rank:
-            raise CheckpointError(
-                f"{self.name}: the adapter has rank {self.rank}, but its aroma_state says {rank}; the files are of "
-                "different moments, use another checkpoint"
-            )
 
 
 class GrowingMatrices:
@@ -219,7 +58,7 @@ class GrowingMatrices:
         self.model = model
         self.sharding = sharding_of_model(model, optimizer)
         self._snapshot = PairSnapshot()
-        self._held: dict[str, Pair] | None = None
+        self._checked: dict[str, Pair] = {}
         self.sharding.reshard(model)
 
     # What there is ---------------------------------------------------------------------------------------------------
@@ -234,12 +73,12 @@ class GrowingMatrices:
 
     @property
     def known_rank(self) -> int:
-        """Sum of the ranks of all finished components; no device is asked."""
+        """Sum of the ranks of all finished components; the device is not read."""
         return sum(matrix.rank for matrix in self._all)
 
     @torch.no_grad()
     def ranks(self) -> dict[str, int]:
-        """Return the rank of every update: its finished components, and what has moved of those that train.
+        """Return the rank of every update: its finished components, and the one in training once it has moved.
 
         It is the rank that a save at this moment has. If pairs are sharded, all ranks call this together.
         """
@@ -264,29 +103,9 @@ class GrowingMatrices:
 
     def pairs(self, matrices: Sequence[GrowingMatrix]) -> list[Pair]:
         """Return the components in training, b (m, r) and a (r, n), whole; sharded ones by one collective."""
-        if self._held is not None and all(matrix.name in self._held for matrix in matrices):
-            return [self._held[matrix.name] for matrix in matrices]
         self.sharding.reshard(self.model)
         tensors = gathered([tensor for matrix in matrices for tensor in matrix.pair])
         return [*zip(tensors[::2], tensors[1::2], strict=True)]
-
-    def hold_pairs(self) -> None:
-        """Gather all components, for what rank 0 does alone until `release_pairs`."""
-        self.release_pairs()
-        self._hold(self._all, self.pairs(self._all))
-
-    def _hold(self, matrices: Sequence[GrowingMatrix], pairs: Sequence[Pair]) -> None:
-        """Remember components, b (m, r) and a (r, n), until the parameters change."""
-        self._held = dict(zip([matrix.name for matrix in matrices], pairs, strict=True))
-
-    def release_pairs(self) -> None:
-        """Drop gathered components: the parameters have changed."""
-        self._held = None
-
-    @property
-    def pairs_are_held(self) -> bool:
-        """Whether `hold_pairs` has gathered the components of this moment."""
-        return self._held is not None and len(self._held) == len(self._all)
 
     # Measured together -----------------------------------------------------------------------------------------------
 
@@ -305,15 +124,9 @@ class GrowingMatrices:
         found = relative_norms([matrix.layer.weight_matrix for matrix in self._all], updates)
         return {matrix.name: one for matrix, one in zip(self._all, found, strict=True)}
 
-    def norms(self, matrices: Sequence[GrowingMatrix], *, alone: bool = False) -> list[float]:
-        """Return ‖b a‖_F of the components in training.
-
-        Args:
-            matrices: Which ones.
-            alone: Whether only this rank calls, so that the ranks cannot agree.
-        """
-        norms = pair_norms(self.pairs(matrices))
-        return norms if alone else self._agree(matrices, norms, [])[0]
+    def norms(self, matrices: Sequence[GrowingMatrix]) -> list[float]:
+        """Return ‖b a‖_F of the components in training."""
+        return self._agree(matrices, pair_norms(self.pairs(matrices)), [])[0]
 
     def inner_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F of the components in training, and the left side of (5) since the previous call.
@@ -329,7 +142,7 @@ class GrowingMatrices:
     def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F of the components in training, and the left side of (6); None where W0 + s B A is zero."""
         pairs = self.pairs(matrices)
-        self._hold(matrices, pairs)  # `merge` needs them again
+        self._checked = {matrix.name: pair for matrix, pair in zip(matrices, pairs, strict=True)}
         norms = pair_norms(pairs)
         weights = [matrix.weight_norm for matrix in matrices]
         agreed, _ = self._agree([*matrices, *matrices], [*norms, *weights], [])
@@ -351,8 +164,8 @@ class GrowingMatrices:
     # Changed one by one ----------------------------------------------------------------------------------------------
 
     def merge(self, matrices: Sequence[GrowingMatrix]) -> None:
-        """Merge: the components in training become finished ones, and ‖W0 + s B A‖_F grows with them."""
-        pairs = self.pairs(matrices)
+        """Merge what `outer_values` measured: components become finished ones, and ‖W0 + s B A‖_F grows with them."""
+        pairs, self._checked = [self._checked[matrix.name] for matrix in matrices], {}
         scale = self._live.config.scale
         norms = grown_norms(
             [matrix.layer.weight_matrix for matrix in matrices],
@@ -369,9 +182,8 @@ class GrowingMatrices:
 
         Args:
             matrix: The matrix, just merged.
-            draw: Number of the outer step that ends. It seeds what is random, with the place of the matrix.
+            draw: Number of the outer step that ends. With the place of the matrix it seeds the random numbers.
         """
-        self.release_pairs()
         config = self._live.config
         generator = component_generator(self._live.seed, draw, matrix.index, "reset")
         b, a = matrix.pair
@@ -392,13 +204,12 @@ class GrowingMatrices:
             matrix: The matrix.
             loaded: Whether it was loaded so, so that the optimizer has nothing of it to forget yet.
         """
-        self.release_pairs()
         matrix.layer.freeze(self._adapter_name)
         for parameter in () if loaded else matrix.pair:
             forget_moments(self._optimizer, parameter)
 
     def stay_in_graph(self, stays: bool, growths: int | None) -> None:
-        """Settle whether frozen pairs go on requiring a gradient, zero; see `AromaLinear.stay_in_graph`."""
+        """Set whether frozen pairs still require a gradient, of zero; see `AromaLinear.stay_in_graph`."""
         for matrix in self._all:
             matrix.layer.stay_in_graph(self._adapter_name, stays, growths)
 
@@ -419,22 +230,6 @@ class GrowingMatrices:
                     state.pop(parameter, None)
 
     # Refused ---------------------------------------------------------------------------------------------------------
-
-    def require_data(self) -> None:
-        """Raise for a pair that was offloaded, so that it cannot train.
-
-        Raises:
-            ConfigError: Naming the first.
-        """
-        for matrix in self._all:
-            if any(parameter.is_meta for parameter in matrix.pair):
-                raise bad_value(
-                    "model",
-                    "offloaded",
-                    f"the trainable pair of {matrix.name!r} is on the meta device, and what trains cannot be "
-                    "offloaded. Offload the base model (device_map of from_pretrained, dispatch_model, cpu_offload) "
-                    "before get_peft_model",
-                )
 
     def require_held_by_optimizer(self) -> None:
         """Raise for a pair that needs no gradient, or that the optimizer does not hold, so that it would never learn.
@@ -498,36 +293,28 @@ class GrowingMatrices:
         }
         return state, tensors
 
-    def refuse_other(self, state: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
-        """Refuse a saved `state()` that is not of these matrices with these components.
+    def require_same(self, state: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
+        """Raise unless a saved `state()` is of these matrices with these components.
 
         Args:
             state: What `state()` returned.
             pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
 
         Raises:
-            ConfigError: It grows other modules, or the same in another order.
-            CheckpointError: It was saved with other components.
+            CheckpointError: It was saved with others.
         """
-        names, saved = [matrix.name for matrix in self._all], [entry["name"] for entry in state["modules"]]
-        if names != saved:
-            differing = sorted(set(names) ^ set(saved)) or names
-            raise bad_value(
-                "target_modules",
-                differing[0],
-                f"the checkpoint grows {len(saved)} modules and this model {len(names)}, and they differ in "
-                f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
-            )
-        if self.digest(pairs) != state["adapter_digest"]:
+        names = [matrix.name for matrix in self._all]
+        if names != [entry["name"] for entry in state["modules"]] or self.digest(pairs) != state["adapter_digest"]:
             raise CheckpointError(
-                "adapter_model.safetensors: its components are not those that aroma_state.json was written with, so "
-                "one of the files was edited or comes from another moment; use another checkpoint"
+                "adapter_model.safetensors: its components are not those that aroma_state.json was written with: the "
+                "model has other target_modules, or a file was edited or comes from another moment; use another "
+                "checkpoint"
             )
 
     def restore(
         self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], draw: int, pairs: Sequence[Pair]
     ) -> None:
-        """Restore `state()`, after `refuse_other`; `pairs`, b (m, r) and a (r, n), are the components in training."""
+        """Restore `state()`, after `require_same`; `pairs`, b (m, r) and a (r, n), are the components in training."""
         for matrix, entry, pair in zip(self._all, state["modules"], pairs, strict=True):
             matrix.restore(entry, tensors, draw, pair)
         self.require_held_by_optimizer()

@@ -1,4 +1,4 @@
-"""Spectrum, effective rank, overlaps and cosines of low-rank updates, computed from their factors.
+"""Spectrum, effective rank and overlaps of low-rank updates, computed from their factors.
 
 An update is B A with B m×R and A R×n. A component is r neighbouring columns of B with the same rows of A; the last may
 have fewer. No m×n matrix is formed anywhere, and everything is computed in float64.
@@ -73,43 +73,6 @@ def span_overlaps(B: Tensor, A: Tensor, r: int = 1) -> Tensor:
         overlaps.append((inside / norm).clamp(max=1.0) if norm > 0 else torch.zeros_like(norm))
         basis = torch.cat([basis, _new_directions(component, basis, norm)])
     return torch.stack(overlaps[1:]) if len(overlaps) > 1 else B.new_zeros(0)
-
-
-@torch.no_grad()
-def component_cosines(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor, r: int = 1, other_r: int = 1) -> Tensor:
-    """Return the cosine similarity of every component of one update with every component of another (Figure 4).
-
-    The cosine is that of the components as matrices, ⟨b a, b' a'⟩_F / (‖b a‖_F ‖b' a'‖_F), where
-    ⟨b a, b' a'⟩_F = ⟨bᵀ b', a a'ᵀ⟩; for r = 1 it is cos(b, b') · cos(a, a'), so neither the sign nor the scale that
-    a component shares out between its factors matters. It is 0 where a component is zero.
-
-    Args:
-        B: (m, R), any floating dtype.
-        A: (R, n), on the same device.
-        other_B: (m, R'), of the other update of the same module.
-        other_A: (R', n).
-        r: Rank of one component of the first update.
-        other_r: Rank of one component of the other.
-
-    Returns:
-        Values in [−1, 1], float64: a row for each component of the first update, a column for each of the other.
-    """
-    B, A, other_B, other_A = _double(B), _double(A), _double(other_B), _double(other_A)
-    cosines = B.new_zeros(-(-B.shape[1] // r), -(-other_B.shape[1] // other_r))
-    ours, others = _unit_components(B, A, r), _unit_components(other_B, other_A, other_r)
-    for row, (b, a) in enumerate(ours):
-        for column, (other_b, other_a) in enumerate(others):
-            cosines[row, column] = ((b.mT @ other_b) * (a @ other_a.mT)).sum()
-    return cosines.clamp(-1.0, 1.0)
-
-
-def _unit_components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the factors (m, r) and (r, n) of all components, each product scaled to norm 1; zero stays zero."""
-    components = []
-    for b, a in _components(B, A, r):
-        norm = torch.linalg.matrix_norm(_triangle(b) @ _triangle(a.mT).mT)
-        components.append((b / norm if norm > 0 else torch.zeros_like(b), a))
-    return components
 
 
 def _components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:

@@ -11,14 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    optimization,
-    trainer_callback,
-)
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments, optimization
 from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
@@ -28,8 +21,9 @@ from ..events import Event
 from ..sharding import own_entries
 from ..tuner import aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
+from .base import TrainingCallback
 from .reporting import TrainingRecord
-from .resuming import CheckpointRecords, prepare_trainings
+from .resuming import CheckpointRecords, whole_checkpoint
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -39,7 +33,7 @@ _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", Reduce
 """Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
 
 
-class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
+class AromaCallback(TrainingCallback):
     """Lets an AROMA adapter grow inside `Trainer`: checks and merges come after each optimizer step, before its save.
 
     .. code-block:: python
@@ -66,11 +60,12 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         on_event: Callable[[Event], None] | None = None,
         report: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__()
         self.early_stop = early_stop
         self.on_event = on_event
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
-        self._training: TrainerState | None = None
+        self._exported: dict[str, Any] | None = None
         self._rewarmup = Rewarmup()
         self._fused_step_was_skipped = False
         self._steps_within_backward = False
@@ -80,53 +75,39 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Refuse a model without a growing adapter, and options that cannot work, before any work."""
+    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Refuse a model without a growing adapter, before any work."""
         trainable_adapter(model)
-        prepare_trainings(type(self))
-        if getattr(args, "enable_jit_checkpoint", False):
-            raise bad_value(
-                "enable_jit_checkpoint",
-                True,
-                "it saves before the step is checked, so no run could be resumed exactly; set it to false, and set "
-                "save_steps so that a killed run loses little: it resumes from aroma.last_complete_checkpoint",
-            )
-        if args.fsdp:
-            _refuse_fsdp_options(args.fsdp_config or {}, "FULL_STATE_DICT")
-        elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-            _refuse_fsdp_options({}, os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"))
+
+    def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
+        """Resume from a whole checkpoint only; come before the trackers, so that they get what is logged."""
+        self._remove_hooks()  # of an earlier training that ended with an exception
+        self.controller = None
+        flow_first = (DefaultFlowCallback, AromaCallback)
+        trainer.callback_handler.callbacks.sort(key=lambda one: [not isinstance(one, kind) for kind in flow_first])
+        if not resume_from_checkpoint:
+            return resume_from_checkpoint
+        return whole_checkpoint(resume_from_checkpoint, trainer.args)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: Any,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
-        if self._training is state:  # each training has a state of its own
-            raise bad_value("callbacks", type(self).__name__, "the same one is listed twice; give it once")
-        self._training = state
-        self._remove_hooks()  # of an earlier training that ended with an exception
         self._was_over = False
         self._records.begin(args, state)
-        adapter_name = trainable_adapter(model)
+        self._exported = None
         self.controller = AromaController(
             model,
             optimizer,
             total_steps=state.max_steps,
-            adapter_name=adapter_name,
+            adapter_name=trainable_adapter(model),
             # The model that the Trainer shows is not the one that it compiled.
             compiled=args.torch_compile,
         )
         if state.global_step > 0:
             with self.controller.together():
-                saved = self._saved_state(state)
-            self.controller.load_state_dict(saved)
+                exported = unpack(self.saved(state)["controller_state"])
+            self.controller.load_state_dict(exported)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
         if self._report is not None:
@@ -162,33 +143,28 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         # Only the step itself knows: accelerate counts every step of a fused optimizer as taken.
         self._fused_step_was_skipped = was_skipped(optimizer)
 
-    def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        saved: dict[str, Any] = state.stateful_callbacks.get(type(self).__name__) or {}
-        packed = (saved.get("attributes") or {}).get("controller_state")
-        if packed is None:
+    def attributes(self) -> dict[str, Any]:
+        """Return the state of the run."""
+        if self.controller is None:
+            return {"controller_state": None}
+        exported = self._exported
+        if exported is None and self.controller.matrices.are_sharded:
             raise CheckpointError(
-                "trainer_state.json: the checkpoint has no state of AromaCallback, so its inner and outer loops are "
-                "unknown; resume from a checkpoint of an AROMA training, or load the adapter and start a new run"
+                f"at optimizer step {self.controller.global_step} a callback set should_save after AromaCallback ran, "
+                "and one rank alone cannot gather sharded components; set it in on_optimizer_step"
             )
-        return unpack(packed)
+        packed = pack(exported or self.controller.state_dict())
+        self._records.write()
+        return {"controller_state": packed}
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file. Only rank 0 calls.
-
-        Raises:
-            NonFiniteError: A component is NaN or infinite; the checkpoint stays incomplete.
-        """
-        attributes: dict[str, Any] = {"controller_state": None}
-        if self.controller is not None:
-            self.controller.require_finite(alone=True)
-            attributes = {"controller_state": pack(self.controller.state_dict())}
-            self._records.write()
-        return {"args": {"early_stop": self.early_stop}, "attributes": attributes}
+        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file; only rank 0 calls."""
+        return {**super().state(), "args": {"early_stop": self.early_stop}}
 
     # Around every optimizer step -------------------------------------------------------------------------------------
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
+        self, args: Any, state: TrainerState, control: Any, optimizer: Any, **kwargs: Any
     ) -> None:
         """Scale the learning rate by the re-warm-up."""
         if self._steps_within_backward:
@@ -199,13 +175,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._rewarmup.begin(optimizer, self._running().lr_factor)
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any,
-        lr_scheduler: Any,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
     ) -> None:
         """Restore the schedule's learning rate; the Trainer logs the rate that was used."""
         # The Trainer reads the rate of a metric's schedule after this call, so on_step_end restores that one.
@@ -213,17 +183,11 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             self._rewarmup.end(optimizer, lr_scheduler)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: Any,
-        lr_scheduler: Any,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
     ) -> None:
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
+        self._exported = None
         controller = self._running()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
         self._was_over = self._is_over(state, state.global_step - 1)
@@ -231,30 +195,25 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             controller.step()
         if controller.finished and self.early_stop:
             control.should_training_stop = True
-            _finish_as_at_the_last_step(args, control)
+            _save_and_evaluate(args, control)
         if self._was_over:
-            _leave_it_at_that(control)
+            _skip_save_and_evaluation(control)
         self._guard_checkpoint(state, control, model)
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Refuse to write an epoch's checkpoint of broken weights."""
         if self._was_over:
-            _leave_it_at_that(control)
+            _skip_save_and_evaluation(control)
         self._guard_checkpoint(state, control, model)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the record of a checkpoint, which `verify_checkpoint` compares its files with."""
         self._records.complete()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Add total rank and the matrices that still train to logs and history; stop at a loss that is not finite."""
         if self.controller is None or logs is None or "loss" not in logs:
@@ -271,18 +230,17 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                 )
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
         """After the training, write the report again with the metrics."""
         if self._report is not None:
             self._report.write(self.controller, args, state, model)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
         """Say why growth ended; after `load_best_model_at_end`, go back to the best checkpoint. Then report."""
         best = state.best_model_checkpoint
-        self._training = None
         self._records.end()
         self._remove_hooks()
         if self.controller is None:
@@ -297,6 +255,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                         f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA"
                     )
             self.controller.load_state_dict(exported)
+            self._exported = None
         if self._report is not None:
             self._report.end(self.controller, args, state, model)
 
@@ -306,9 +265,12 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
 
     def _guard_checkpoint(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         if control.should_save or control.should_evaluate:
-            self._running().require_finite()
-            with self._running().together():
+            controller = self._running()
+            controller.require_finite()
+            with controller.together():
                 _require_finite_parameters(model, state.global_step)
+            # All ranks: rank 0 alone is asked for it, and could not gather what is sharded.
+            self._exported = controller.state_dict() if control.should_save else None
 
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"
@@ -337,31 +299,6 @@ def trainable_adapter(model: nn.Module) -> str:
     )
 
 
-def _refuse_fsdp_options(options: dict[str, Any], state_dict_type: str) -> None:
-    """Refuse options of accelerate's FSDP2 that cannot work with a growing adapter.
-
-    Args:
-        options: The Trainer's `fsdp_config`; empty where `accelerate launch` sets everything.
-        state_dict_type: Default for `options`.
-    """
-    state_dict_type = str(options.get("state_dict_type", state_dict_type))
-    if "FULL_STATE_DICT" not in state_dict_type:
-        raise bad_value(
-            "state_dict_type",
-            state_dict_type,
-            "the Trainer's checkpoints would hold no adapter, and none could be resumed; set it to FULL_STATE_DICT",
-        )
-    name = "cpu_ram_efficient_loading"
-    value = options.get(name, os.environ.get(f"FSDP_{name.upper()}", "false"))
-    if str(value).lower() in ("true", "1"):
-        raise bad_value(
-            name,
-            value,
-            "accelerate then sends only parameters from rank 0 to the others, and finished components are buffers; "
-            "set it to false",
-        )
-
-
 def _require_finite_parameters(model: nn.Module, step: int) -> None:
     """Raise when a trained parameter beside the components, as of a classification head, is not finite."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -377,12 +314,12 @@ def _require_finite_parameters(model: nn.Module, step: int) -> None:
         )
 
 
-def _leave_it_at_that(control: TrainerControl) -> None:
+def _skip_save_and_evaluation(control: TrainerControl) -> None:
     """Keep the Trainer from saving and evaluating a step that changed nothing: an older checkpoint would go for it."""
     control.should_save = control.should_evaluate = control.should_log = False
 
 
-def _finish_as_at_the_last_step(args: TrainingArguments, control: TrainerControl) -> None:
+def _save_and_evaluate(args: TrainingArguments, control: TrainerControl) -> None:
     """Save, evaluate and log once more, as the Trainer does at the last planned step."""
     control.should_log = True
     control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS

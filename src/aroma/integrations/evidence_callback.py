@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer_callback
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from .. import compat
-from ..errors import AromaWarning, CheckpointError, bad_value
+from ..errors import AromaWarning, bad_value
 from ..evidence.checkup import Checkup, Loss
 from ..evidence.checkups import Checkups, require_standard_errors
 from ..evidence.schedule import FEWEST, WANTED, moments
 from ..sharding import world_size
+from .base import TrainingCallback
 from .held_out import rows_of
 
 
-class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
+class EvidenceCallback(TrainingCallback):
     """Lets a LoRA adapter keep the directions that save loss on held-out examples, inside `Trainer`.
 
     .. code-block:: python
@@ -59,13 +60,13 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         loss: Loss | None = None,
         on_event: Callable[[Checkup], None] | None = None,
     ) -> None:
+        super().__init__()
         moments(at, 2**53)
         require_standard_errors(standard_errors)
         self.held_out, self.at, self.standard_errors = held_out, at, standard_errors
         self.loss, self.on_event = loss, on_event
         self.trainer: Any = None
         self._checkups: Checkups | None = None
-        _introduce_trainers()
 
     @property
     def history(self) -> list[Checkup]:
@@ -76,18 +77,17 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         """Return one sentence on what the last checkup kept."""
         return "no checkup yet" if self._checkups is None else self._checkups.explanation()
 
+    def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
+        """Remember the trainer, whose loss decides."""
+        self.trainer = trainer
+        return resume_from_checkpoint
+
     def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse a trainer that has no held-out loss, before any work."""
         _refuse_sampling(args)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any,
-        optimizer: Any,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
         """Make batches of the held-out examples; on resume, go on where the checkpoint was."""
         _refuse_sampling(args)
@@ -104,16 +104,12 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
             cost=cost,
         )
         if state.global_step > 0:
-            saved = state.stateful_callbacks.get(type(self).__name__)
-            if saved is None:
-                remedy = "resume one that was trained with this callback, or begin a new run from its adapter"
-                raise CheckpointError(f"trainer_state.json: the checkpoint has no state of EvidenceCallback; {remedy}")
-            self._checkups.load_state_dict(saved["attributes"]["checkups"])
+            self._checkups.load_state_dict(self.saved(state)["checkups"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have a checkup where one is due, and tell trackers of it."""
+        """Run a checkup where one is due, and log it."""
         assert self._checkups is not None, "the Trainer calls on_train_begin first"
         found = self._checkups.advance(state.global_step)
         if found is None:
@@ -129,10 +125,9 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         assert self._checkups is not None, "the Trainer calls on_train_begin first"
         self._checkups.finish()
 
-    def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint's `trainer_state.json`."""
-        checkups = None if self._checkups is None else self._checkups.state_dict()
-        return {"args": {}, "attributes": {"checkups": checkups}}
+    def attributes(self) -> dict[str, Any]:
+        """Return the state of the checkups."""
+        return {"checkups": None if self._checkups is None else self._checkups.state_dict()}
 
 
 def _refuse_sampling(args: Any) -> None:
@@ -204,23 +199,3 @@ def _prepared(trainer: Any, held_out: Any) -> Any:
 def _trainer_loss(trainer: Trainer, model: Any, batch: Any) -> Any:
     with trainer.compute_loss_context_manager(), compat.without_metrics(trainer.compute_loss):
         return trainer.compute_loss(model, batch)
-
-
-_INTRODUCES = "aroma_introduces"
-
-
-def _introduce_trainers() -> None:
-    """Let every Trainer introduce itself to its `EvidenceCallback`s, for no callback is told whose loss it may use."""
-    train = Trainer.train
-    if hasattr(train, _INTRODUCES):
-        return
-
-    @functools.wraps(train)
-    def introduced(self: Any, *args: Any, **options: Any) -> Any:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EvidenceCallback):
-                callback.trainer = self
-        return train(self, *args, **options)
-
-    setattr(introduced, _INTRODUCES, True)
-    Trainer.train = introduced

@@ -1,4 +1,4 @@
-"""The report of a Trainer's run: what is noted while it trains, and the page at its end."""
+"""The report of a training: ranks noted while it trains, and the page at its end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TrainingRecord:
         self._found: list[tuple[ModuleSummary, float | None]] = []
 
     def begin(self, controller: AromaController, state: TrainerState) -> None:
-        """Start anew, with the controller of a training that begins or goes on; all ranks call this."""
+        """Begin with the controller of a training, new or resumed; all ranks call this."""
         self._found, self._began, self._resumed_at = [], time.monotonic(), state.global_step
         self._ranks = {name: [[state.global_step, rank]] for name, rank in controller.ranks().items()}
         controller.subscribe(self._note)
@@ -135,9 +135,9 @@ def _evaluations(log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]
     for entry in log:
         metrics = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
-        told = {name: value for name, value in numbers.items() if not name.endswith(EVALUATION_COSTS)}
-        if told:
-            found.setdefault(int(entry["step"]), {}).update(told)
+        kept = {name: value for name, value in numbers.items() if not name.endswith(EVALUATION_COSTS)}
+        if kept:
+            found.setdefault(int(entry["step"]), {}).update(kept)
     return found
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import DefaultFlowCallback, Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..checkpoint import last_complete_checkpoint, record_checkpoint, verify_checkpoint
 from ..errors import CheckpointError, bad_value
 from ..sharding import refuse_together, world_size
-
-_CHECKS = "aroma_checks"
 
 
 class CheckpointRecords:
@@ -60,44 +57,20 @@ class CheckpointRecords:
         return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def prepare_trainings(kind: type[Any]) -> None:
-    """Let every Trainer that has a callback of `kind` check the checkpoint it resumes from, before it reads any of it.
-
-    The Trainer tells no callback, so its `train` is wrapped. `resume_from_checkpoint=True` takes the latest whole
-    checkpoint, not the latest folder. The callback is called before the trackers, so that they get what it logs.
-    """
-    train = Trainer.train
-    if hasattr(train, _CHECKS):
-        return
-
-    @functools.wraps(train)
-    def checked(self: Any, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        known = self.callback_handler.callbacks
-        if any(isinstance(one, kind) for one in known):
-            known.sort(key=lambda one: (not isinstance(one, DefaultFlowCallback), not isinstance(one, kind)))
-            if resume_from_checkpoint:
-                resume_from_checkpoint = _checked(resume_from_checkpoint, self.args)
-        return train(self, resume_from_checkpoint, *args, **options)
-
-    setattr(checked, _CHECKS, True)
-    Trainer.train = checked
-
-
-def _checked(resumed: bool | str | os.PathLike[str], args: TrainingArguments) -> str:
+def whole_checkpoint(resumed: Any, args: TrainingArguments) -> str:
     """Return the checkpoint to resume from, once it is found to be whole; called on all ranks.
+
+    `True` takes the latest whole checkpoint, not the latest folder.
 
     Raises:
         CheckpointError: It is not, or there is none.
     """
     with refuse_together(args.device):
-        if resumed is not True:
-            folder: str | None = os.fspath(resumed)  # type: ignore[arg-type]
-            # One process of every machine, whose disk may be its own.
-            if args.local_process_index == 0:
-                verify_checkpoint(str(folder))
-        else:
-            folder = last_complete_checkpoint(str(args.output_dir))
-            if folder is None:
-                remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"
-                raise bad_value("resume_from_checkpoint", True, remedy, CheckpointError)
-    return str(folder)
+        folder = last_complete_checkpoint(str(args.output_dir)) if resumed is True else os.fspath(resumed)
+        if folder is None:
+            remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"
+            raise bad_value("resume_from_checkpoint", True, remedy, CheckpointError)
+        # One process of every machine, whose disk may be its own.
+        if resumed is not True and args.local_process_index == 0:
+            verify_checkpoint(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""What surrounds one optimizer step: rates that warm up anew, and steps that are skipped."""
+"""Around one optimizer step: the re-warm-up of the rates, and steps that are skipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .. import compat
 def was_skipped(optimizer: Any) -> bool:
     """Whether the step that `optimizer` is in changes nothing, because a GradScaler or DeepSpeed found an overflow.
 
-    A fused optimizer (`AdamW(fused=True)`, the Trainer's default) is stepped all the same, and told to do nothing.
+    A fused optimizer (`AdamW(fused=True)`, the Trainer's default) takes the step, and changes nothing.
     """
     if getattr(optimizer, "overflow", False) is True:
         return True
