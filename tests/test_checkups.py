@@ -1,4 +1,4 @@
-"""Evidence on PEFT's own LoRA: what gradients say, what goes, what stays, and that a question leaves no trace."""
+"""Evidence on PEFT's own LoRA: what gradients say, what goes, what stays, and that a checkup leaves no trace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from aroma.errors import AromaWarning, CheckpointError, ConfigError, NonFiniteError
 from aroma.evidence.checkups import Checkups, compress
 from aroma.evidence.compact import compact
-from aroma.evidence.schedule import HeldOut, effort, moments
+from aroma.evidence.schedule import HeldOut, batch_counts, moments
 from aroma.evidence.statistics import fewest, ordered, sizes_to_measure, t_values
 from aroma.evidence.updates import Updates
 
@@ -36,7 +36,7 @@ class Experts(nn.Module):
 
 
 class Net(nn.Module):
-    """One layer of the kind that is asked for, between two others: tokens or numbers in, numbers out."""
+    """One layer of a kind, between two others: tokens or numbers in, numbers out."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(x) - y).square().mean()
 
 
-def asked(model: nn.Module, given: list[Any]) -> list[Callable[[], Tensor]]:
+def losses_of(model: nn.Module, given: list[Any]) -> list[Callable[[], Tensor]]:
     return [lambda batch=batch: squares(model, batch) for batch in given]
 
 
@@ -120,7 +120,7 @@ def test_credits_are_those_of_dense_matrices() -> None:
     updates = Updates(model)
     updates.to_singular_directions()
     given = batches()
-    credits = updates.credits(asked(model, given))
+    credits = updates.credits(losses_of(model, given))
 
     dense = copy.deepcopy(model.base_model.model).eval()
     weights = {}
@@ -150,8 +150,8 @@ def test_credits_sum_to_the_measured_loss_where_it_is_quadratic(kind: str) -> No
         model.base_model.model.forward = lambda x: model.base_model.model.last(model.base_model.model.first(x))
     updates, given = Updates(model), batches(kind)
     alive = updates.to_singular_directions() > 0
-    credits = updates.credits(asked(model, given)).sum(1)
-    with_all, without = (updates.losses(asked(model, given), kept) for kept in (alive, alive & False))
+    credits = updates.credits(losses_of(model, given)).sum(1)
+    with_all, without = (updates.losses(losses_of(model, given), kept) for kept in (alive, alive & False))
     torch.testing.assert_close(credits, without - with_all, rtol=1e-9, atol=1e-12)
 
 
@@ -194,7 +194,7 @@ def test_a_direction_that_goes_stays_zero(kind: str) -> None:
     assert any(not torch.equal(value, before[name]) for name, value in all_parameters(model).items())
 
 
-def test_a_question_leaves_no_trace() -> None:
+def test_a_checkup_leaves_no_trace() -> None:
     model, given = adapted(start=True), batches()
     for parameter in model.base_model.model.last.parameters():
         parameter.requires_grad_(True)
@@ -206,8 +206,8 @@ def test_a_question_leaves_no_trace() -> None:
     updates = Updates(model)
     updates.to_singular_directions()
     before = all_parameters(model)
-    updates.credits(asked(model, given))
-    updates.losses(asked(model, given), torch.zeros(2 * R, dtype=torch.bool))
+    updates.credits(losses_of(model, given))
+    updates.losses(losses_of(model, given), torch.zeros(2 * R, dtype=torch.bool))
     assert {name: p.grad for name, p in model.named_parameters() if p.grad is not None}.keys() == gradients.keys()
     assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if n in gradients)
     assert torch.equal(torch.get_rng_state(), random)
@@ -215,7 +215,7 @@ def test_a_question_leaves_no_trace() -> None:
     assert all(torch.equal(value, before[name]) for name, value in all_parameters(model).items())
 
 
-def test_a_question_that_fails_leaves_no_trace_either() -> None:
+def test_a_checkup_that_fails_leaves_no_trace_either() -> None:
     model = adapted()
     updates = Updates(model)
     updates.to_singular_directions()
@@ -229,11 +229,11 @@ def test_a_question_that_fails_leaves_no_trace_either() -> None:
     assert all(torch.equal(value, before[name]) for name, value in all_parameters(model).items())
 
 
-def test_dropout_of_the_training_is_off_in_a_question() -> None:
+def test_dropout_of_the_training_is_off_in_a_checkup() -> None:
     model, given = adapted(lora_dropout=0.5).train(), batches()
     updates = Updates(model)
     updates.to_singular_directions()
-    one, other = (updates.credits(asked(model, given)) for _ in range(2))
+    one, other = (updates.credits(losses_of(model, given)) for _ in range(2))
     assert torch.equal(one, other)
 
 
@@ -248,7 +248,7 @@ def test_bf16_adapters_keep_their_dtype_and_almost_their_function() -> None:
     assert (after - before).norm() < 0.02 * before.norm()
 
 
-def test_a_quantised_base_is_asked_and_cut(tmp_path: Path) -> None:
+def test_a_quantised_base_is_evaluated_and_cut(tmp_path: Path) -> None:
     import bitsandbytes as bnb
 
     torch.manual_seed(0)
@@ -259,7 +259,7 @@ def test_a_quantised_base_is_asked_and_cut(tmp_path: Path) -> None:
     updates = Updates(model)
     kept = updates.to_singular_directions() > 0
     torch.testing.assert_close(model(given[0][0]), before, rtol=1e-4, atol=1e-4)
-    assert updates.credits(asked(model, given)).abs().min() > 0
+    assert updates.credits(losses_of(model, given)).abs().min() > 0
     kept[1:] = False
     updates.cut(kept)
     expected = model(given[0][0])
@@ -268,16 +268,16 @@ def test_a_quantised_base_is_asked_and_cut(tmp_path: Path) -> None:
 
 
 def test_a_gradient_scaler_is_out_of_the_way() -> None:
-    """A question takes the loss as it is, and leaves scale and gradients to the next step."""
+    """A checkup takes the loss as it is, and leaves scale and gradients to the next step."""
     model, given = adapted(), batches()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     updates = Updates(model, optimizer)
     updates.to_singular_directions()
-    plain = updates.credits(asked(model, given))
+    plain = updates.credits(losses_of(model, given))
     scaler.scale(squares(model.eval(), given[0])).backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    assert torch.equal(updates.credits(asked(model, given)), plain)
+    assert torch.equal(updates.credits(losses_of(model, given)), plain)
     assert all(map(torch.equal, gradients, [p.grad for p in model.parameters() if p.grad is not None]))
     assert scaler.get_scale() == 1024.0
 
@@ -336,7 +336,7 @@ def test_an_adapter_that_keeps_nothing_still_loads(tmp_path: Path) -> None:
     PeftModel.from_pretrained(Net("linear"), tmp_path)
 
 
-def test_only_the_active_adapter_is_asked_and_cut() -> None:
+def test_only_the_active_adapter_is_evaluated_and_cut() -> None:
     model = adapted()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["middle"]))
     model.set_adapter("other")
@@ -422,13 +422,13 @@ def test_held_out_batches_come_once_before_any_comes_again() -> None:
 @pytest.mark.parametrize(
     ("steps", "count", "there", "cost"), [(1500, 3, 37, 0.25), (1500, 1, 400, 1.0), (9000, 3, 64, 1.0)]
 )
-def test_all_questions_cost_twelve_percent_of_the_steps_at_most(
+def test_all_checkups_cost_twelve_percent_of_the_steps_at_most(
     steps: int, count: int, there: int, cost: float
 ) -> None:
-    asks = effort(steps, count, there, cost)
-    assert min(asks.questions, asks.measured) >= 8
-    assert max(asks.questions, asks.measured) <= there
-    assert count * cost * (asks.questions + 8 * asks.measured / 3) <= 0.12 * steps
+    counts = batch_counts(steps, count, there, cost)
+    assert min(counts.credits, counts.losses) >= 8
+    assert max(counts.credits, counts.losses) <= there
+    assert count * cost * (counts.credits + 8 * counts.losses / 3) <= 0.12 * steps
 
 
 # A run ---------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """The commands on a tiny model: train, resume, evaluate, inspect, export."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -166,7 +164,7 @@ def test_an_interrupt_says_how_to_go_on(files, run, tmp_path, capsys, monkeypatc
 
     def interrupted(self, args, state, control, **_):
         if state.global_step == 27:
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "on_step_begin", interrupted)

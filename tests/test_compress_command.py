@@ -406,7 +406,7 @@ def test_it_needs_no_extra(home: Path, speaker: Path, tmp_path: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("pip install 'aroma-peft[plot]'") == 2
-    assert found.stderr.count("asking held-out examples") >= 2
+    assert found.stderr.count("evaluating held-out examples") >= 2
     for *_, out in kinds:
         assert (out / "adapter_model.safetensors").exists()
         assert not (out / "ranks.png").exists()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, AromaController, Event, aroma_layers
-from aroma.errors import ConfigError, NonFiniteError, ResetError
+from aroma.errors import ConfigError, NonFiniteError
 from aroma.reset import fresh_component
 from models import trainable
 
@@ -322,19 +322,6 @@ def test_a_component_that_is_not_finite_is_named_at_a_check(value: float) -> Non
     with pytest.raises(NonFiniteError, match=r"^second: .*save check"):
         bench.controller.require_finite()
     assert bench.ranks() == [0, 0, 0], "nothing was merged"
-
-
-def test_an_optimizer_whose_state_is_unknown_is_refused_at_the_first_step() -> None:
-    bench = Bench()
-    optimizer = torch.optim.Rprop(trainable(bench.model))
-    controller = AromaController(bench.model, optimizer, total_steps=100)
-    bench.optimizer = optimizer
-    train(bench, 1)
-    with pytest.raises(
-        ResetError,
-        match=r"optimizer=Rprop: .*'prev' of shape \(6, 1\).*AdamW, or reset='none', which leaves it alone",
-    ):
-        controller.step()
 
 
 def test_an_optimizer_without_a_frozen_pair_will_do_until_it_trains_again() -> None:

@@ -55,7 +55,7 @@ def trainer_for(out: Path | str, callback: Any, *more: Any, model: Any = None, *
     return trainer
 
 
-def asks(**options: Any) -> EvidenceCallback:
+def with_evidence(**options: Any) -> EvidenceCallback:
     return EvidenceCallback(data()[1], at=AT, **options)
 
 
@@ -72,7 +72,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 def test_a_training_ends_with_a_compact_plain_adapter(tmp_path: Path) -> None:
     told: list[Any] = []
-    callback = asks(on_event=told.append)
+    callback = with_evidence(on_event=told.append)
     trainer = trainer_for(tmp_path, callback)
     trainer.train()
     assert [one.step for one in callback.history] == [10, 20]
@@ -106,7 +106,7 @@ class Loop(TrainerCallback):
 
 
 def test_a_loop_and_the_trainer_find_equal_ranks(tmp_path: Path) -> None:
-    callback = asks()
+    callback = with_evidence()
     one = trainer_for(tmp_path / "one", callback)
     one.train()
     batches = callback._checkups._held_out.batches
@@ -119,10 +119,10 @@ def test_a_loop_and_the_trainer_find_equal_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [8, 10, 12, 24])
 def test_it_resumes_exactly(tmp_path: Path, step: int) -> None:
-    whole = asks()
+    whole = with_evidence()
     trainer = trainer_for(tmp_path / "whole", whole, save_steps=2)
     trainer.train()
-    resumed = asks()
+    resumed = with_evidence()
     again = trainer_for(tmp_path / "again", resumed, save_steps=2)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert [found.as_dict() for found in resumed.history] == [found.as_dict() for found in whole.history]
@@ -136,7 +136,7 @@ def run_until(out: str, kill: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     torch.set_num_threads(1)
-    trainer = trainer_for(out, asks(), Die())
+    trainer = trainer_for(out, with_evidence(), Die())
     trainer.train(resume_from_checkpoint=any(Path(out).glob("checkpoint-*")))
     torch.save(weights(trainer.model), Path(out) / "ended.pt")
 
@@ -153,7 +153,7 @@ def test_a_killed_training_ends_like_one_that_was_not(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_brings_its_ranks(tmp_path: Path) -> None:
     """Ranks lie in the weights, so those of the best checkpoint, here one before the second checkup, are the end's."""
-    callback = asks()
+    callback = with_evidence()
     best = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
     trainer = trainer_for(tmp_path, callback, metric_for_best_model="worst", **best)
     trainer.compute_metrics = None
@@ -185,7 +185,7 @@ def test_the_best_checkpoint_brings_its_ranks(tmp_path: Path) -> None:
     ids=lambda changes: "-".join(map(str, changes)),
 )
 def test_it_works_with_the_trainers_options(tmp_path: Path, changes: dict[str, Any]) -> None:
-    callback = asks()
+    callback = with_evidence()
     trainer = trainer_for(tmp_path, callback, **changes)
     trainer.train()
     assert len(callback.history) == 2
@@ -199,14 +199,14 @@ def test_another_loss_decides() -> None:
             parameter.square().sum() for name, parameter in model.named_parameters() if "lora_B" in name
         )
 
-    callback = asks(loss=none_is_better)
+    callback = with_evidence(loss=none_is_better)
     trainer_for("unused", callback, save_strategy="no").train()
     assert callback.history[0].kept == 0
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward"])
 def test_trl_prepares_the_held_out_examples(tmp_path: Path, kind: str) -> None:
-    """Raw rows are given; the trainer's own loss is asked."""
+    """Raw rows are given; the trainer's own loss decides."""
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
     if kind == "sft":
         rows = Dataset.from_dict({"text": [f"{word} sees a {word} bird" for word in trl_runs.WORDS[5:]] * 8})
@@ -242,13 +242,13 @@ def test_what_cannot_decide_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"held_out=.*at least 8 examples"):
             trainer_for(tmp_path, EvidenceCallback(held_out)).train()
     with pytest.raises(ConfigError, match="needs one active LoRA adapter"):
-        trainer_for(tmp_path, asks(), model=tiny_bert()).train()
+        trainer_for(tmp_path, with_evidence(), model=tiny_bert()).train()
     with pytest.raises(ConfigError, match="at="):
         EvidenceCallback(examples(40), at=(2,))
 
 
 def test_the_eval_dataset_cannot_decide_and_report(tmp_path: Path) -> None:
-    callback = asks()
+    callback = with_evidence()
     trainer = trainer_for(tmp_path, callback, max_steps=4)
     trainer.eval_dataset = callback.held_out
     with pytest.warns(AromaWarning, match="cannot also report"):
@@ -258,4 +258,4 @@ def test_the_eval_dataset_cannot_decide_and_report(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     trainer_for(tmp_path, TrainerCallback(), max_steps=4).train()
     with pytest.raises(CheckpointError, match="no state of EvidenceCallback"):
-        trainer_for(tmp_path, asks()).train(resume_from_checkpoint=True)
+        trainer_for(tmp_path, with_evidence()).train(resume_from_checkpoint=True)

@@ -143,7 +143,7 @@ def test_where_processes_exchange_pickled_objects() -> None:
         if isinstance(node, ast.Name | ast.Attribute)
         and (node.id if isinstance(node, ast.Name) else node.attr) in PICKLED_BETWEEN_PROCESSES
     }
-    assert using == {"aroma_lab/run/processes.py"}
+    assert using == {"aroma_lab/run/run.py"}
 
 
 # Payloads ------------------------------------------------------------------------------------------------------------

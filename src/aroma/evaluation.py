@@ -1,4 +1,4 @@
-"""A model that is evaluated with gradients in the midst of its training, and notices nothing of it."""
+"""Evaluation with gradients during a training, which leaves the model as it was."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Evidence: LoRA keeps the directions of its updates that save loss on examples it was not trained on.
 
-`statistics` decides, `schedule` says when and how much to ask, `updates` touches the model. `checkup` joins the three,
-`checkups` runs it in a loop and on finished adapters, and `compact` gives every matrix the rank that it uses.
+`statistics` decides, `schedule` says when checkups come and how many batches they use, `updates` touches the model.
+`checkup` joins the three, `checkups` runs it in a loop and on finished adapters, and `compact` gives every matrix the
+rank that it uses.
 """

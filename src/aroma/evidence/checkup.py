@@ -1,4 +1,4 @@
-"""One checkup: which directions of an adapter stay, asked of held-out batches."""
+"""One checkup: held-out batches decide which directions of an adapter stay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..errors import bad_value
-from .schedule import Effort, HeldOut
+from .schedule import BatchCounts, HeldOut
 from .statistics import fewest, ordered, paired, sizes_to_measure, t_values
 from .updates import Updates
 
@@ -40,7 +40,7 @@ class Checkup:
         ranks: The same after.
         r: Rank that the adapter has room for, in its largest matrix.
         sizes: Total numbers of directions whose held-out loss was measured, ascending: from none to all.
-        losses: Held-out loss at each of these sizes, with what else was trained, such as a head.
+        losses: Held-out loss at each of these sizes. Other trained parameters, such as a head, are as trained.
         saves: How much less loss the kept directions leave than none of them.
         standard_error: Standard error of that difference.
         gains: How much less loss the kept directions leave than all of them.
@@ -93,7 +93,7 @@ class Checkup:
 
 
 def check(
-    updates: Updates, held_out: HeldOut, loss: Loss, effort: Effort, standard_errors: float, step: int
+    updates: Updates, held_out: HeldOut, loss: Loss, counts: BatchCounts, standard_errors: float, step: int
 ) -> Checkup:
     """Order the directions by what they save on held-out batches, and keep the first that lose nothing there.
 
@@ -101,13 +101,12 @@ def check(
     """
     alive = updates.to_singular_directions() > 0
     before = updates.ranks()
-    asked, measured = (
-        [partial(_loss_of, updates.model, loss, batch) for batch in held_out.take(count)]
-        for count in (effort.questions, effort.measured)
+    for_credits, for_losses = (
+        [partial(_loss_of, updates.model, loss, batch) for batch in held_out.take(count)] for count in counts
     )
-    order = ordered(t_values(updates.credits(asked)), alive)
+    order = ordered(t_values(updates.credits(for_credits)), alive)
     sizes = sizes_to_measure(len(order))
-    losses = torch.stack([updates.losses(measured, _first(order, size, alive)) for size in sizes])
+    losses = torch.stack([updates.losses(for_losses, _first(order, size, alive)) for size in sizes])
     chosen = fewest(losses, standard_errors)
     updates.cut(_first(order, sizes[chosen], alive))
     saves, gains = paired(losses[chosen], losses[0]), paired(losses[chosen], losses[-1])

@@ -10,12 +10,12 @@ from torch import nn
 from ..errors import CheckpointError, bad_value
 from .checkup import Checkup, Loss, check, model_loss
 from .compact import compact
-from .schedule import Effort, HeldOut, effort, moments
+from .schedule import BatchCounts, HeldOut, batch_counts, moments
 from .updates import Updates
 
 
 class Checkups:
-    """Asks held-out batches at a few steps of a run which directions of a LoRA adapter to keep.
+    """Cuts a LoRA adapter, at a few steps of a run, to the directions that save loss on held-out batches.
 
     .. code-block:: python
 
@@ -28,8 +28,8 @@ class Checkups:
             checkups.step()
             optimizer.zero_grad()
 
-    It comes right after an optimizer step: gradients of micro-batches taken before it would be of directions that are
-    no more. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
+    Call `step` right after the optimizer step: a checkup changes the directions, so earlier gradients are of
+    no use. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
 
     Under `torchrun` give the wrapped model, or DeepSpeed's engine and `engine.optimizer`, and every process its own
     held-out batches, equally many. ZeRO counts the steps of all parameters together, so under it the optimizer's state
@@ -40,10 +40,10 @@ class Checkups:
         optimizer: The optimizer that trains it.
         total_steps: Planned optimizer steps.
         held_out: Batches of examples that are not trained on: a list, or a DataLoader, which is read once.
-        at: When to ask, as shares of the run.
+        at: When the checkups come, as shares of the run.
         standard_errors: How many standard errors of held-out loss a smaller adapter may cost; 0 keeps the least loss.
-        loss: Loss of a model and a batch; that which the model returns by default. Put `torch.autocast` into it if the
-            training uses it.
+        loss: Loss of a model and a batch; by default the loss that the model returns. Put `torch.autocast` into it if
+            the training uses it.
         on_event: Called with every `Checkup`.
         cost: What forward and backward of a held-out batch cost, in optimizer steps: below 1 where it is smaller.
 
@@ -71,9 +71,9 @@ class Checkups:
         self.history: list[Checkup] = []
         self._step, self._total_steps, self._moments = 0, total_steps, moments(at, total_steps)
         self._updates, self._held_out = Updates(model, optimizer), HeldOut(held_out)
-        self._effort = effort(total_steps, len(self._moments), len(self._held_out), cost)
+        self._counts = batch_counts(total_steps, len(self._moments), len(self._held_out), cost)
         self._loss, self._standard_errors, self._on_event = loss or model_loss, standard_errors, on_event
-        self._updates.require_equal_ranks(held_out=len(self._held_out), at=self._moments, effort=self._effort)
+        self._updates.require_equal_ranks(held_out=len(self._held_out), at=self._moments, batches_each=self._counts)
 
     def step(self) -> Checkup | None:
         """Count an optimizer step, and return its checkup, if one is due; after the last, make the adapter compact."""
@@ -87,7 +87,7 @@ class Checkups:
         self._step = step
         if step not in self._moments or any(found.step == step for found in self.history):
             return None
-        found = check(self._updates, self._held_out, self._loss, self._effort, self._standard_errors, step)
+        found = check(self._updates, self._held_out, self._loss, self._counts, self._standard_errors, step)
         self.history.append(found)
         if self._on_event is not None:
             self._on_event(found)
@@ -137,7 +137,7 @@ def compress(
 
     Args:
         model: A model with an active LoRA adapter of PEFT, in one process.
-        held_out: As for `Checkups`. All batches are asked, and measured at every size.
+        held_out: As for `Checkups`. Every batch gives credits, and its loss is measured at every size.
         standard_errors: As for `Checkups`.
         loss: As for `Checkups`.
 
@@ -146,7 +146,7 @@ def compress(
     """
     require_standard_errors(standard_errors)
     updates, batches = Updates(model), HeldOut(held_out)
-    found = check(updates, batches, loss or model_loss, Effort(len(batches), len(batches)), standard_errors, 0)
+    found = check(updates, batches, loss or model_loss, BatchCounts(len(batches), len(batches)), standard_errors, 0)
     compact(model)
     return found
 

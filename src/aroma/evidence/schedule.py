@@ -1,4 +1,4 @@
-"""When held-out examples are asked, which ones, and how many."""
+"""When checkups come, and which held-out batches each of them uses."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..errors import bad_value
 from .statistics import SIZES
 
 SHARE = 0.12
-"""Largest share of a run's optimizer steps that all questions together cost."""
+"""Largest share of a run's optimizer steps that all checkups together cost."""
 FORWARD = 1 / 3
 """What a forward costs, in steps; the rest are its backward, the gradients of the adapter, and the optimizer."""
 FEWEST, WANTED = 8, 16
 """Batches without which nothing is decided, and batches that are made where the examples allow."""
 
 
-class Effort(NamedTuple):
-    """How much one checkup asks: batches whose gradients order the directions, and batches whose loss is measured."""
+class BatchCounts(NamedTuple):
+    """How many batches one checkup uses: for credits, which order the directions, and for the losses of each size."""
 
-    questions: int
-    measured: int
+    credits: int
+    losses: int
 
 
 def moments(at: Sequence[float], total_steps: int) -> list[int]:
@@ -41,8 +41,8 @@ def moments(at: Sequence[float], total_steps: int) -> list[int]:
     return steps
 
 
-def effort(total_steps: int, checkups: int, batches: int, cost: float) -> Effort:
-    """Return how much each checkup asks, so that all together cost `SHARE` of the run at most.
+def batch_counts(total_steps: int, checkups: int, batches: int, cost: float) -> BatchCounts:
+    """Return how many batches each checkup uses, so that all together cost `SHARE` of the run at most.
 
     In a very short run the fewest batches that decide anything cost more than that.
 
@@ -53,9 +53,9 @@ def effort(total_steps: int, checkups: int, batches: int, cost: float) -> Effort
         cost: Forward and backward of one of them, in optimizer steps.
     """
     affordable = SHARE * total_steps / checkups / cost
-    questions = max(FEWEST, min(batches, int(affordable / 3)))
-    measured = int((affordable - questions) / (FORWARD * SIZES))
-    return Effort(questions, max(FEWEST, min(batches, measured)))
+    credits = max(FEWEST, min(batches, int(affordable / 3)))
+    losses = int((affordable - credits) / (FORWARD * SIZES))
+    return BatchCounts(credits, max(FEWEST, min(batches, losses)))
 
 
 class HeldOut:

@@ -109,7 +109,7 @@ class Updates:
         return self._sharding is not sharding.REPLICAS
 
     def require_equal_ranks(self, **facts: object) -> None:
-        """Raise ConfigError unless all processes have the same adapter and `facts`, such as how much they will ask."""
+        """Raise ConfigError unless all processes have the same adapter and `facts`, such as counts of batches."""
         adapted = [(update.name, update.r) for update in self.each]
         sharding.require_equal_replicas({"adapter": adapted, **facts}, [], self._device())
 
@@ -151,7 +151,7 @@ class Updates:
         """
         parameters = [update.pair[1] for update in self.each]
         found = []
-        with self._asked(0.5, parameters):
+        with self._evaluated_at(0.5, parameters):
             for loss in losses:
                 gradients = self._gradients(loss(), parameters)
                 found.append(torch.cat([*map(_saved, self.each, gradients, (B for _, B in self._pairs))]).cpu())
@@ -159,7 +159,7 @@ class Updates:
 
     def losses(self, losses: Losses, kept: Tensor) -> Tensor:
         """Return the loss of each batch with the directions `kept` (d,) only, (batches,), the mean over processes."""
-        with self._asked(kept, []), torch.no_grad():
+        with self._evaluated_at(kept, []), torch.no_grad():
             found = torch.stack([loss().detach().double().cpu() for loss in losses])
         return self._mean_of_ranks(found)
 
@@ -169,7 +169,7 @@ class Updates:
         return {update.name: update.columns(B).any(1).sum(1).tolist() for update, (_, B) in pairs}
 
     @contextmanager
-    def _asked(self, strength: Tensor | float, parameters: list[nn.Parameter]) -> Iterator[None]:
+    def _evaluated_at(self, strength: Tensor | float, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Evaluate the updates at a strength, one or (d,), with gradients of `parameters`; then all is as before."""
         frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         before = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.requires_grad]
@@ -250,7 +250,7 @@ class Updates:
 
 
 def _eagerly() -> Any:
-    """Return a context in which compiled modules run as they are: a question is asked too rarely to compile for it."""
+    """Return a context in which compiled modules run as they are: checkups are too rare to compile for."""
     is_loaded = "torch._dynamo" in sys.modules  # importing it takes a second
     return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
 

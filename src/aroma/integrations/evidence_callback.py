@@ -39,7 +39,7 @@ class EvidenceCallback(TrainingCallback):
     Args:
         held_out: Examples that the trainer does not train on, prepared as its training set is; see `aroma.hold_out`.
             TRL's trainers prepare them themselves.
-        at: When to ask, as shares of the run.
+        at: When the checkups come, as shares of the run.
         standard_errors: How many standard errors of held-out loss a smaller adapter may cost; 0 keeps the least loss.
         loss: Loss of a model and a batch; by default that of the training, `trainer.compute_loss`.
         on_event: Called with every `Checkup`. Checkpoints do not hold it.

@@ -22,9 +22,9 @@ def add_parser(commands: Any) -> None:
         commands,
         "compress",
         "keep of a LoRA adapter what saves loss on examples of a file",
-        "Ask examples that a LoRA adapter was not trained on which directions of its updates save loss, and write\n"
-        "the adapter with those alone: plain LoRA for PEFT, each matrix with the rank that it defended. Any trainer\n"
-        "may have made it: a classifier, a regression, or a causal language model. Each example is asked ten times.",
+        "Find the directions of a LoRA adapter that save loss on examples it was not trained on, and write an\n"
+        "adapter of these alone: plain LoRA for PEFT, each matrix with its own rank. It may be a classifier, a\n"
+        "regression, or a causal language model, from any trainer. Each example is evaluated ten times.",
         "aroma compress runs/mrpc/adapter --data held-out.jsonl --out smaller",
         "aroma compress out/adapter --data reviews.csv --text review --label stars --out smaller",
         "aroma compress out/chat --data chats.jsonl --out smaller --base models/smollm2 --standard-errors 1",

@@ -26,9 +26,9 @@ class Evidence(LoraBase):
     """LoRA with checkups; see `EvidenceCallback`.
 
     Args:
-        at: When to ask, as shares of the run.
+        at: When the checkups come, as shares of the run.
         standard_errors: How many standard errors of held-out loss a smaller adapter may cost.
-        held_out_share: Share of the training set that is asked and not trained on.
+        held_out_share: Share of the training set that decides, and is not trained on.
     """
 
     r: int = 16
@@ -48,7 +48,7 @@ class Evidence(LoraBase):
         return super().name.replace("LoRA", "evidence", 1)
 
     def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Hold out the examples that are asked; see `Method.hold_out`."""
+        """Hold out the examples that decide; see `Method.hold_out`."""
         return hold_out(train, self.held_out_share)
 
     def check_steps(self, steps: int) -> None:
