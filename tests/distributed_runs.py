@@ -35,7 +35,6 @@ from aroma.errors import AromaError
 from aroma.files import tensors_digest
 from aroma.integrations.callback import _require_finite_parameters
 from aroma.sharding import own_entries
-from models import set_ranks
 from trainer_runs import DieAtStep, Run, adapted, die, die_at, examples, growth, live, tiny_bert, trainer_for
 
 TIMEOUT = timedelta(seconds=60)
@@ -71,8 +70,6 @@ class Loop:
     """Calls of the model before a backward."""
     unlike: bool = False
     """The ranks have other random numbers, and drop other activations out."""
-    uneven: bool = False
-    """The second rank has one example of every batch, the first the others."""
     double: bool = True
     """In float64, where rounding is no excuse."""
     half: bool = False
@@ -94,7 +91,6 @@ LOOPS = {
     "accelerate": Loop(accelerate=True),
     "two forwards": Loop(forwards=2, method={"inner_criterion": "update_change", "reset": "zero", "r": 2}),
     "other random numbers": Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1}),
-    "uneven batches": Loop(uneven=True, double=False, ddp={"find_unused_parameters": True}),
     "on after all have finished": Loop(early_stop=False, head=False, method={"max_components": 2}, steps=20),
 }
 
@@ -180,7 +176,7 @@ def take_step(model: Any, optimizer: Any, loop: Loop, step: int) -> None:
     if loop.unlike:
         torch.rand(rank() + 1)
     for part in range(loop.accumulate):
-        rows = share(batch_of(step * loop.accumulate + part), loop.uneven)
+        rows = share(batch_of(step * loop.accumulate + part))
         last = part == loop.accumulate - 1
         with nullcontext() if last else without_sync(model):
             losses = [model(**stacked(rows[i :: loop.forwards])).loss for i in range(loop.forwards)]
@@ -215,10 +211,8 @@ def batch_of(number: int, count: int = 8) -> list[dict[str, Tensor]]:
     return [rows[i % len(rows)] for i in range(number * count, (number + 1) * count)]
 
 
-def share(rows: list[Any], uneven: bool = False) -> list[Any]:
+def share(rows: list[Any]) -> list[Any]:
     """The rank's part of a global batch."""
-    if uneven and size() > 1:
-        return rows[:-1] if rank() == 0 else rows[-1:]
     return rows[rank() :: size()]
 
 
@@ -276,12 +270,6 @@ def other_tolerances(_: Path, wrap: Callable[[Any], Any] = DistributedDataParall
     grow(wrap(adapted(outer_tolerance=0.01 * (1 + rank()))))
 
 
-def other_components(_: Path) -> None:
-    model = adapted()
-    set_ranks(model, [1, 2], seed=rank())
-    grow(DistributedDataParallel(model))
-
-
 def not_wrapped(_: Path) -> None:
     model = adapted()
     optimizer = adamw(model)
@@ -323,24 +311,14 @@ def broken_checkpoint(out: Path) -> None:
     grow(wrapped, optimizer, resume_from=str(folder))
 
 
-def joined(_: Path) -> None:
-    wrapped = DistributedDataParallel(adapted())
-    optimizer = adamw(wrapped)
-    grow(wrapped, optimizer)
-    with wrapped.join():
-        step_on(wrapped, optimizer, 1)
-
-
 REFUSALS = [
     other_weights,
     other_drawn_seeds,
     other_tolerances,
-    other_components,
     not_wrapped,
     broken_component,
     broken_head,
     broken_checkpoint,
-    joined,  # last: DDP goes on waiting for the joined ranks
 ]
 
 

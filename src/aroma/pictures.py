@@ -146,16 +146,16 @@ def positions_of(names: Sequence[str]) -> list[Position]:
 
     If there are several stacks of numbered layers, such as an encoder and a decoder, the kind begins with the stack.
     """
-    matches = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
-    stacks = {name[: match.start()] for name, match in zip(names, matches, strict=True) if match}
+    parts = [re.split(r"(?:^|\.)(\d+)(?:\.|$)", name, maxsplit=1) for name in names]
+    has_stacks = len({part[0] for part in parts if len(part) > 1}) > 1
     positions = []
-    for name, match in zip(names, matches, strict=True):
-        if match is None:
-            positions.append(Position(None, name))
-        else:
-            stack, rest = name[: match.start()], name[match.end() :]
-            kind = ".".join(filter(None, (stack, rest))) if len(stacks) > 1 else rest or stack
-            positions.append(Position(int(match[1]), kind))
+    for stack, *layer_and_rest in parts:
+        if not layer_and_rest:
+            positions.append(Position(None, stack))
+            continue
+        layer, rest = layer_and_rest
+        kind = ".".join(filter(None, (stack, rest))) if has_stacks else rest or stack
+        positions.append(Position(int(layer), kind))
     return positions
 
 

@@ -15,7 +15,6 @@ _MEANT_FOR = {
     "rank": ("uniform",),
     "base_model": ("merged", "gguf"),
     "dtype": ("merged",),
-    "force": ("gguf",),
 }
 """Options that would do nothing in other kinds of export."""
 
@@ -26,10 +25,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "export",
         "write an adapter for serving engines or llama.cpp, or the merged model",
-        (
-            "Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, or "
-            "the merged model."
-        ),
+        "Write an adapter of one rank (vLLM, TGI, SGLang), an adapter file for llama.cpp, or the merged model.",
         "aroma export runs/mrpc/adapter served --uniform",
         "aroma export runs/mrpc/adapter served --uniform --rank 32",
         "aroma export runs/mrpc/adapter merged --merged",
@@ -52,7 +48,6 @@ def add_parser(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="with --merged: type of the written weights, rounded once after the merge (float32)",
     )
-    parser.add_argument("--force", action="store_true", default=None, help="with --gguf: replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
@@ -69,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .quiet import quiet
 
     if arguments.gguf:
-        new_file("OUT", arguments.out, force=bool(arguments.force))
+        new_file("OUT", arguments.out)
     else:
         new_folder("OUT", arguments.out)
     require_adapter_folder(arguments.adapter)
@@ -85,7 +80,7 @@ def _export(arguments: argparse.Namespace) -> str:
     if arguments.gguf:
         from ..gguf import export_gguf
 
-        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments), overwrite=arguments.force)
+        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments))
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
     if arguments.uniform:
         return f"adapter of rank {export_uniform(arguments.adapter, arguments.out, arguments.rank)}"
