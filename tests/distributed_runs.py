@@ -35,7 +35,7 @@ from aroma.errors import AromaError
 from aroma.files import tensors_digest
 from aroma.integrations.callback import _require_finite_parameters
 from aroma.sharding import own_entries
-from trainer_runs import DieAtStep, Run, adapted, die, die_at, examples, growth, live, tiny_bert, trainer_for
+from trainer_runs import Run, adapted, examples, growth, live, tiny_bert, trainer_for
 
 TIMEOUT = timedelta(seconds=60)
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -129,7 +129,8 @@ def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[
                 stopped = step + 1
                 break
     hidden = [name for name in getattr(wrapped, "named_module_buffers", ()) if "lora_finished" in name]
-    checks = {(event.step, event.kind) for event in events if event.kind == "checked"}
+    inner = {event.step for event in events if event.kind == "checked"}
+    outer = {event.step for event in events if event.kind in ("merged", "frozen")}
     return {
         "weights": whole(model.state_dict()),
         "optimizer": whole(optimizer.state_dict()["state"]),
@@ -140,7 +141,7 @@ def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[
         "finished": start.finished,
         "seed": start.controller.live.seed,
         "collectives": [at_start, counted.number - at_start],
-        "checks": len(checks) + start.controller.outer_number - 1,
+        "checks": len(inner) + len(outer),
         "buffers that DDP sends": hidden,
         "frozen pairs that moved": frozen_pairs_that_moved(model),
     }
@@ -389,8 +390,6 @@ def trained_in_the_trainer(
 class ManyRun(Run):
     """A Run of several processes."""
 
-    dying_rank: int = 0
-    """The rank that `kill` is for. Its moment may be 'random N' too: before the random numbers of checkpoint N."""
     calm: bool = False
     """Without dropout."""
     unlike: bool = True
@@ -405,18 +404,12 @@ class UseRandomNumbers(TrainerCallback):
 def train(out: Path, run: ManyRun, resume: str | None = None, callbacks: tuple[TrainerCallback, ...] = ()) -> Any:
     """Do `run` in `out`, with further `callbacks`; every rank keeps its own events."""
     mine = rank_of_launch()
-    kill = run.kill if mine == run.dying_rank else ""
-    if kill.startswith("random "):
-        die_before_random_state(kill.removeprefix("random "))
-        kill = ""
-    elif not kill.startswith("step "):
-        die_at(kill)
     several = {"ddp_backend": "gloo", "ddp_timeout": 60} if "RANK" in os.environ else {}
     return trainer_runs.train(
         out,
         run,
         resume,
-        (DieAtStep(kill), *([UseRandomNumbers()] if run.unlike else []), *callbacks),
+        (*([UseRandomNumbers()] if run.unlike else []), *callbacks),
         tiny_bert(**CALM) if run.calm else None,
         f"events-{mine}.jsonl",
         **several,
@@ -426,18 +419,6 @@ def train(out: Path, run: ManyRun, resume: str | None = None, callbacks: tuple[T
 def rank_of_launch() -> int:
     """The rank, before the Trainer makes the process group too."""
     return int(os.environ.get("RANK", "0"))
-
-
-def die_before_random_state(step: str) -> None:
-    """Let this process kill itself when it is about to save its random numbers for checkpoint `step`."""
-    save = torch.save
-
-    def never(*args: Any, **kwargs: Any) -> Any:
-        if f"checkpoint-{step}" in str(args[1]) and "rng_state" in str(args[1]):
-            die()
-        return save(*args, **kwargs)
-
-    torch.save = never
 
 
 def end_of(trainer: Any) -> dict[str, Any]:

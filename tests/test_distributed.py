@@ -8,7 +8,6 @@ with hardly any gradient move as the rounding of 1e-7 wants, to 1e-3 of a tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,12 +18,11 @@ import torch
 from torch import nn
 
 import distributed_runs
-from aroma import AromaController, aroma_layers, last_complete_checkpoint
+from aroma import AromaController
 from aroma.errors import ConfigError
 from aroma.sharding import refuse_sharding
-from aroma.tuner.graph import GraphKeeper
 from distributed_runs import LOOPS, REFUSALS, UNLIKE_MODULES, ManyRun, adamw, end_of, run_loop
-from ranks import launch, torchrun
+from ranks import launch
 from trainer_runs import adapted, assert_same, read_events
 
 pytestmark = pytest.mark.slow
@@ -108,17 +106,6 @@ def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
     assert_close(first["weights"], alone["weights"])
 
 
-def test_the_optimizer_leaves_frozen_pairs_alone_as_in_one_process(told: Path) -> None:
-    for name in ("all parameters used", "adafactor", "static graph, momentum"):
-        first, _ = both(told, name)
-        alone = one_process(name)
-        steps = [
-            {index: float(state.get("step", 0)) for index, state in result["optimizer"].items()}
-            for result in (first, alone)
-        ]
-        assert steps[0] == steps[1]
-
-
 def test_ranks_with_other_seeds_use_that_of_the_first(told: Path) -> None:
     for result in both(told, "other random numbers"):
         assert result["seed"] == 100
@@ -154,13 +141,6 @@ def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
 # One process ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_frozen_module_of_one_process_asks_for_no_gradient() -> None:
-    model = adapted()
-    controller = AromaController(model, adamw(model), total_steps=32)
-    controller.matrices.freeze(controller.modules[0])
-    assert not any(parameter.requires_grad for parameter in controller.modules[0].pair)
-
-
 def test_zero_gradients_are_at_the_output_and_nowhere_else() -> None:
     """Frozen modules are not in the graph: with all of them frozen, the encoder makes none."""
     model = adapted()
@@ -180,25 +160,6 @@ def test_zero_gradients_are_at_the_output_and_nowhere_else() -> None:
         for parameter in module.pair:
             assert parameter.grad is not None
             assert not parameter.grad.any()
-
-
-def test_zero_gradients_reach_every_tensor_that_a_model_returns() -> None:
-    model = adapted()
-    keeper = GraphKeeper()
-    keeper.layers = [*aroma_layers(model).values()]
-    for layer in keeper.layers:
-        layer.stay_in_graph("default", True)
-        layer.freeze("default")
-    tensors = [torch.ones(2, requires_grad=True) * 2 for _ in range(4)]
-    output = {"loss": tensors[0], "states": (tensors[1], [tensors[2], None]), "count": torch.ones(1, dtype=torch.long)}
-    model.train()
-    changed = keeper(model, (), {**output, "more": {"deep": tensors[3]}})
-    for tensor in (changed["loss"], changed["states"][0], changed["states"][1][0], changed["more"]["deep"]):
-        model.zero_grad()
-        tensor.mul_(1).sum().backward()  # in place, as some losses do with logits
-        assert all(parameter.grad is not None for parameter in keeper.layers[0].pair("default"))
-    assert changed["states"][1][1] is None
-    assert changed["count"] is output["count"]
 
 
 def test_what_is_sharded_is_refused_in_one_process_too() -> None:
@@ -246,62 +207,7 @@ def test_two_processes_in_the_trainer_do_what_one_does(told: Path, tmp_path: Pat
     assert written == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
-def test_four_processes_in_the_trainer_do_what_one_does(tmp_path: Path) -> None:
-    # The two processes above do not look for unused parameters.
-    training = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": True}
-    run = replace(CALM, training=training)
-    launch_training(4, tmp_path / "many", run)
-    assert_does_what_one_does(tmp_path / "many", tmp_path / "one", run, 4)
-
-
-def test_uneven_last_batches_and_an_early_stop(tmp_path: Path) -> None:
-    # 80 examples in global batches of 14: the last of an epoch has 10.
-    training = {"per_device_train_batch_size": 7, "ddp_find_unused_parameters": False}
-    run = ManyRun(steps=40, method=UNLIKE_MODULES, training=training)
-    launch_training(2, tmp_path, run)
-    first, second = (load(tmp_path / f"end-{rank}.pt") for rank in (0, 1))
-    assert_same(first, second)
-    assert first["stopped"] < 40
-    assert first["frozen"] == 13
-
-
 # Sudden death --------------------------------------------------------------------------------------------------------
-
-MORTAL = ManyRun(
-    steps=24,
-    method={"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "inner_criterion": "update_change"},
-    training={"save_steps": 3, "per_device_train_batch_size": 4},
-)
-
-
-@pytest.fixture(scope="module")
-def immortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the uninterrupted run."""
-    out = tmp_path_factory.mktemp("immortal")
-    launch_training(2, out, MORTAL)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("rank", "moment", "starts"),
-    [
-        (1, "step 11", torchrun),
-        (0, "adapter 12", launch),
-        (1, "random 12", launch),
-        (0, "trainer 12", launch),
-    ],
-)
-def test_a_killed_rank_ends_the_job_which_resumes_exactly(
-    tmp_path: Path, immortal: Path, rank: int, moment: str, starts: Callable[..., str]
-) -> None:
-    doomed = replace(MORTAL, kill=moment, dying_rank=rank)
-    said = starts(2, RUNS, "train", str(tmp_path), doomed.json(), fails=True)
-    assert "SIGKILL" in said or "Signal 9" in said or "exitcode  : -9" in said
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-    launch_training(2, tmp_path, MORTAL, "--resume")
-    for who in (0, 1):
-        assert_same(load(tmp_path / f"end-{who}.pt"), load(immortal / f"end-{who}.pt"))
-        assert read_events(tmp_path / f"events-{who}.jsonl") == read_events(immortal / f"events-{who}.jsonl")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

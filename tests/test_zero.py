@@ -10,18 +10,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 import ranks
 from aroma import verify_adapter
-from aroma.errors import ConfigError, ResetError
-from aroma.reset import check_resettable, forget_moments, reset_state
+from aroma.errors import ConfigError
 from aroma.sharding import refuse_sharding
 from distributed_runs import CALM, assert_refused, batch_of, stacked
 from test_distributed import assert_close, load
@@ -51,7 +48,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, deepspeed: dict[str, str]) ->
     jobs: list[list[Any]] = [
         [2, RUNS, part, str(out)] for part in ("loops", "checkpoints", "refusals", "replicas", "train")
     ]
-    jobs += [[4, RUNS, "loops of four", str(out / "four")], [1, RUNS, "checkpoints of one", str(out / "one")]]
+    jobs += [[4, RUNS, "loops of four", str(out / "four")]]
     (out / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, ranks.__file__, "zero_runs", str(out / "jobs.json")]
     done = subprocess.run(command, env={**os.environ, **deepspeed}, capture_output=True, text=True, timeout=1000)
@@ -101,12 +98,6 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> N
         uninterrupted, resumed = (load(told / f"{kind}-{name}-{rank}.pt") for kind in ("uninterrupted", "resumed"))
         assert uninterrupted["events"]
         assert_same(resumed, uninterrupted)
-
-
-@pytest.mark.slow
-def test_one_process_under_zero_resumes_too(told: Path) -> None:
-    for name in ("2", "3"):
-        assert_same(*(load(told / "one" / f"{kind}-{name}-0.pt") for kind in ("resumed", "uninterrupted")))
 
 
 @pytest.mark.slow
@@ -195,46 +186,3 @@ def test_the_trainer_saves_whole_adapters(told: Path, stage: str) -> None:
         with torch.no_grad():
             found, expected = (m(**stacked(batch_of(0))).logits for m in (model, replica))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-# One process ---------------------------------------------------------------------------------------------------------
-
-
-def flat_optimizer(parameter: Any, start: int, count: int, **state: Tensor) -> Any:
-    """What ZeRO-2 makes of an optimizer with one parameter, of which this rank has `count` entries from `start` on."""
-    flat, base = torch.zeros(20), SimpleNamespace(state={})
-    base.state[flat] = state
-    parameter._hp_mapping = SimpleNamespace(
-        lp_fragment_address=SimpleNamespace(start=start, numel=count),
-        hp_fragment_address=SimpleNamespace(start=4),
-        param_group_index=0,
-    )
-    known = type("ZeROOptimizer", (), {"optimizer": base, "single_partition_of_fp32_groups": [flat]})
-    return type("DeepSpeedZeroOptimizer", (known,), {})()
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_a_range_of_flat_moments_is_pruned_as_the_whole_would_be(ratio: float) -> None:
-    whole, shared = (torch.nn.Parameter(torch.ones(3, 5)) for _ in range(2))
-    plain = torch.optim.AdamW([whole])
-    plain.state[whole] = {name: torch.ones(3, 5) for name in ("exp_avg", "exp_avg_sq")}
-    reset_state(plain, whole, "prune", ratio, torch.Generator().manual_seed(3))
-    moments = {name: torch.ones(20) for name in ("exp_avg", "exp_avg_sq")}
-    optimizer = flat_optimizer(shared, 6, 8, **moments)
-    reset_state(optimizer, shared, "prune", ratio, torch.Generator().manual_seed(3))
-    for name, found in moments.items():
-        assert torch.equal(found[4:12], plain.state[whole][name].reshape(-1)[6:14])
-        assert found[:4].all(), "what is of other parameters stays"
-        assert found[12:].all(), "what is of other parameters stays"
-    forget_moments(optimizer, shared)
-    assert moments["exp_avg"].nonzero().flatten().tolist() == [*range(4), *range(12, 20)]
-
-
-@pytest.mark.parametrize("kind", ["prune", "none"])
-@pytest.mark.parametrize("state", [{"exp_avg_sq_row": torch.ones(5)}])
-def test_flat_state_that_cannot_be_reset_is_refused(kind: str, state: dict[str, Tensor]) -> None:
-    """With `none` too, as what a frozen component leaves is zeroed all the same."""
-    parameter = torch.nn.Parameter(torch.ones(3, 5))
-    optimizer = flat_optimizer(parameter, 0, 15, **state)
-    with pytest.raises(ResetError, match=r"^optimizer=DeepSpeedZeroOptimizer: .*; use another optimizer, e\.g\."):
-        check_resettable(optimizer, parameter, kind)

@@ -202,7 +202,6 @@ EXACT = replace(PLAIN, method={"inner_criterion": "update_change", "r": 2, "lora
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 STAGES = {
     "2": zero(2),
-    "3": zero(3),
     "3, nothing stays": zero(3, **NOTHING_STAYS),
     "3, autocast, nothing stays": zero(3, torch_autocast=AUTOCAST, **NOTHING_STAYS),
 }
@@ -323,7 +322,6 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "loops": loops,
     "loops of four": partial(loops, names=OF_FOUR),
     "checkpoints": partial(checkpoints, names=("2", "3, nothing stays", "3, autocast, nothing stays")),
-    "checkpoints of one": partial(checkpoints, names=("2", "3")),
     "refusals": partial(tell_refusals, refusals=REFUSALS),
     "train": train,
     "replicas": train_replicas,
