@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 import distributed_runs
-from aroma import attach, lora_tensors, save_adapter
+from aroma import attach, save_adapter
 from distributed_runs import (
     CALM,
     TIMEOUT,
@@ -163,7 +163,6 @@ def save(out: Path) -> None:
     # The root's parameters stay gathered after an evaluation.
     torch.save(training.logits(), out / f"logits-{rank()}.pt")
     save_adapter(model, out / "adapter")
-    torch.save(lora_tensors(model).tensors, out / f"given-{rank()}.pt")
     model.save_pretrained(out / "by-peft", is_main_process=rank() == 0)
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:

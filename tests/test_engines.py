@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+import engine_ranks
 from aroma import AromaCallback, AromaConfig, LoraTensors, aroma_layers, lora_tensors, save_adapter
 from aroma.errors import ConfigError
 from aroma.export import export_uniform
 from models import METHOD, adapted, batch, deltas, grow, set_ranks
+from ranks import launch
 from trl_runs import trainer_for
 
 INPUTS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
@@ -132,6 +134,19 @@ def test_its_shapes_never_change_while_it_grows(tmp_path: Path) -> None:
     trainer_for("grpo", tmp_path, AromaCallback(), engine, config=config, save_strategy="no", max_steps=10).train()
     assert len(engine.ranks) > 2
     assert all(shapes == engine.shapes[0] for shapes in engine.shapes)
+
+
+@pytest.mark.slow
+def test_sharded_processes_give_what_one_gives(tmp_path: Path) -> None:
+    launch(2, engine_ranks.__file__, str(tmp_path))
+    one = engine_ranks.given_after_every_step()
+    assert any(tensor.any() for tensor in one[-1].values())
+    for rank in (0, 1):
+        sharded = torch.load(tmp_path / f"given-{rank}.pt", weights_only=True)
+        for step, (found, alone) in enumerate(zip(sharded, one, strict=True)):
+            assert set(found) == set(alone)
+            for name, tensor in alone.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=f"{step} {name}")
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

@@ -119,15 +119,6 @@ def test_the_saved_adapter_gives_plain_peft_the_logits_of_the_sharded_model(told
 
 
 @pytest.mark.slow
-def test_every_rank_gives_the_saved_tensors_to_an_engine(told: Path) -> None:
-    expected = load_file(told / "adapter" / "adapter_model.safetensors")
-    for rank in (0, 1):
-        given = load(told / f"given-{rank}.pt")
-        assert_same(given, {name: expected[name] for name in given})
-        assert {name for name in expected if ".lora_" in name} == {*given}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resumed", "resumed-late"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> None:
     expected = load(told / "uninterrupted-0.pt")

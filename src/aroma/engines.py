@@ -78,9 +78,5 @@ def _require_lasting(live: LiveAdapter, rank: int) -> None:
     controller, config = live.controller, live.config
     most = None if config.max_components is None else config.max_components * config.r
     if controller is not None and not controller.finished and (most is None or most > rank):
-        raise bad_value(
-            "max_components",
-            config.max_components,
-            f"the adapter still grows, and may come to a rank above {rank}; set it to {max(rank // config.r, 1)} or "
-            "less in AromaConfig, or give a larger rank",
-        )
+        remedy = f"set it to {max(rank // config.r, 1)} or less in AromaConfig, or give a larger rank"
+        raise bad_value("max_components", config.max_components, f"ranks may grow above {rank}; {remedy}")

@@ -63,17 +63,10 @@ def export_gguf(
 
 
 def rotary_rows(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Put the rows of a query or key matrix in the order of Llama GGUFs.
+    """Return the rows (heads · d, any) of a query or key matrix, with its own number of heads, in the order of GGUF.
 
     Rotary embeddings rotate pairs of rows within a head. transformers pairs row j with row j + d/2; GGUF puts the two
     side by side, as rows 2j and 2j + 1.
-
-    Args:
-        rows: (heads · d, any), in transformers' order.
-        heads: Heads of the matrix; for keys the number of key-value heads.
-
-    Returns:
-        (heads · d, any), in GGUF's order.
     """
     halves = rows.reshape(heads, 2, -1, rows.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
@@ -101,9 +94,6 @@ def _gguf_names(adapter: AdapterWeights, config: Any) -> dict[str, str]:
     from gguf import MODEL_ARCH, get_tensor_name_map
     from transformers import AutoModelForCausalLM
 
-    if adapter.others:
-        remedy = "trained beside LoRA's matrices and would be lost; export --merged instead"
-        raise bad_value("adapter", sorted(adapter.others), remedy)
     with torch.device("meta"):
         shapes = {name: (*one.shape,) for name, one in AutoModelForCausalLM.from_config(config).named_parameters()}
     table, names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers), {}
@@ -115,6 +105,9 @@ def _gguf_names(adapter: AdapterWeights, config: Any) -> dict[str, str]:
             remedy = f"it has no {module} of shape {update.shape}; give the model that the adapter was trained on"
             raise bad_value("base_model", config.name_or_path, remedy)
         names[module] = f"{table.get_name(module)}.weight"
+    if adapter.others:
+        remedy = "trained beside LoRA's matrices and would be lost; export --merged instead"
+        raise bad_value("adapter", sorted(adapter.others), remedy)
     return names
 
 

@@ -107,6 +107,7 @@ def shard_like(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _sharded(values: Tensor, like: DTensor) -> DTensor:
+    """Return the whole `values` sharded as `like`, of the same whole shape: every rank keeps its own part."""
     mesh = like.device_mesh
     whole = DTensor.from_local(values.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=like.placements)
@@ -216,6 +217,7 @@ def optimizer_state(optimizer: Any, parameter: Any) -> OptimizerState:
         return OptimizerState({}, tuple(parameter.shape), lambda _: None, is_flat=True, is_elsewhere=True)
 
     def entries(value: Tensor) -> Entries | None:
+        """Return this rank's entries in a flat tensor; None if its shape is another."""
         if type(value) is not Tensor or not value.is_floating_point() or value.shape != own.flat.shape:
             return None
         return Entries(own.of(value), own.shape, own.pick)

@@ -121,8 +121,5 @@ def _show_warning(others: Callable[..., None], message: Warning | str, category:
 
 
 def _report(message: str, code: int) -> int:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), (message, "red")))
+    print(f"error: {message}", file=sys.stderr)
     return code

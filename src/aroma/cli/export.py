@@ -9,7 +9,7 @@ from ..errors import bad_value
 from .texts import add_command
 
 BASE_MODEL_GROUP = "aroma.base_models"
-"""Entry point group of functions that know further names of base models."""
+"""Entry points that know further names of base models: of adapter folder and name or None, a name or None."""
 
 _MEANT_FOR = {
     "rank": ("uniform",),
@@ -36,9 +36,7 @@ def add_parser(commands: Any) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--uniform", action="store_true", help="an adapter of one rank, zero-padded, scale 1")
     kind.add_argument("--merged", action="store_true", help="the full model, merged in float32")
-    kind.add_argument(
-        "--gguf", action="store_true", help="an adapter file for llama.cpp (models of Llama's architecture)"
-    )
+    kind.add_argument("--gguf", action="store_true", help="an adapter file for llama.cpp (Llama's architecture)")
     parser.add_argument("--rank", type=int, help="with --uniform: rank to pad to (the next of 8, 16, 32, … 256)")
     parser.add_argument(
         "--base-model", metavar="NAME", help="with --merged, --gguf: if not the one named in the adapter"
@@ -89,11 +87,7 @@ def _export(arguments: argparse.Namespace) -> str:
 
 
 def _base_of(arguments: argparse.Namespace) -> str | None:
-    """Return where the base model is, if it is another place than the one that PEFT recorded.
-
-    The entry point group `aroma.base_models` holds functions that know further names of base models: each takes the
-    adapter's folder and the given name, or None, and returns a folder or hub name, or None.
-    """
+    """Return where the base model is, if it is another place than the one that PEFT recorded."""
     from importlib.metadata import entry_points
 
     name: str | None = arguments.base_model

@@ -23,14 +23,7 @@ Grid = dict[str, Any]
 
 
 class MatrixFacts(NamedTuple):
-    """What became of one matrix.
-
-    Args:
-        name: Name of its module in the base model.
-        rank: Rank of its update, or the mean of several.
-        effective_rank: Effective rank of its update; None where unknown.
-        relative_update: ‖ΔW‖_F / ‖W0‖_F; None where unknown.
-    """
+    """What became of one matrix: its name, the ranks of its update, and ‖ΔW‖_F / ‖W0‖_F; None where unknown."""
 
     name: str
     rank: float
@@ -39,11 +32,9 @@ class MatrixFacts(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A line of the table of results.
+    """A line of the table of results: what was evaluated, and its metrics by name.
 
     Args:
-        name: What was evaluated.
-        metrics: Metrics by name.
         kind: `"own"`: of this run; `"guess"`: of who answers without reading; `"other"`: of another run.
     """
 
