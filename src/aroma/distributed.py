@@ -1,7 +1,7 @@
 """What the processes that train one model agree on, and refuse together.
 
 Functions with a `device` are collectives: every rank calls them, in the same order. One process agrees with itself,
-bit for bit. The steps between checks call none of them, except that under ZeRO the first step does.
+bit for bit. The steps between checks call none of them, except the first step.
 """
 
 from __future__ import annotations
