@@ -98,7 +98,7 @@ def _gguf_names(adapter: AdapterWeights, config: Any) -> dict[str, str]:
         shapes = {name: (*one.shape,) for name, one in AutoModelForCausalLM.from_config(config).named_parameters()}
     table, names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers), {}
     for module, update in adapter.updates.items():
-        if not module.endswith("_proj"):
+        if not module.endswith("proj"):
             remedy = "only matrices of attention and MLP go into a GGUF adapter; export --merged instead"
             raise bad_value("target_modules", module, remedy)
         if shapes.get(f"{module}.weight") != update.shape:
