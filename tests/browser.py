@@ -41,17 +41,6 @@ class Browser:
             lambda driver: driver.execute_script("return document.body.dataset.ready")
         )
 
-    def resize(self, width: int) -> None:
-        """Make the window so many pixels wide, and wait until the charts have followed."""
-        self._set_size(width, 844)
-        script = """
-            const views = [...document.querySelectorAll(".plot")].map((one) => one.view);
-            requestAnimationFrame(() => requestAnimationFrame(async () => {
-                await Promise.all(views.map((one) => one.runAsync()));
-                arguments[0]();
-            }));"""
-        self.driver.execute_async_script(script)
-
     def print_media(self, width: int) -> None:
         """Show the page as it is printed, so many pixels across."""
         self._set_size(width, 1000)

@@ -8,7 +8,6 @@ Every rank writes what it came to into files of its own in OUT.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from aroma.errors import ConfigError
 from aroma.evidence.checkups import Checkups
 from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.sharding import gathered, own_entries
@@ -35,8 +33,6 @@ from trainer_runs import examples, tiny_bert, trainer_for
 
 WIDTH, BATCH, STEPS = 20, 16, 90
 AT = (0.3, 0.6)
-SAVED_AT = (27, 40)
-"""Right after the first checkup, when the optimizer has no state of the adapter, and between the two."""
 PLANTED = (1, 0, 3, 2)
 """Ranks of what the layers are to learn."""
 
@@ -126,15 +122,11 @@ NOTHING_STAYS = {"zero_stage3_param_persistence_threshold": 0, "zero_stage3_pref
 LOOPS = {
     "ddp": Way(DistributedDataParallel),
     "ddp, micro-batches": Way(IN_VIEWS, parts=2),
-    "ddp, static graph": Way(partial(DistributedDataParallel, static_graph=True)),
     "fsdp2": Way(by_layer),
     "fsdp2, micro-batches": Way(by_layer, parts=2),
 }
 ZERO = {
     "zero 2": Way(stage=2),
-    "zero 2, micro-batches": Way(stage=2, parts=2),
-    "zero 2, offloaded": Way(stage=2, options=OFFLOADED),
-    "zero 3": Way(stage=3),
     "zero 3, nothing stays": Way(stage=3, parts=2, options=NOTHING_STAYS),
     "zero 3, offloaded": Way(stage=3, options=OFFLOADED),
 }
@@ -143,12 +135,10 @@ ZERO = {
 class Loop:
     """One training of a net, which can stop and go on; the same batches whatever the number of processes."""
 
-    def __init__(self, way: Way, resume_from: Path | None = None, batches: int = 20) -> None:
+    def __init__(self, way: Way, batches: int = 20) -> None:
         torch.manual_seed(3)
         config = LoraConfig(r=8, lora_alpha=16, target_modules=r"layers\.\d+")
         self.model: Any = get_peft_model(Net(), config, autocast_adapter_dtype=False).to(way.dtype)
-        if resume_from:
-            self.model.load_adapter(str(resume_from), "default", is_trainable=True)
         self.way, self.done = way, 0
         self.wrapped = way.wrap(self.model) if dist.is_initialized() else self.model
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -244,38 +234,6 @@ def loops(out: Path, ways: dict[str, Way] = LOOPS) -> None:
         loop.save(out / f"adapter-{name}")
 
 
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
-def save(out: Path) -> None:
-    """Write checkpoints of a training under DDP, and go on."""
-    loop = Loop(LOOPS["ddp"])
-    for step in SAVED_AT:
-        loop.go_on(step).save(out / f"saved-{step}")
-        if rank() == 0:
-            torch.save(loop.optimizer.state_dict(), out / f"saved-{step}" / "optimizer.pt")
-            (out / f"saved-{step}" / "checkups.json").write_text(json.dumps(loop.checkups.state_dict()))
-    torch.save(loop.go_on().came_to(), out / f"uninterrupted-{rank()}.pt")
-
-
-def resume(out: Path) -> None:
-    for step in SAVED_AT:
-        folder = out / f"saved-{step}"
-        loop = Loop(LOOPS["ddp"], folder)
-        loop.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        loop.checkups.load_state_dict(json.loads((folder / "checkups.json").read_text()))
-        loop.done = step
-        torch.save(loop.go_on().came_to(), out / f"resumed-{step}-{rank()}.pt")
-
-
-def unequal(out: Path) -> None:
-    """One process has a held-out batch more than the other, so they would ask in other orders."""
-    try:
-        Loop(LOOPS["ddp"], batches=20 + rank())
-    except ConfigError as error:
-        (out / f"unequal-{rank()}.txt").write_text(str(error))
-
-
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 TRAINER_SAVED_AT = 20
@@ -330,9 +288,6 @@ def train(out: Path, way: str) -> None:
 PARTS: dict[str, Callable[[Path], None]] = {
     "loops": loops,
     "zero": partial(loops, ways=ZERO),
-    "save": save,
-    "resume": resume,
-    "unequal": unequal,
     **{f"train {way}": partial(train, way=way) for way in ("ddp", "fsdp2", "zero 3")},
 }
 

@@ -35,8 +35,7 @@ from aroma.errors import AromaError
 from aroma.files import tensors_digest
 from aroma.integrations.callback import _require_finite_parameters
 from aroma.sharding import own_entries
-from models import set_ranks
-from trainer_runs import DieAtStep, Run, adapted, die, die_at, examples, growth, live, tiny_bert, trainer_for
+from trainer_runs import Run, adapted, examples, growth, live, tiny_bert, trainer_for
 
 TIMEOUT = timedelta(seconds=60)
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -71,8 +70,6 @@ class Loop:
     """Calls of the model before a backward."""
     unlike: bool = False
     """The ranks have other random numbers, and drop other activations out."""
-    uneven: bool = False
-    """The second rank has one example of every batch, the first the others."""
     double: bool = True
     """In float64, where rounding is no excuse."""
     half: bool = False
@@ -94,7 +91,6 @@ LOOPS = {
     "accelerate": Loop(accelerate=True),
     "two forwards": Loop(forwards=2, method={"inner_criterion": "update_change", "reset": "zero", "r": 2}),
     "other random numbers": Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1}),
-    "uneven batches": Loop(uneven=True, double=False, ddp={"find_unused_parameters": True}),
     "on after all have finished": Loop(early_stop=False, head=False, method={"max_components": 2}, steps=20),
 }
 
@@ -133,7 +129,8 @@ def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[
                 stopped = step + 1
                 break
     hidden = [name for name in getattr(wrapped, "named_module_buffers", ()) if "lora_finished" in name]
-    checks = {(event.step, event.kind) for event in events if event.kind == "checked"}
+    inner = {event.step for event in events if event.kind == "checked"}
+    outer = {event.step for event in events if event.kind in ("merged", "frozen")}
     return {
         "weights": whole(model.state_dict()),
         "optimizer": whole(optimizer.state_dict()["state"]),
@@ -144,7 +141,7 @@ def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[
         "finished": start.finished,
         "seed": start.controller.live.seed,
         "collectives": [at_start, counted.number - at_start],
-        "checks": len(checks) + start.controller.outer_number - 1,
+        "checks": len(inner) + len(outer),
         "buffers that DDP sends": hidden,
         "frozen pairs that moved": frozen_pairs_that_moved(model),
     }
@@ -180,7 +177,7 @@ def take_step(model: Any, optimizer: Any, loop: Loop, step: int) -> None:
     if loop.unlike:
         torch.rand(rank() + 1)
     for part in range(loop.accumulate):
-        rows = share(batch_of(step * loop.accumulate + part), loop.uneven)
+        rows = share(batch_of(step * loop.accumulate + part))
         last = part == loop.accumulate - 1
         with nullcontext() if last else without_sync(model):
             losses = [model(**stacked(rows[i :: loop.forwards])).loss for i in range(loop.forwards)]
@@ -215,10 +212,8 @@ def batch_of(number: int, count: int = 8) -> list[dict[str, Tensor]]:
     return [rows[i % len(rows)] for i in range(number * count, (number + 1) * count)]
 
 
-def share(rows: list[Any], uneven: bool = False) -> list[Any]:
+def share(rows: list[Any]) -> list[Any]:
     """The rank's part of a global batch."""
-    if uneven and size() > 1:
-        return rows[:-1] if rank() == 0 else rows[-1:]
     return rows[rank() :: size()]
 
 
@@ -276,12 +271,6 @@ def other_tolerances(_: Path, wrap: Callable[[Any], Any] = DistributedDataParall
     grow(wrap(adapted(outer_tolerance=0.01 * (1 + rank()))))
 
 
-def other_components(_: Path) -> None:
-    model = adapted()
-    set_ranks(model, [1, 2], seed=rank())
-    grow(DistributedDataParallel(model))
-
-
 def not_wrapped(_: Path) -> None:
     model = adapted()
     optimizer = adamw(model)
@@ -323,24 +312,14 @@ def broken_checkpoint(out: Path) -> None:
     grow(wrapped, optimizer, resume_from=str(folder))
 
 
-def joined(_: Path) -> None:
-    wrapped = DistributedDataParallel(adapted())
-    optimizer = adamw(wrapped)
-    grow(wrapped, optimizer)
-    with wrapped.join():
-        step_on(wrapped, optimizer, 1)
-
-
 REFUSALS = [
     other_weights,
     other_drawn_seeds,
     other_tolerances,
-    other_components,
     not_wrapped,
     broken_component,
     broken_head,
     broken_checkpoint,
-    joined,  # last: DDP goes on waiting for the joined ranks
 ]
 
 
@@ -411,8 +390,6 @@ def trained_in_the_trainer(
 class ManyRun(Run):
     """A Run of several processes."""
 
-    dying_rank: int = 0
-    """The rank that `kill` is for. Its moment may be 'random N' too: before the random numbers of checkpoint N."""
     calm: bool = False
     """Without dropout."""
     unlike: bool = True
@@ -427,18 +404,12 @@ class UseRandomNumbers(TrainerCallback):
 def train(out: Path, run: ManyRun, resume: str | None = None, callbacks: tuple[TrainerCallback, ...] = ()) -> Any:
     """Do `run` in `out`, with further `callbacks`; every rank keeps its own events."""
     mine = rank_of_launch()
-    kill = run.kill if mine == run.dying_rank else ""
-    if kill.startswith("random "):
-        die_before_random_state(kill.removeprefix("random "))
-        kill = ""
-    elif not kill.startswith("step "):
-        die_at(kill)
     several = {"ddp_backend": "gloo", "ddp_timeout": 60} if "RANK" in os.environ else {}
     return trainer_runs.train(
         out,
         run,
         resume,
-        (DieAtStep(kill), *([UseRandomNumbers()] if run.unlike else []), *callbacks),
+        (*([UseRandomNumbers()] if run.unlike else []), *callbacks),
         tiny_bert(**CALM) if run.calm else None,
         f"events-{mine}.jsonl",
         **several,
@@ -448,18 +419,6 @@ def train(out: Path, run: ManyRun, resume: str | None = None, callbacks: tuple[T
 def rank_of_launch() -> int:
     """The rank, before the Trainer makes the process group too."""
     return int(os.environ.get("RANK", "0"))
-
-
-def die_before_random_state(step: str) -> None:
-    """Let this process kill itself when it is about to save its random numbers for checkpoint `step`."""
-    save = torch.save
-
-    def never(*args: Any, **kwargs: Any) -> Any:
-        if f"checkpoint-{step}" in str(args[1]) and "rng_state" in str(args[1]):
-            die()
-        return save(*args, **kwargs)
-
-    torch.save = never
 
 
 def end_of(trainer: Any) -> dict[str, Any]:

@@ -19,19 +19,16 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
 
 import distributed_runs
 from aroma import attach, save_adapter
-from aroma.sharding import own_entries
 from distributed_runs import (
     CALM,
     TIMEOUT,
@@ -50,7 +47,7 @@ from distributed_runs import (
     trained_in_the_trainer,
     whole,
 )
-from trainer_runs import BEST, adapted, assert_same, tiny_bert
+from trainer_runs import BEST, adapted, tiny_bert
 
 # Ways to shard -------------------------------------------------------------------------------------------------------
 
@@ -184,30 +181,10 @@ def resume(out: Path, name: str = "resumed", loads_late: bool = False) -> None:
     torch.save(training.go_on(SAVED_AT, STEPS), out / f"{name}-{rank()}.pt")
 
 
-def load_shards(out: Path) -> None:
-    """Load the sharded weights into a resumed model that was disturbed."""
-    training = Training(out / "adapter")
-    before = whole(training.model.state_dict())
-    for parameter in training.model.parameters():
-        own_entries(parameter).add_(1.0)
-    state = {"model": get_model_state_dict(training.model)}
-    checkpoint.load(state, checkpoint_id=str(out / "adapter" / "sharded"))
-    set_model_state_dict(training.model, state["model"])
-    assert_same(whole(training.model.state_dict()), before)
-    fresh = by_block(adapted(tiny_bert(**CALM).double(), **{**UNLIKE_MODULES, **EXACT.method}))
-    said = "nothing"
-    try:
-        checkpoint.load({"model": get_model_state_dict(fresh)}, checkpoint_id=str(out / "adapter" / "sharded"))
-    except CheckpointException as error:
-        said = str(error)
-    (out / f"too-early-{rank()}.txt").write_text(said)
-
-
 def checkpoints(out: Path) -> None:
     save(out)
     resume(out)
     resume(out, "resumed-late", loads_late=True)
-    load_shards(out)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -247,12 +224,6 @@ def merged(_: Path) -> None:
     as_one(adapted()).merge_adapter()
 
 
-def saved_into_a_file(out: Path) -> None:
-    """Rank 0 alone would see that, and the others would wait for its part of the gathering."""
-    (out / "taken").touch()
-    save_adapter(as_one(adapted()), out / "taken")
-
-
 REFUSALS = [
     without_root,
     optimizer_too_early,
@@ -261,7 +232,6 @@ REFUSALS = [
     broken_component,
     broken_head,
     merged,
-    saved_into_a_file,
 ]
 
 

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from aroma import AromaConfig, Attachment, Event, aroma_layers, attach
-from aroma.sharding import rank, world_size
+from aroma.distributed import rank, world_size
 
 STEPS = 60
 """Optimizer steps of a run."""

@@ -51,25 +51,6 @@ def test_the_adapter_grows_and_the_log_tells(tmp_path: Path) -> None:
         assert entry["active_modules"] == len(modules) - sum(event["kind"] == "frozen" for event in past)
 
 
-@pytest.mark.slow
-def test_trackers_get_the_totals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = train(tmp_path / "out", Run(steps=8, training={"save_strategy": "no"}), report_to=["tensorboard"])
-    found = EventAccumulator(str(tmp_path / "events")).Reload()
-    for name in ("total_rank", "active_modules"):
-        told = [(entry["step"], entry[name]) for entry in steps_of(trainer.state.log_history)]
-        assert [(one.step, one.value) for one in found.Scalars(f"train/{name}")] == told
-
-
-def test_the_base_model_is_never_written(tmp_path: Path) -> None:
-    trainer = train(tmp_path, Run(steps=14, training={"save_strategy": "no"}))
-    before = tiny_bert().state_dict()
-    for name, layer in aroma_layers(trainer.model).items():
-        assert_same(layer.get_base_layer().weight.detach(), before[f"{name}.weight"], name)
-
-
 def test_gradient_accumulation_does_not_move_the_outer_steps(tmp_path: Path) -> None:
     runs = []
     for batch, accumulation in ((8, 1), (2, 4)):
@@ -148,17 +129,6 @@ def test_early_stop_saves_evaluates_and_logs_once_more(tmp_path: Path, component
     torch.testing.assert_close(logits(loaded), logits(trainer.model))
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [end]
     assert [entry["step"] for entry in steps_of(trainer.state.log_history)] == [end]
-
-
-def test_early_stop_follows_an_epoch_strategy(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        adapted(outer_tolerance=100.0), tmp_path, AromaCallback(), save_strategy="epoch", eval_strategy="epoch"
-    )
-    trainer.train()
-    end = trainer.state.global_step
-    assert end < 10, "it stops within the first epoch"
-    assert checkpoints(tmp_path) == [end]
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [end]
 
 
 def test_without_early_stop_the_head_trains_on(tmp_path: Path) -> None:
@@ -278,17 +248,6 @@ def bad_loss_at(step: int, value: float) -> type[Trainer]:
     return BadLoss
 
 
-class Poison(TrainerCallback):
-    """Puts a value into one component right after an optimizer step."""
-
-    def __init__(self, step: int, value: float) -> None:
-        self.step, self.value = step, value
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step - 1:
-            aroma_layers(model)["bert.pooler.dense"].pair("default")[0].data[3] = self.value
-
-
 def assert_only_good_checkpoints(out: Path, expected: list[int]) -> None:
     assert checkpoints(out) == expected
     for step in expected:
@@ -331,35 +290,6 @@ def test_two_callbacks_are_refused_before_they_freeze_each_other(tmp_path: Path)
     trainer.add_callback(AromaCallback())
     with pytest.raises(ConfigError, match=r"controller='default': another controller.*single AromaCallback"):
         trainer.train()
-
-
-@pytest.mark.slow
-def test_a_second_training_goes_on_with_directions_of_its_own(tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(outer_tolerance=None), tmp_path, AromaCallback())
-    trainer.train()
-    layer = next(iter(aroma_layers(trainer.model).values()))
-    first = layer.finished("default").A.clone()
-    trainer.train()
-    second = layer.finished("default").A[first.shape[0] :]
-    assert len(first)
-    assert len(second)
-    cosines = torch.nn.functional.normalize(second, dim=1) @ torch.nn.functional.normalize(first, dim=1).T
-    assert cosines.abs().max() < 0.9
-
-
-def test_no_evaluation_of_a_broken_model(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        adapted(inner_tolerance=1e-9),
-        tmp_path,
-        AromaCallback(),
-        Poison(5, math.nan),
-        eval_strategy="steps",
-        eval_steps=5,
-        save_steps=4,
-    )
-    with pytest.raises(NonFiniteError, match=r"bert\.pooler\.dense: .*save check of optimizer step 5"):
-        trainer.train()
-    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])

@@ -14,7 +14,6 @@ from transformers import pipeline
 
 from aroma import AromaCallback, AromaConfig, save_adapter, verify_adapter
 from aroma.card import CARD_FILE
-from aroma.errors import AromaWarning, CheckpointError
 from aroma.export import export_merged, export_uniform, load_with_adapter
 from aroma.tuner import live_adapter
 from models import METHOD, adapted, base, batch, grow, logits, set_ranks
@@ -88,16 +87,6 @@ def test_an_encoder_on_disk_and_a_head_of_another_size(tmp_path: Path) -> None:
     assert said(load_with_adapter(tmp_path / "adapter"), tmp_path / "adapter") == right
 
 
-def test_where_the_model_had_no_names_there_is_nothing_to_say(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    model = classifier(tmp_path / "adapter", base("bert"))
-    export_merged(tmp_path / "adapter", tmp_path / "merged")
-    assert not [warning for warning in recwarn if issubclass(warning.category, AromaWarning)]
-    right = expected(model, tmp_path / "adapter", ["LABEL_0", "LABEL_1", "LABEL_2"])
-    assert said(str(tmp_path / "merged"), tmp_path / "merged") == pytest.approx(right, rel=1e-4, abs=1e-5)
-
-
 def test_a_merged_regression_answers_with_its_number(tmp_path: Path) -> None:
     """A pipeline squeezes a single output into 0 to 1 unless the model says that it is a regression."""
     from transformers import BertForSequenceClassification
@@ -116,15 +105,6 @@ def test_a_merged_regression_answers_with_its_number(tmp_path: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(tmp_path / "adapter")(["w1 w7 w3"], return_tensors="pt")
     assert answer == pytest.approx(float(logits(model, tokens)), rel=1e-5)
     assert answer > 10
-
-
-def test_labels_that_were_edited_are_noticed(tmp_path: Path) -> None:
-    classifier(tmp_path)
-    state = json.loads((tmp_path / "aroma_state.json").read_text())
-    state["about"]["labels"][0] = "positive"
-    (tmp_path / "aroma_state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="checksum"):
-        export_merged(tmp_path, tmp_path / "merged")
 
 
 # Cards ---------------------------------------------------------------------------------------------------------------

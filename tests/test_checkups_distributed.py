@@ -19,7 +19,7 @@ from peft import PeftModel
 import checkup_ranks
 import ranks
 from aroma.evidence.compact import compact
-from checkup_ranks import LOOPS, SAVED_AT, ZERO, Loop, Net, Way, rows, trained
+from checkup_ranks import LOOPS, ZERO, Loop, Net, Way, rows, trained
 from trainer_runs import assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -37,7 +37,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(out: Path) -> Path:
-    for part in ("loops", "save", "resume", "unequal", "train ddp", "train fsdp2"):
+    for part in ("loops", "train ddp", "train fsdp2"):
         ranks.launch(2, RUNS, part, str(out))
     return out
 
@@ -105,19 +105,6 @@ def test_the_saved_adapter_is_compact_or_becomes_it(request: pytest.FixtureReque
     assert widths == ({8} if name in SHARDED else {*kept.values()})
     assert compact(model) == kept
     torch.testing.assert_close(model(x), before, rtol=0, atol=close_in(way))
-
-
-@pytest.mark.parametrize("step", SAVED_AT)
-def test_new_processes_resume_exactly(request: pytest.FixtureRequest, step: int) -> None:
-    for uninterrupted, resumed in zip(ends(request, "uninterrupted"), ends(request, f"resumed-{step}"), strict=True):
-        assert len(resumed["traces"]) == 1, "one checkup is to come after the checkpoint"
-        for what in ("checkups", "factors"):
-            assert_same(resumed[what], uninterrupted[what], what)
-
-
-def test_processes_that_would_ask_unlike_are_refused(told: Path) -> None:
-    for rank in range(2):
-        assert "held_out" in (told / f"unequal-{rank}.txt").read_text()
 
 
 @pytest.mark.parametrize("way", TRAINERS)

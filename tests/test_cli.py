@@ -81,36 +81,6 @@ def test_help_of_train_fits_two_screens_and_names_keys_and_defaults_that_exist(c
     assert {*re.findall(r"\b(?:model|data|adapter|training)\.[a-z_0-9]+", text)} - {"training.seed"} <= {*keys}
 
 
-def test_keys_of_train_have_defaults_and_meanings(capsys):
-    from aroma_lab.run.recipe import recipe_help
-
-    with pytest.raises(SystemExit):
-        main(["train", "--keys"])
-    text = capsys.readouterr().out
-    assert all(f"\n  {key}: " in text for key, _, _ in recipe_help())
-    assert "  training.weight_decay: 0.0\n      Decoupled weight decay" in text
-    assert "  training.bf16: false\n" in text
-    assert "  adapter.max_inner_steps: null\n" in text
-    with pytest.raises(SystemExit):
-        main(["train", "--keys", "adapter"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert lines
-    assert all(line.startswith("  adapter.") for line in lines)
-    with pytest.raises(SystemExit, match="2"):
-        main(["train", "--keys", "adaptor"])
-    assert "keys='adaptor': a recipe has the sections model, data, " in capsys.readouterr().err
-
-
-ADAPTER_OPTIONS = ["inspect", "a", "--plo", "x.png"]
-
-
-@pytest.mark.parametrize("argv", [ADAPTER_OPTIONS, ["demo", "--st", "3"], ["train", "r.yaml", "--res"], ["--vers"]])
-def test_abbreviated_options_are_refused(argv, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(argv)
-    assert "unrecognized arguments" in capsys.readouterr().err or argv == ["--vers"]
-
-
 def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "a", "label": "b"}\n')
@@ -204,15 +174,6 @@ def test_a_missing_extra_is_named(arguments, extra, capsys, monkeypatch):
     assert "matplotlib" in message
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
-    def interrupted(arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("aroma_lab.cli.train.run", interrupted)
-    assert main(["train", "recipe.yaml"]) == 130
-    assert capsys.readouterr().err == "error: interrupted; what was saved before is whole\n"
-
-
 @pytest.mark.parametrize(
     "arguments", [["export", "a", "b"], ["export", "a", "b", "--uniform", "--merged"], ["fly"], []]
 )
@@ -228,13 +189,6 @@ def test_overrides_may_stand_behind_options(command):
     option = "--resume" if command[0] == "train" else "--list"
     arguments = parse([*command, "a=1", option, "b=2", "c=3"])
     assert arguments.overrides == ["a=1", "b=2", "c=3"]
-
-
-def test_what_has_no_value_behind_an_option_is_refused_as_before_it(capsys):
-    assert parse(["train", "r.yaml", "--resume", "b"]).overrides == ["b"]
-    assert main(["train", "r.yaml", "--resume", "b"]) == main(["train", "r.yaml", "b"]) == 2
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == second
 
 
 @pytest.mark.parametrize("argv", [["lab", "run", "g.yaml", "--lst", "a=1"], ["inspect", "x", "a=1"]])

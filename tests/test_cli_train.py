@@ -291,12 +291,10 @@ def test_inspect_shows_a_summary_a_grid_and_a_picture(run, tmp_path, capsys, mon
         layer, kind = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", name).groups()
         assert grid[kind][layers.index(int(layer))] == str(rank or "·")
     assert all(len(line) <= 80 for line in lines[1 : lines.index("", 3)])
-    assert any("--max-lora-rank 8" in line for line in lines)
     assert picture.read_text().startswith("<?xml")
 
 
-def test_inspect_shows_one_line_a_matrix_and_json(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_inspect_prints_json(run, capsys):
     result = read(run / "result.json")
     assert main(["inspect", str(run / "adapter"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -305,15 +303,6 @@ def test_inspect_shows_one_line_a_matrix_and_json(run, tmp_path, capsys, monkeyp
         assert matrix["effective_rank"] == pytest.approx(result["effective_ranks"][matrix["name"]])
         assert matrix["parameters"] == matrix["rank"] * sum(matrix["shape"])
     assert told["total_rank"] == result["total_rank"]
-    assert main(["inspect", str(run / "adapter"), "--json", str(tmp_path / "ranks.json")]) == 0
-    assert read(tmp_path / "ranks.json") == told
-    capsys.readouterr()
-    assert main(["inspect", str(run / "adapter"), "--sort", "effective"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "×" in line and "m×n" not in line]
-    ordered = sorted(told["matrices"], key=lambda matrix: -matrix["effective_rank"])
-    assert [row[:2] + row[3:4] for row in rows] == [
-        [str(matrix["layer"]), matrix["kind"], str(matrix["rank"])] for matrix in ordered
-    ]
 
 
 def test_exports_predict_the_same(files, run, tmp_path, capsys):

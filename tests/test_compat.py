@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 import aroma
 import aroma.tuner
 from aroma import compat
-from aroma.errors import AromaError, IncompatibleError
+from aroma.errors import IncompatibleError
 from aroma.tuner.finished import FinishedComponents
 
 SOURCE = Path(aroma.__file__).parent
@@ -31,19 +29,8 @@ def test_a_name_that_vanishes_is_named(where: str) -> None:
     package = re.split("[.:]", where)[0]
     with pytest.raises(IncompatibleError) as error:
         compat.require_names({where: ("_vanished",)})
-    for words in (f"{package} {compat.metadata.version(package)}: ", "'_vanished'", f"works: {package}>="):
+    for words in (f"{package} {compat.metadata.version(package)}: ", "'_vanished'", "--upgrade aroma-peft"):
         assert words in str(error.value)
-
-
-def test_the_error_is_one_of_aroma_and_of_an_import() -> None:
-    assert issubclass(IncompatibleError, AromaError)
-    assert issubclass(IncompatibleError, ImportError)
-
-
-def test_the_module_in_a_compiled_one_is_found() -> None:
-    model = nn.Linear(2, 2)
-    assert compat.compiled_module(model) is None
-    assert compat.compiled_module(torch.compile(model)) is model
 
 
 # The table is whole, and holds nothing else --------------------------------------------------------------------------
@@ -88,7 +75,7 @@ def used(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def test_every_private_name_of_another_package_is_listed() -> None:
     own = {name for _, tree in trees() for name in defined(tree)}
     # Modules whose names are private, and a named tuple's own field names.
-    allowed = {"_C", "_functorch", "_fields"}
+    allowed = {"_C", "_functorch", "_fields", "_asdict"}
     seen = 0
     for path, tree in trees("compat.py"):
         for line, name in used(tree):

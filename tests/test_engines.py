@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
-from trl.generation.vllm_generation import VLLMGeneration
 
 import engine_ranks
 from aroma import AromaCallback, AromaConfig, LoraTensors, aroma_layers, lora_tensors, save_adapter
 from aroma.errors import ConfigError
 from aroma.export import export_uniform
-from models import METHOD, adapted, base, batch, deltas, grow, logits, set_ranks
+from models import METHOD, adapted, batch, deltas, grow, set_ranks
 from ranks import launch
 from trl_runs import trainer_for
 
@@ -82,16 +79,6 @@ def test_it_has_the_layout_and_the_scale_that_vllm_reads(rank: int | None) -> No
         assert lora.config["target_modules"] == sorted(aroma_layers(model))
 
 
-@pytest.mark.parametrize("rank", [None, 5])
-def test_plain_peft_takes_it(rank: int | None) -> None:
-    model = some()
-    lora = lora_tensors(model, rank)
-    plain = get_peft_model(base("llama"), LoraConfig(**lora.config)).eval()
-    assert not set_peft_model_state_dict(plain, lora.tensors).unexpected_keys
-    torch.testing.assert_close(logits(plain, INPUTS), logits(model, INPUTS))
-    assert not torch.allclose(logits(model, INPUTS), logits(base("llama"), INPUTS), atol=0.1)
-
-
 @pytest.mark.filterwarnings("ignore:This AROMA adapter was trained without its controller")
 def test_it_is_what_the_files_hold(tmp_path: Path) -> None:
     model = some(pair=True)
@@ -119,13 +106,6 @@ def test_what_was_given_away_stays_as_it_was_and_giving_changes_nothing(rank: in
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.add_(1.0)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in given.tensors.items())
-
-
-@pytest.mark.parametrize("rank", [None, 4])
-def test_an_adapter_of_rank_0_is_a_component_of_zeros(rank: int | None) -> None:
-    read = as_vllm_reads(lora_tensors(adapted("llama"), rank), max_lora_rank=4)
-    assert len(read) == (1 if rank is None else 14)
-    assert not any(update.any() for update in read.values())
 
 
 # While it trains -----------------------------------------------------------------------------------------------------
@@ -169,34 +149,12 @@ def test_sharded_processes_give_what_one_gives(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=f"{step} {name}")
 
 
-def test_trl_sends_the_merged_weights_to_vllm_and_gets_its_own_back() -> None:
-    """TRL 1.16 gives vLLM no adapter: it merges, sends every weight, and takes the adapter out again."""
-    model = some()
-    before = logits(model, INPUTS)
-    told: Any = object.__new__(VLLMGeneration)
-    told.model = model
-    told._dist = SimpleNamespace(gather_params=lambda _: torch.no_grad(), is_fsdp=False)
-    told._fix_param_name_to_vllm = lambda name, extra_prefixes=(): name
-    sent = {name: tensor.clone() for name, tensor in told._iter_named_params()}
-    other = base("llama")
-    assert set(sent) == {name for name, _ in other.named_parameters()}
-    other.load_state_dict(sent, strict=False)
-    torch.testing.assert_close(logits(other, INPUTS), before)
-    torch.testing.assert_close(logits(model, INPUTS), before)
-
-
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_rank_that_a_matrix_has_outgrown_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rank=2: model\.layers\.0\.self_attn\.v_proj has rank 3; give at least"):
         lora_tensors(some(), rank=2)
-
-
-@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8"])
-def test_a_rank_that_is_none_is_refused(rank: Any) -> None:
-    with pytest.raises(ConfigError, match=r"rank=.*give the rank that every matrix is padded to"):
-        lora_tensors(some(), rank)
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -214,11 +172,3 @@ def test_a_rank_that_the_adapter_may_outgrow_is_refused_at_the_first_call(limit:
 def test_trained_modules_that_no_lora_tensors_hold_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"modules_to_save=\['classifier', 'score'\]: they train, too"):
         lora_tensors(adapted("bert"))
-
-
-def test_a_model_without_such_an_adapter_is_refused() -> None:
-    with pytest.raises(ConfigError, match="adapter_name='default': LlamaForCausalLM has no AROMA adapter"):
-        lora_tensors(base("llama"))
-    config = AromaConfig(task_type="CAUSAL_LM", **METHOD)
-    with pytest.raises(ConfigError, match="adapter_name='other'"):
-        lora_tensors(get_peft_model(base("llama"), config), adapter_name="other")

@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from aroma.cli import main
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform
-from aroma.gguf import export_gguf, rotary_rows
+from aroma.gguf import export_gguf
 from aroma.tuner import live_adapter
 from models import adapted, base, deltas, saved_base, set_ranks
 
@@ -129,26 +128,6 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32"}
 
 
-def test_rows_that_a_rotation_turns_together_come_to_stand_side_by_side() -> None:
-    heads, size = 3, 8
-    rows, angles = torch.randn(heads * size, 1).double(), torch.rand(size // 2).double()
-    cos, sin = angles.cos(), angles.sin()
-
-    def halves_turned(vector: Tensor) -> Tensor:  # transformers: row j with row j + size/2
-        first, second = vector.reshape(heads, 2, -1).unbind(1)
-        return torch.stack([first * cos - second * sin, second * cos + first * sin], 1).reshape(-1, 1)
-
-    def neighbours_turned(vector: Tensor) -> Tensor:  # llama.cpp: row 2j with row 2j + 1
-        first, second = vector.reshape(heads, -1, 2).unbind(2)
-        return torch.stack([first * cos - second * sin, second * cos + first * sin], 2).reshape(-1, 1)
-
-    def moved(vector: Tensor) -> Tensor:
-        return torch.from_numpy(rotary_rows(vector.numpy(), heads))
-
-    torch.testing.assert_close(neighbours_turned(moved(rows)), moved(halves_turned(rows)), rtol=0, atol=0)
-    assert not torch.allclose(neighbours_turned(rows), halves_turned(rows))
-
-
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -218,16 +197,3 @@ def test_bad_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("aroma.gguf.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^gguf: not installed; run: pip install 'aroma-peft\[gguf\]'$"):
         export_gguf(tmp_path / "adapter", tmp_path / "out.gguf")
-
-
-# The command ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_writes_the_file_and_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lora(tmp_path / "adapter", rank_pattern={"q_proj": 6})
-    out = tmp_path / "out.gguf"
-    assert main(["export", str(tmp_path / "adapter"), str(out), "--gguf", "--base-model", saved_base("llama")]) == 0
-    assert capsys.readouterr().out == f"adapter of 14 matrices with ranks up to 6 for llama.cpp's --lora: {out}\n"
-    assert len(GGUFReader(out).tensors) == 28
-    assert main(["export", str(tmp_path / "adapter"), str(out), "--gguf"]) == 2
-    assert capsys.readouterr().err.startswith("error: OUT=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from aroma import AromaConfig, Event, ModuleSummary, aroma_layers, attach, save_adapter, verify_adapter
+from aroma import AromaConfig, Event, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import CheckpointError, ConfigError
-from aroma.events import Summary
 from models import METHOD, adapted, base, batch, logits, ranks, train, trainable
 from trainer_runs import assert_same
 
@@ -35,25 +33,6 @@ def plain_run(model: Any, steps: int = STEPS) -> tuple[list[Event], list[float]]
     # Held by the model: a controller is gone with its optimizer, and a later save has no state of the run then.
     model.growth = attach(model, optimizer, total_steps=steps, on_event=events.append)
     return events, train(model, batch("llama"), optimizer, steps)
-
-
-@pytest.mark.parametrize("steps", [2, 5, 7])
-def test_a_whole_state_dict_of_an_earlier_moment_brings_back_what_has_frozen_since(steps: int) -> None:
-    """As an engine loads it, which knows nothing of adapters."""
-    model = adapted("llama", max_components=3)
-    optimizer = optimizer_of(model)
-    controller = attach(model, optimizer, total_steps=40).controller
-    train(model, batch("llama"), optimizer, steps)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state, said = copy.deepcopy(controller.state_dict()), logits(model, batch("llama"))
-    while not controller.finished:
-        train(model, batch("llama"), optimizer, 1)
-    assert not torch.equal(logits(model, batch("llama")), said)
-    model.load_state_dict(weights)
-    controller.load_state_dict(state)
-    assert_same(controller.state_dict(), state)
-    assert torch.equal(logits(model, batch("llama")), said)
-    assert all(parameter.requires_grad for module in controller.modules for parameter in module.pair)
 
 
 # Growing -------------------------------------------------------------------------------------------------------------
@@ -269,20 +248,3 @@ def test_trained_without_a_controller_the_first_save_says_so(tmp_path: Path) -> 
     train(model, batch("llama"), optimizer_of(model), 2)
     with pytest.warns(UserWarning, match=r"trained without its controller.*aroma\.attach"):
         model.save_pretrained(tmp_path)
-
-
-def test_a_summary_prints_as_a_short_table() -> None:
-    def row(name: str, rank: int, state: Any) -> ModuleSummary:
-        return ModuleSummary(name, rank, rank / 2, state, None, None)
-
-    names = {"encoder.layer.0.query": 1, "encoder.layer.11.query": 12, "encoder.layer.0.dense2": 3}
-    summary = Summary(row(name, rank, "frozen" if rank < 10 else "training") for name, rank in names.items())
-    lines = str(summary).splitlines()
-    assert [line.split() for line in lines] == [
-        ["matrices", "ranks", "total", "effective", "frozen"],
-        ["encoder.layer.*.query", "2", "1", "to", "12", "13", "6.5", "1"],
-        ["encoder.layer.*.dense2", "1", "3", "3", "1.5", "1"],
-        ["all", "3", "1", "to", "12", "16", "8.0", "2"],
-    ]
-    assert len({len(line) for line in lines}) == 1
-    assert summary[1].rank == 12

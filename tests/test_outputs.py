@@ -30,7 +30,6 @@ RECIPE = str(ROOT / "examples" / "recipes" / "own-files.yaml")
 
 FILES: dict[str, tuple[list[str], str]] = {
     "inspect --plot": (["inspect", "a", "--plot", "OUT"], ".png"),
-    "inspect --json": (["inspect", "a", "--json", "OUT"], ".json"),
     "export OUT": (["export", "a", "OUT", "--gguf"], ".gguf"),
     "eval --json": (["eval", "a", "--data", "x.csv", "--json", "OUT"], ".json"),
     "eval --predictions": (["eval", "a", "--data", "x.csv", "--predictions", "OUT"], ".jsonl"),

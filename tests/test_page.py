@@ -6,14 +6,9 @@ import json
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-import torch
 
 from aroma import AromaCallback
-from aroma.errors import AromaWarning, OutputError
-from aroma.integrations import reporting
-from aroma.measures import relative_norms
 from aroma.report.page import ASSETS, measured
 from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
 from aroma_lab.tasks.classification import ClassifierJob
@@ -99,11 +94,6 @@ def test_a_page_says_what_the_run_came_to_and_how_to_repeat_it(page):
         assert said in text.replace(" Copy", ""), said
 
 
-def test_what_cannot_be_seen_is_said(page):
-    assert page.label("loss") == "Training loss: 1.9750 at step 5, 0.8000 at step 240."
-    assert all(one.get("tabindex") == "0" for _, one in page.elements if one.get("class") == "plot")
-
-
 def test_the_grid_has_every_matrix_in_its_place(page):
     ranks = {module: steps[-1][1] for module, steps in RANKS.items()}
     assert list(page.grid) == [f"encoder.layer.{layer}.{kind}" for kind in KINDS for layer in range(3)]
@@ -168,18 +158,6 @@ def test_a_page_of_nothing_says_that_much():
     assert "select" not in page.tags()
 
 
-def test_long_runs_are_thinned():
-    loss = [[step, float(step)] for step in range(100_000)]
-    ranks = {GROWN: [[step, step] for step in range(100_000)]}
-    html = run_page(made_up(ranks=ranks, loss=loss, matrices=[MatrixFacts(GROWN, 1)]))
-    page = Page(html)
-    drawn = page.data["charts"]["loss"]["data"]["loss"]
-    assert len(drawn["step"]) <= 800
-    assert np.mean(drawn["loss"]) == pytest.approx(49_999.5)
-    assert len(page.data["matrices"][GROWN]["rank"]["step"]) <= 800
-    assert len(html) < 800e3
-
-
 def test_vega_is_the_published_file_with_its_licence():
     vega = gzip.decompress((ASSETS / "vega.min.js.gz").read_bytes())
     assert hashlib.sha256(vega).hexdigest() == VEGA
@@ -224,27 +202,6 @@ def test_a_trainer_leaves_a_report_and_adds_a_later_evaluation(tmp_path):
     assert ["evaluation at step 12", measured(metrics["eval_loss"])] in page.rows
     assert "max_steps 12" in text
     assert "AromaConfig" in text
-
-
-def test_a_report_that_cannot_be_written_costs_no_training(tmp_path, monkeypatch):
-    def full(*_):
-        raise OutputError("report.html: cannot be written (No space left on device); make room")
-
-    callback = AromaCallback(report=tmp_path / "report.html")
-    trainer = trainer_for(adapted(), tmp_path / "run", callback, max_steps=4, save_strategy="no")
-    monkeypatch.setattr(reporting, "write_text", full)
-    with pytest.warns(AromaWarning, match="No space left on device.*the training itself is whole"):
-        trainer.train()
-    assert trainer.state.global_step == 4
-
-
-def test_relative_norms_are_those_of_the_dense_matrices():
-    generator = torch.Generator().manual_seed(0)
-    W, B, A = (torch.randn(shape, generator=generator) for shape in ((6, 5), (6, 2), (2, 5)))
-    zero, nothing = torch.zeros(6, 5), (torch.zeros(6, 0), torch.zeros(0, 5))
-    found = relative_norms([lambda: W, lambda: W, lambda: zero, lambda: zero], [(B, A), nothing, (B, A), nothing])
-    assert found[0] == pytest.approx(float((B @ A).norm() / W.norm()), rel=1e-5)
-    assert found[1:] == [0.0, None, 0.0]
 
 
 def test_guessing_is_answering_with_the_commonest_label():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import runpy
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 import trl_runs
 from aroma import AromaCallback, AromaConfig, aroma_layers, save_adapter, verify_adapter
@@ -132,77 +129,6 @@ def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, ki
     assert_same(comparable(again), comparable(trainer))
 
 
-def test_an_adapter_of_its_own_is_no_copy(tmp_path: Path) -> None:
-    model = grown(tmp_path / "start")
-    model.add_adapter("second", model.peft_config["default"])
-    model.add_adapter("ref", AromaConfig(task_type="CAUSAL_LM"))
-    assert not model.peft_config["ref"].inference_mode
-    for name in ("second", "ref"):
-        model.set_adapter(name)
-        torch.testing.assert_close(logits(model, INPUTS), logits(base("dpo"), INPUTS))
-
-
-# Sampling ------------------------------------------------------------------------------------------------------------
-
-
-class Generating(TrainerCallback):
-    """Generates after every third step, with a cache and without, as the trainer does: in training mode."""
-
-    def __init__(self) -> None:
-        self.ranks: list[int] = []
-        self.texts: set[tuple[int, ...]] = set()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        if state.global_step % 3:
-            return
-        with torch.no_grad():
-            answers = [generated(model, use_cache) for use_cache in (True, False)]
-        torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
-        self.ranks.append(sum(layer.rank("default") for layer in aroma_layers(model).values()))
-        assert all(module.training for module in aroma_layers(model).values())
-
-
-def generated(model: Any, use_cache: bool) -> Tensor:
-    """Logits (steps, batch, vocabulary) of a greedy answer."""
-    told = model.generate(
-        **INPUTS,
-        max_new_tokens=5,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        use_cache=use_cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    assert (told.past_key_values is not None) == use_cache
-    return torch.stack(told.logits)
-
-
-def test_it_generates_between_steps_with_a_cache(tmp_path: Path) -> None:
-    generating = Generating()
-    short: dict[str, Any] = {"save_strategy": "no", "max_steps": 10}
-    trainer = trainer_for("grpo", tmp_path / "seen", AromaCallback(), generating, **short)
-    trainer.train()
-    assert len({*generating.ranks}) > 1
-    alone = trainer_for("grpo", tmp_path / "alone", AromaCallback(), **short)
-    alone.train()
-    assert_same(comparable(trainer), comparable(alone))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            generated(trainer.model, True), generated(trainer.model.merge_and_unload(), True), rtol=1e-4, atol=1e-4
-        )
-
-
-def test_without_any_reward_the_papers_rule_finishes_at_rank_0(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        "grpo", tmp_path, AromaCallback(), reward_funcs=lambda completions, **_: [0.0] * len(completions), beta=0.0
-    )
-    trainer.train()
-    controller = growth(trainer).controller
-    assert controller.finished
-    assert (controller.total_rank, trainer.state.global_step) == (0, 4)
-
-
 # The page ------------------------------------------------------------------------------------------------------------
 
 
@@ -225,43 +151,3 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
         if "callback" in names:
             assert names["callback"].controller.global_step == 60
     assert {tensor.shape[tensor.shape.index(16)] for tensor in names["tensors"].values()} == {16}
-
-
-def test_the_page_has_the_table_that_the_example_makes_of_its_runs(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    committed = root / "results" / "rl"
-    for file in committed.glob("*.json"):
-        shutil.copy(file, tmp_path)
-    runpy.run_path(str(root / "examples" / "trl_grpo.py"))["tabulate"](tmp_path)
-    table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert table == (committed / "table.md").read_text(encoding="utf-8")
-    assert table in (root / "docs" / "reinforcement.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_the_example_does_what_is_missing_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).parents[1] / "examples" / "trl_grpo.py"
-    example: dict[str, Any] = runpy.run_path(str(script))
-    example["train_base"](tmp_path / "base", example["make_tokenizer"](), steps=3)
-    inside = example["main"].__globals__
-    monkeypatch.setitem(inside, "RATES", (3e-3,))
-    monkeypatch.setitem(inside, "SEEDS", (0,))
-    monkeypatch.setitem(inside, "METHODS", {name: example["METHODS"][name] for name in ("aroma", "lora-1")})
-    monkeypatch.setattr("sys.argv", ["trl_grpo.py", str(tmp_path), "--steps", "60"])
-    example["main"]()
-    files = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
-    assert {*files} == {
-        f"{kind}.json" for kind in ("choosing-aroma-0.003", "choosing-lora-1-0.003", "aroma-0", "lora-1-0")
-    }
-    told = json.loads((tmp_path / "aroma-0.json").read_text())
-    assert len(told["reward"]) == len(told["total_rank"]) == 60
-    assert {"git_revision", "device"} <= told.keys()
-    assert "trl" in told["versions"]
-    assert max(told["total_rank"]) > 0
-    assert json.loads((tmp_path / "lora-1-0.json").read_text())["parameters"] > 0
-    assert (tmp_path / "reward.png").stat().st_size > 5000
-    assert "| lora-1   | 0.003" in (tmp_path / "table.md").read_text()
-    (tmp_path / "lora-1-0.json").unlink()
-    example["main"]()
-    after = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
-    assert {name for name in files if after[name] != files[name]} == {"lora-1-0.json"}

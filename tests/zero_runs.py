@@ -76,7 +76,6 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
     ),
     LOADED_SHARDED: (PLAIN, zero(3, zero_offload_optimizer={"device": "cpu"})),
     "zero 2, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(2)),
-    "zero 2, momentum": (replace(PLAIN, optimizer="sgd", method={"outer_tolerance": 0.008}), zero(2)),
     "zero 2, accumulation": (replace(PLAIN, accumulate=2), zero(2, gradient_accumulation_steps=2)),
     "zero 3, on after all have finished": (
         replace(PLAIN, early_stop=False, head=False, method={"max_components": 2}, steps=20),
@@ -203,7 +202,6 @@ EXACT = replace(PLAIN, method={"inner_criterion": "update_change", "r": 2, "lora
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 STAGES = {
     "2": zero(2),
-    "3": zero(3),
     "3, nothing stays": zero(3, **NOTHING_STAYS),
     "3, autocast, nothing stays": zero(3, torch_autocast=AUTOCAST, **NOTHING_STAYS),
 }
@@ -223,7 +221,6 @@ def checkpoints(out: Path, names: Iterable[str]) -> None:
         training.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
         torch.save(training.go_on(SAVED_AT), out / f"uninterrupted-{name}-{rank()}.pt")
         training.growth.detach()
-        assert "step" not in vars(training.engine.optimizer), "DeepSpeed's own method is back"
         resumed = Training(EXACT, config, resume_from=folder)
         torch.save(resumed.go_on(SAVED_AT), out / f"resumed-{name}-{rank()}.pt")
 
@@ -254,10 +251,6 @@ def reset_to_zero(_: Path) -> None:
     engine.step()
 
 
-def merged(_: Path) -> None:
-    engine_of(zero(3)).module.merge_adapter()
-
-
 def in_16_bits(_: Path) -> None:
     engine = engine_of(zero(3, bf16={"enabled": True}))
     attach(engine, engine.optimizer, total_steps=32)
@@ -268,7 +261,7 @@ def other_tolerances(_: Path) -> None:
     attach(engine, engine.optimizer, total_steps=32)
 
 
-REFUSALS = [without_zero, base_optimizer, reset_to_zero, merged, in_16_bits, other_tolerances]
+REFUSALS = [without_zero, base_optimizer, reset_to_zero, in_16_bits, other_tolerances]
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------
@@ -329,7 +322,6 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "loops": loops,
     "loops of four": partial(loops, names=OF_FOUR),
     "checkpoints": partial(checkpoints, names=("2", "3, nothing stays", "3, autocast, nothing stays")),
-    "checkpoints of one": partial(checkpoints, names=("2", "3")),
     "refusals": partial(tell_refusals, refusals=REFUSALS),
     "train": train,
     "replicas": train_replicas,

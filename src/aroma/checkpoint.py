@@ -16,11 +16,12 @@ import torch.distributed as dist
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .card import CARD_FILE
+from .distributed import rank, refuse_together, world_size
 from .errors import CheckpointError, bad_value
 from .files import file_digest, read_json, require_adapter_folder, require_regular_file, told_of, write_json
 from .folders import replacing_files
 from .saved import read_adapter, require_vouched
-from .sharding import rank, refuse_together, sharding_of_model, world_size
+from .sharding import sharding_of_model
 from .tuner.live import live_adapter
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, checksum_of, read_state, require_checksum
 

@@ -18,8 +18,6 @@ from torch.nn.modules import module as nn_module
 
 from .errors import IncompatibleError
 
-DISTRIBUTION = "aroma-peft"
-
 TUNER_NAMES = {
     "peft.tuners.lora:LoraModel": (
         "_create_new_module",
@@ -61,7 +59,7 @@ TRAINER_NAMES = {"transformers.trainer_callback": ("ExportableState",)}
 
 NAMES_AT_USE = {
     "torch, a compiled module": ("_orig_mod",),
-    "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore", "_ddp_ignored", "_join_config"),
+    "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore", "_ddp_ignored"),
     "torch, a scheduler": ("_last_lr",),
     "accelerate, a module with offloaded weights": ("_hf_hook",),
     "trl, a trainer": ("_prepare_dataset", "_formatting_func", "_metrics"),
@@ -78,36 +76,18 @@ def require_names(names: Mapping[str, Iterable[str]]) -> None:
         IncompatibleError: Naming the first that is missing.
     """
     for where, wanted in names.items():
-        holder = _find(where)
+        module, _, path = where.partition(":")
+        holder: Any = import_module(module)
+        for part in filter(None, path.removesuffix("()").split(".")):
+            holder = getattr(holder, part, None)
+        holder = holder() if where.endswith("()") else holder
         for name in wanted:
             if not hasattr(holder, name):
-                package = where.partition(":")[0].partition(".")[0]
+                package = module.partition(".")[0]
                 raise IncompatibleError(
                     f"{package} {metadata.version(package)}: {where.replace(':', '.')} has no {name!r}, which AROMA "
-                    f"needs; install a version that works: {_requirement(package)}"
+                    "needs; pip install --upgrade aroma-peft brings versions that work"
                 )
-
-
-def _find(where: str) -> Any:
-    """Return the module, class or instance at an import path; None if there is none."""
-    module, _, path = where.partition(":")
-    try:
-        found: Any = import_module(module)
-    except ImportError:
-        return None
-    for part in path.removesuffix("()").split(".") if path else ():
-        found = getattr(found, part, None)
-    return found() if where.endswith("()") else found
-
-
-def _requirement(package: str) -> str:
-    """Return what our own metadata require of `package`, such as `peft>=0.21`."""
-    try:
-        required = metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        required = []
-    found = (line.partition(";")[0].strip() for line in required)
-    return next((line for line in found if line.lower().startswith(package)), f"see {DISTRIBUTION}'s pyproject.toml")
 
 
 # Readers -------------------------------------------------------------------------------------------------------------
@@ -169,12 +149,6 @@ def hide_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
 def is_ignored_by_ddp(parameter: Tensor) -> bool:
     """Whether DistributedDataParallel leaves a parameter (any shape) alone, so that it may differ between ranks."""
     return hasattr(parameter, "_ddp_ignored")
-
-
-def is_joined(wrapper: object) -> bool:
-    """Whether a DistributedDataParallel model is in its `join` context."""
-    join = getattr(wrapper, "_join_config", None)
-    return join is not None and bool(join.enable)
 
 
 def report_rates(scheduler: object, rates: list[float]) -> None:

@@ -12,24 +12,21 @@ from torch import Tensor, nn
 
 from . import compat
 from .algorithm import PaperRule
+from .distributed import (
+    is_distributed,
+    of_first_rank,
+    refuse_together,
+    require_equal_replicas,
+    unwrapped,
+    unwrapped_optimizer,
+    world_size,
+)
 from .errors import CheckpointError, bad_value
 from .events import Event, Summary
 from .matrices import GrowingMatrices
 from .matrix import GrowingMatrix
 from .measures import Pair
-from .sharding import (
-    is_distributed,
-    is_sharded,
-    of_first_rank,
-    refuse_changed_processes,
-    refuse_sharding,
-    refuse_together,
-    require_equal_replicas,
-    sharding_facts,
-    unwrapped,
-    unwrapped_optimizer,
-    world_size,
-)
+from .sharding import is_sharded, refuse_sharding, sharding_modules
 from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
@@ -81,14 +78,11 @@ class AromaController:
         self.config = self.live.config
         self.matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
         self._processes = world_size()
-        self._wrapper = wrapper if wrapper is not model else None
         self._sharding = self.matrices.sharding
         with self.together():
             refuse_sharding(wrapper, optimizer)
-            self._sharding.belongs(optimizer, self.matrices.parameters)
             inner_steps = self.config.resolve_inner_steps(self.total_steps)
             self.matrices.require_held_by_optimizer()
-            self.matrices.refuse_other_adapters(wrapper)
         self._hooks: list[Any] = []
         self._keep_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
@@ -313,7 +307,7 @@ class AromaController:
             "total_steps": self.total_steps,
             "target_modules": [(matrix.name, matrix.rank, matrix.is_frozen) for matrix in self.modules],
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
-            **sharding_facts(model),
+            "fully_shard": len(sharding_modules(model)),
         }
 
     def _tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -329,7 +323,11 @@ class AromaController:
     # Refusals --------------------------------------------------------------------------------------------------------
 
     def _refuse_stale(self) -> None:
-        refuse_changed_processes(self._processes, self._wrapper)
+        if world_size() != self._processes:
+            remedy = "make it after init_process_group, when the model is wrapped or sharded"
+            raise bad_value(
+                "world_size", world_size(), f"the controller was made when it was {self._processes}; {remedy}"
+            )
         if self.live.controller is not self:
             raise bad_value(
                 "controller",

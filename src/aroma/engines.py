@@ -47,11 +47,8 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
     """
     live = live_adapter(model, adapter_name)
     if live.config.modules_to_save:
-        raise bad_value(
-            "modules_to_save",
-            [*live.config.modules_to_save],
-            "they train, too, and no LoRA tensors hold them; leave them out of the adapter, or save it in files",
-        )
+        remedy = "they train, too, and no LoRA tensors hold them; leave them out of the adapter, or save it in files"
+        raise bad_value("modules_to_save", [*live.config.modules_to_save], remedy)
     if rank is not None:
         _require_lasting(live, rank)
     layers = aroma_layers(model, adapter_name)
@@ -75,19 +72,11 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
 
 
 def _require_lasting(live: LiveAdapter, rank: int) -> None:
-    """Refuse a rank that the adapter may outgrow: in the midst of a training that would be found out too late.
-
-    Raises:
-        ConfigError: Naming `rank` or `max_components`.
-    """
+    """Refuse a rank that the adapter may outgrow; later in the training that would end it."""
     if not is_whole(rank, 1, 2**31):
         raise bad_value("rank", rank, "give the rank that every matrix is padded to, 1 or more; try 16")
     controller, config = live.controller, live.config
     most = None if config.max_components is None else config.max_components * config.r
     if controller is not None and not controller.finished and (most is None or most > rank):
-        raise bad_value(
-            "max_components",
-            config.max_components,
-            f"the adapter still grows, and may come to a rank above {rank}; set it to {max(rank // config.r, 1)} or "
-            "less in AromaConfig, or give a larger rank",
-        )
+        remedy = f"set it to {max(rank // config.r, 1)} or less in AromaConfig, or give a larger rank"
+        raise bad_value("max_components", config.max_components, f"ranks may grow above {rank}; {remedy}")

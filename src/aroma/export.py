@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import Tensor
 
 from .about import LABELLED_TASKS, UNKNOWN
 from .card import CARD_FILE
-from .errors import AromaError, AromaWarning, bad_value
-from .files import own_file, read_json, write_json, write_tensors
+from .errors import AromaWarning, bad_value
+from .files import write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from .saved import AdapterWeights, read_adapter, zero_update
 from .spectra import effective_rank, singular_values
@@ -42,11 +40,7 @@ MODEL_CLASSES = {
 """Class of transformers that loads the base model, by PEFT's task type."""
 
 
-# Ranks ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RankRow:
+class RankRow(NamedTuple):
     """One line of the table of ranks.
 
     Args:
@@ -67,25 +61,18 @@ def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
 
     Raises:
         CheckpointError: The folder or a file is missing or damaged.
-    """
-    return rank_rows(read_adapter(folder))
-
-
-def rank_rows(adapter: AdapterWeights) -> list[RankRow]:
-    """Return the rows of `rank_table` for an adapter that was read.
 
     Warns:
         AromaWarning: AROMA did not save the adapter.
     """
+    adapter, rows = read_adapter(folder), []
     _warn_if_unvouched(adapter)
-    rows = []
     for name, shape in adapter.shapes.items():
         update = adapter.updates.get(name)
         if update is None or update.is_zero:
             rows.append(RankRow(name, 0, 0.0, shape))
         else:
-            sigma = singular_values(update.B, update.A)
-            rows.append(RankRow(name, update.rank, effective_rank(sigma), shape))
+            rows.append(RankRow(name, update.rank, effective_rank(singular_values(update.B, update.A)), shape))
     return rows
 
 
@@ -144,9 +131,8 @@ def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
     largest = max(update.rank for update in adapter.updates.values())
     rank = wanted if wanted is not None else next((served for served in SERVING_RANKS if served >= largest), None)
     if rank is None:
-        raise bad_value(
-            "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
-        )
+        remedy = f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
+        raise bad_value("rank", largest, remedy)
     if rank < largest:
         raise bad_value("rank", wanted, f"a module has rank {largest}; give at least that")
     return rank
@@ -178,19 +164,13 @@ def export_merged(
         AromaWarning: AROMA did not save the adapter.
     """
     adapter = read_adapter(folder)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = new_folder("out", out)
     _warn_if_unvouched(adapter)
     base_name = base_name_of(adapter, base_model)
     model = put_into(base_of(adapter, base_model), adapter, base_name)
     if getattr(model.get_base_model(), "is_quantized", False):
-        raise bad_value(
-            "base_model",
-            base_name,
-            "its weights are quantised on disk, and adding to them would round the update away; give the model "
-            "in 16 or 32 bits that it was made from (--base-model)",
-        )
+        remedy = "give the model in 16 or 32 bits that it was made from (--base-model)"
+        raise bad_value("base_model", base_name, f"its weights are quantised on disk, so updates round; {remedy}")
     modules = dict(model.get_base_model().named_modules())
     refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates})
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
@@ -200,44 +180,21 @@ def export_merged(
         copy_files([Path(folder)], staging, (TASK_FILE,))
 
 
-# What is known of an adapter -----------------------------------------------------------------------------------------
+# Loading -------------------------------------------------------------------------------------------------------------
 
 
 def about_of(adapter: AdapterWeights) -> dict[str, Any]:
-    """Return what else is known of an adapter; of one that AROMA did not save, nothing."""
-    found: dict[str, Any] = (adapter.state or {}).get("about", UNKNOWN)
-    return found
+    """Return what is known of a classifier's outputs; see `aroma.about`.
 
-
-def label_names(adapter: AdapterWeights) -> tuple[str, ...] | None:
-    """Return the names of a classifier's outputs by index, as they were in training; None where there were none.
-
-    `aroma_state.json` has them; older ones of `aroma train` have them in `aroma_task.json`.
+    Where nothing beside the adapter says their number, it is the number of rows of the saved head's last tensor.
     """
-    labels: list[str] | None = about_of(adapter)["labels"]
-    if labels is not None:
-        return tuple(labels)
-    file = adapter.folder / TASK_FILE
-    task = read_json(own_file(adapter.folder, file.name)) if os.path.lexists(file) else {}
-    names = task.get("label_names") if isinstance(task, dict) else None
-    return tuple(map(str, names)) if isinstance(names, list) else None
-
-
-def output_count(adapter: AdapterWeights) -> int | None:
-    """Return the number of outputs of a classifier or regression; None for another model, or where it is not known.
-
-    Where nothing tells it, it is the number of rows of the last weight or bias of the saved head.
-    """
-    told: int | None = about_of(adapter)["num_labels"]
-    if told is not None or adapter.config.get("task_type") not in LABELLED_TASKS:
-        return told
+    about: dict[str, Any] = (adapter.state or {}).get("about", UNKNOWN)
+    if about["num_labels"] is not None or adapter.config.get("task_type") not in LABELLED_TASKS:
+        return about
     rows = {name: tensor.shape[0] for name, tensor in sorted(adapter.others.items()) if tensor.ndim}
     head = [name for name in rows if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
     # Heads of other names (classification_head, logits_proj): tensors with a row per label have the fewest rows.
-    return rows[head[-1]] if head else min(rows.values(), default=None)
-
-
-# Loading -------------------------------------------------------------------------------------------------------------
+    return {**about, "num_labels": rows[head[-1]] if head else min(rows.values(), default=None)}
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:
@@ -255,11 +212,7 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
 
 
 def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
-    """Return folder or hub name of the base model: the given one, or the adapter's own.
-
-    Raises:
-        ConfigError: Neither says it.
-    """
+    """Return folder or hub name of the base model: the given one, or the adapter's own; ConfigError without either."""
     base_name: str | None = base_model or adapter.config.get("base_model_name_or_path")
     if not base_name:
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
@@ -276,27 +229,24 @@ def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
 
     base_name, task_type = base_name_of(adapter, base_model), adapter.config.get("task_type")
     named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    class_name = MODEL_CLASSES.get(task_type) if task_type else named
-    model_class: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
+    model_class: Any = getattr(transformers, str(MODEL_CLASSES.get(task_type) if task_type else named), None)
     if not hasattr(model_class, "from_pretrained"):
         remedy = "it does not tell the model class; set it in adapter_config.json to one of"
         raise bad_value("task_type", task_type, f"{remedy} {sorted(MODEL_CLASSES)}")
-    names, about, labels = label_names(adapter), about_of(adapter), output_count(adapter)
+    labels, count, problem_type = (about_of(adapter)[key] for key in UNKNOWN)
     # The adapter brings its head, so that of the base model may have another size.
-    options: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
-    if names is not None and len(names) == labels:
-        options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    if about["problem_type"] is not None:
-        options["problem_type"] = about["problem_type"]
+    options: dict[str, Any] = {} if count is None else {"num_labels": count, "ignore_mismatched_sizes": True}
+    if labels is not None:
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    if problem_type is not None:
+        options["problem_type"] = problem_type
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
     try:
         return model_class.from_pretrained(base_name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise bad_value(
-            "base_model", base_name, f"cannot be loaded ({reason[:500]}); give its folder or hub name"
-        ) from error
+        remedy = f"cannot be loaded ({' '.join(str(error).split())[:500]}); give its folder or hub name"
+        raise bad_value("base_model", base_name, remedy) from error
 
 
 def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
@@ -313,25 +263,22 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    def does_not_fit(reason: str) -> AromaError:
-        trained_on = adapter.config.get("base_model_name_or_path")
-        remedy = f"not the model of the adapter {adapter.folder}, trained on {trained_on}: {reason}; give that"
-        return bad_value("base_model", base_name, remedy)
-
+    cause: Exception | None = None
     try:
         with warnings.catch_warnings():
             # PEFT warns of places without tensors, and says nothing of tensors without a place; both are errors here.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+        # An adapter may hold whole embeddings; by now those that it targets are within a layer of PEFT.
+        places: set[str] = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
+        places |= {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
+        updates = [update.tensors(name, update.rank) for name, update in adapter.updates.items()]
+        surplus = sorted({*adapter.others}.union(*updates) - places)
+        reason = f"it has no place for {surplus[0]}" if surplus else ""
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
-        reason = " ".join(str(error).split())
-        raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error
-    # An adapter may hold whole embeddings; by now those that it targets are within a layer of PEFT.
-    places: set[str] = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
-    places |= {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
-    saved: dict[str, Tensor] = dict(adapter.others)
-    for name, update in adapter.updates.items():
-        saved |= update.tensors(name, update.rank)
-    if surplus := sorted({*saved} - places):
-        raise does_not_fit(f"it has no place for {surplus[0]}")
+        cause, reason = error, f"PEFT cannot put the one into the other: {' '.join(str(error).split())[:300]}"
+    if reason:
+        trained_on = adapter.config.get("base_model_name_or_path")
+        remedy = f"not the model of the adapter {adapter.folder}, trained on {trained_on}: {reason}; give that"
+        raise bad_value("base_model", base_name, remedy) from cause
     return model

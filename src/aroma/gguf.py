@@ -23,10 +23,7 @@ from .saved import AdapterWeights, read_adapter
 
 
 def export_gguf(
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    base_model: str | None = None,
-    overwrite: bool | None = None,
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], base_model: str | None = None
 ) -> dict[str, int]:
     """Write an adapter as a GGUF file, in float32, and return the rank of every matrix by its name there.
 
@@ -37,7 +34,6 @@ def export_gguf(
         folder: A plain LoRA adapter.
         out: File to write, named `*.gguf`.
         base_model: Folder or hub name of the base model, whose configuration is read; the adapter's own by default.
-        overwrite: Whether `out` may exist, and is replaced.
 
     Raises:
         ConfigError: The base model is not a Llama, or not the one that the adapter was trained on; the adapter has
@@ -47,7 +43,7 @@ def export_gguf(
     """
     if Path(out).suffix != ".gguf":
         raise bad_value("out", str(out), "a GGUF adapter is one file; give a name that ends in .gguf")
-    target = new_file("out", out, force=overwrite)
+    target = new_file("out", out)
     if find_spec("gguf") is None:
         raise ConfigError("gguf: not installed; run: pip install 'aroma-peft[gguf]'")
     adapter = read_adapter(folder)
@@ -67,28 +63,16 @@ def export_gguf(
 
 
 def rotary_rows(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Put the rows of a query or key matrix in the order of Llama GGUFs.
+    """Return the rows (heads · d, any) of a query or key matrix, with its own number of heads, in the order of GGUF.
 
     Rotary embeddings rotate pairs of rows within a head. transformers pairs row j with row j + d/2; GGUF puts the two
     side by side, as rows 2j and 2j + 1.
-
-    Args:
-        rows: (heads · d, any), in transformers' order.
-        heads: Heads of the matrix; for keys the number of key-value heads.
-
-    Returns:
-        (heads · d, any), in GGUF's order.
     """
     halves = rows.reshape(heads, 2, -1, rows.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 
 
 def _llama_config(adapter: AdapterWeights, base_model: str | None) -> Any:
-    """Return the base model's configuration.
-
-    Raises:
-        ConfigError: It cannot be read, or the architecture is not Llama's.
-    """
     from transformers import AutoConfig
 
     base_name = base_name_of(adapter, base_model)
@@ -105,36 +89,22 @@ def _llama_config(adapter: AdapterWeights, base_model: str | None) -> Any:
 
 
 def _gguf_names(adapter: AdapterWeights, config: Any) -> dict[str, str]:
-    """Return the name of the tensor in the base model's GGUF by module name.
-
-    Raises:
-        ConfigError: The adapter has more than updates of attention and MLP matrices, or of other layers or shapes.
-    """
+    """Return the name of the tensor in the base model's GGUF by module name."""
+    import torch
     from gguf import MODEL_ARCH, get_tensor_name_map
+    from transformers import AutoModelForCausalLM
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    shapes = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
+    with torch.device("meta"):
+        shapes = {name: (*one.shape,) for name, one in AutoModelForCausalLM.from_config(config).named_parameters()}
     table, names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers), {}
     for module, update in adapter.updates.items():
-        kind = ".".join(module.split(".")[-2:])
-        if kind not in shapes:
-            remedy = f"only {', '.join(shapes)} go into a GGUF adapter; export --merged instead"
+        if not module.endswith("proj"):
+            remedy = "only matrices of attention and MLP go into a GGUF adapter; export --merged instead"
             raise bad_value("target_modules", module, remedy)
-        name = table.get_name(module)
-        if name is None or update.shape != shapes[kind]:
+        if shapes.get(f"{module}.weight") != update.shape:
             remedy = f"it has no {module} of shape {update.shape}; give the model that the adapter was trained on"
             raise bad_value("base_model", config.name_or_path, remedy)
-        names[module] = f"{name}.weight"
+        names[module] = f"{table.get_name(module)}.weight"
     if adapter.others:
         remedy = "trained beside LoRA's matrices and would be lost; export --merged instead"
         raise bad_value("adapter", sorted(adapter.others), remedy)
@@ -142,11 +112,7 @@ def _gguf_names(adapter: AdapterWeights, config: Any) -> dict[str, str]:
 
 
 def _write(path: Path, name: str, alpha: int, tensors: dict[str, NDArray[np.float32]]) -> None:
-    """Write A (R, n) and B (m, R) of every matrix by name.
-
-    Raises:
-        OSError: The file could not be written to its end.
-    """
+    """Write A (R, n) and B (m, R) of every matrix by name; OSError where the file could not be written to its end."""
     from gguf import GGUFReader, GGUFType, GGUFWriter, Keys
 
     writer = GGUFWriter(path, "llama")

@@ -50,28 +50,20 @@ class Position(NamedTuple):
 
 
 def rank_picture(matrices: Sequence[Any], path: str | os.PathLike[str], title: str = "Ranks grown by AROMA") -> None:
-    """Draw ranks and effective ranks, and write the picture to `path`.
-
-    Args:
-        matrices: The matrices, in the order of the model, with the attributes of `MatrixRank`.
-        path: File to write: .png, .svg or .pdf.
-        title: Title of the picture.
+    """Draw ranks and effective ranks of matrices in the order of the model, with the attributes of `MatrixRank`.
 
     Raises:
-        ConfigError: Another suffix, or no matrices.
+        ConfigError: `path` ends in none of .png, .svg and .pdf, or there are no matrices.
     """
     require_picture_name("plot", path)
     save_picture(draw_ranks({title: matrices}), path)
 
 
 def draw_ranks(panels: Mapping[str, Sequence[Any]]) -> Figure:
-    """Return adapters, by title, one below the other, on one scale and with one legend.
+    """Return a picture of adapters, their matrices by title, one below the other, on one scale and with one legend.
 
-    The area of the outer circle is proportional to the rank, the area of the inner one to the effective rank, both on
-    the same scale. The number is the rank. A cross marks a matrix of rank 0.
-
-    Args:
-        panels: The matrices of each adapter by its title, in the order of the model; see `rank_picture`.
+    The area of the outer circle is proportional to the rank, which is the number, that of the inner one to the
+    effective rank. A cross marks a matrix of rank 0.
 
     Raises:
         ConfigError: A panel has no matrices.
@@ -86,10 +78,7 @@ def draw_ranks(panels: Mapping[str, Sequence[Any]]) -> Figure:
 
 
 def kept_picture(ranks: Mapping[str, tuple[int, int]], path: str | os.PathLike[str], title: str) -> None:
-    """Draw what a compressed adapter kept, and write the picture to `path`.
-
-    The area of the outer circle is proportional to the rank before, that of the inner one to the rank after, which is
-    the number. A cross marks a matrix that kept nothing.
+    """Draw what a compressed adapter kept: outer circles are the ranks before, inner ones and numbers those after.
 
     Args:
         ranks: Rank of every matrix before and after, by its name, in the order of the model; at least one.
@@ -146,16 +135,16 @@ def positions_of(names: Sequence[str]) -> list[Position]:
 
     If there are several stacks of numbered layers, such as an encoder and a decoder, the kind begins with the stack.
     """
-    matches = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
-    stacks = {name[: match.start()] for name, match in zip(names, matches, strict=True) if match}
+    parts = [re.split(r"(?:^|\.)(\d+)(?:\.|$)", name, maxsplit=1) for name in names]
+    has_stacks = len({part[0] for part in parts if len(part) > 1}) > 1
     positions = []
-    for name, match in zip(names, matches, strict=True):
-        if match is None:
-            positions.append(Position(None, name))
-        else:
-            stack, rest = name[: match.start()], name[match.end() :]
-            kind = ".".join(filter(None, (stack, rest))) if len(stacks) > 1 else rest or stack
-            positions.append(Position(int(match[1]), kind))
+    for stack, *layer_and_rest in parts:
+        if not layer_and_rest:
+            positions.append(Position(None, stack))
+            continue
+        layer, rest = layer_and_rest
+        kind = ".".join(filter(None, (stack, rest))) if has_stacks else rest or stack
+        positions.append(Position(int(layer), kind))
     return positions
 
 
@@ -170,11 +159,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def require_picture_name(field: str, path: str | os.PathLike[str]) -> None:
-    """Raise unless `path` has the suffix of a picture.
-
-    Raises:
-        ConfigError: Naming the field.
-    """
+    """Raise ConfigError unless `path` has the suffix of a picture."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise bad_value(field, str(path), f"unknown kind of picture; its name must end in {', '.join(SUFFIXES)}")
 

@@ -1,7 +1,7 @@
 """Reinit & Reset (Algorithm 1): the fresh component, and the optimizer's state of the one that was merged.
 
 A floating-point state with the shape of its parameter, or of a row or column factor of it, is a moment. How the state
-is spread over processes is not known here: see `aroma.sharding.Sharding.optimizer_state`.
+is spread over processes is not known here: see `aroma.sharding.optimizer_state`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .distributed import unwrapped_optimizer
 from .errors import ResetError, bad_value
-from .sharding import Entries, OptimizerState, sharding_of, unwrapped_optimizer
+from .sharding import Entries, OptimizerState, optimizer_state
 
 RESET_KINDS = ("prune", "zero", "none")
 
@@ -120,7 +121,7 @@ def forget_moments(optimizer: Any, param: Tensor) -> None:
     Raises:
         ResetError: Some of the state is no moment; nothing has been changed.
     """
-    state = sharding_of(param, optimizer).optimizer_state(optimizer, param)
+    state = optimizer_state(optimizer, param)
     if not state.is_flat:
         return
     for moment in _resettable_moments(optimizer, param, "prune"):
@@ -163,7 +164,7 @@ def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Momen
     """Return the moments of `param` (any shape) that `kind` resets, or raise what `reset_state` raises."""
     if kind not in RESET_KINDS:
         raise bad_value("reset", kind, "choose 'prune', 'zero' or 'none'")
-    state = sharding_of(param, optimizer).optimizer_state(optimizer, param)
+    state = optimizer_state(optimizer, param)
     if kind == "zero" and (state.is_flat or _shares_count(optimizer, state)):
         remedy = "it counts the steps of many parameters at once, so one count cannot be zeroed; set reset='prune'"
         raise bad_value("reset", "zero", f"{type(unwrapped_optimizer(optimizer)).__name__}: {remedy}", ResetError)

@@ -11,7 +11,8 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,10 @@ COMMAND_GROUP = "aroma.commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
+    """Run the command line (`argv`, by default that of the process) and return its exit code.
 
     0; 1 where a command ran to its end but something that it was to do failed; 2 for an error of the user's or of the
-    operating system's, a full disk say; 130 when interrupted; 141 where what reads the output has gone, as after
-    `| head`.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
+    operating system's, a full disk say; 130 when interrupted; 141 where the reader of the output is gone (`| head`).
     """
     arguments = parse(argv)
     # Before PyTorch loads its thread pool: a thread that spins while it waits keeps the core from the thread it waits
@@ -45,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("always", category=AromaWarning)
-            warnings.showwarning = _teller(warnings.showwarning)
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
             code: int | None = arguments.run(arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
@@ -53,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AromaError, OSError) as error:
         if os.environ.get("AROMA_DEBUG") == "1" or not (isinstance(error, AromaError) or error.errno):
             raise
-        return _report(_in_words(error), code=2)
+        is_ours = isinstance(error, AromaError)
+        named = [error.filename, error.strerror] if isinstance(error, OSError) and not is_ours else [error]
+        return _report(": ".join(str(part) for part in named if part is not None), code=2)
     except KeyboardInterrupt as interrupt:
         return _report(str(interrupt) or "interrupted; what was saved before is whole", code=130)
     return code or 0
@@ -99,50 +98,28 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _commands() -> list[Any]:
-    """Return the modules of all commands, in alphabetical order of their names."""
+    """Return the modules of all commands, in alphabetical order of their names.
+
+    Entry points are read from their file: importing `importlib.metadata` takes as long as the rest of `aroma --help`.
+    """
     found: dict[str, Any] = {"inspect": inspect, "export": export}
-    found |= {name: import_module(module) for name, module in _entries(COMMAND_GROUP)}
+    files = (file for path in sys.path for file in Path(path).glob("aroma_peft-*.dist-info/entry_points.txt"))
+    text = next((file.read_text(encoding="utf-8") for file in files), "")
+    for line in text.partition(f"[{COMMAND_GROUP}]\n")[2].partition("\n[")[0].splitlines():
+        name, equals, module = line.partition(" = ")
+        if equals:
+            found[name] = import_module(module)
     return [found[name] for name in sorted(found)]
 
 
-def _entries(group: str) -> Iterator[tuple[str, str]]:
-    """Yield name and module of every entry point in a group of this distribution.
-
-    They are read from its file: importing `importlib.metadata` takes as long as all the rest of `aroma --help`.
-    """
-    files = (file for folder in sys.path for file in Path(folder).glob("aroma_peft-*.dist-info/entry_points.txt"))
-    file = next(files, None)
-    lines = file.read_text(encoding="utf-8").partition(f"[{group}]")[2].splitlines()[1:] if file is not None else []
-    for line in lines:
-        if line.startswith("["):
-            return
-        name, equals, module = line.partition("=")
-        if equals:
-            yield name.strip(), module.strip()
-
-
-def _in_words(error: AromaError | OSError) -> str:
-    """Return what an error says; those of the operating system name the file first, as ours do."""
-    if isinstance(error, AromaError):
-        return str(error)
-    return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
-
-
-def _teller(others: Callable[..., None]) -> Callable[..., None]:
-    """Return how a command shows warnings: AROMA's own as a line without Python's trimmings."""
-
-    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, AromaWarning):
-            print(f"warning: {message}", file=sys.stderr)
-        else:
-            others(message, category, *where)
-
-    return show
+def _show_warning(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Show a warning of AROMA as one line, and any other as Python does."""
+    if issubclass(category, AromaWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        others(message, category, *where)
 
 
 def _report(message: str, code: int) -> int:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), (message, "red")))
+    print(f"error: {message}", file=sys.stderr)
     return code

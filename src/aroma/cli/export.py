@@ -9,13 +9,12 @@ from ..errors import bad_value
 from .texts import add_command
 
 BASE_MODEL_GROUP = "aroma.base_models"
-"""Entry point group of functions that know further names of base models."""
+"""Entry points that know further names of base models: of adapter folder and name or None, a name or None."""
 
 _MEANT_FOR = {
     "rank": ("uniform",),
     "base_model": ("merged", "gguf"),
     "dtype": ("merged",),
-    "force": ("gguf",),
 }
 """Options that would do nothing in other kinds of export."""
 
@@ -26,10 +25,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "export",
         "write an adapter for serving engines or llama.cpp, or the merged model",
-        (
-            "Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, or "
-            "the merged model."
-        ),
+        "Write an adapter of one rank (vLLM, TGI, SGLang), an adapter file for llama.cpp, or the merged model.",
         "aroma export runs/mrpc/adapter served --uniform",
         "aroma export runs/mrpc/adapter served --uniform --rank 32",
         "aroma export runs/mrpc/adapter merged --merged",
@@ -40,9 +36,7 @@ def add_parser(commands: Any) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--uniform", action="store_true", help="an adapter of one rank, zero-padded, scale 1")
     kind.add_argument("--merged", action="store_true", help="the full model, merged in float32")
-    kind.add_argument(
-        "--gguf", action="store_true", help="an adapter file for llama.cpp (models of Llama's architecture)"
-    )
+    kind.add_argument("--gguf", action="store_true", help="an adapter file for llama.cpp (Llama's architecture)")
     parser.add_argument("--rank", type=int, help="with --uniform: rank to pad to (the next of 8, 16, 32, … 256)")
     parser.add_argument(
         "--base-model", metavar="NAME", help="with --merged, --gguf: if not the one named in the adapter"
@@ -52,7 +46,6 @@ def add_parser(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="with --merged: type of the written weights, rounded once after the merge (float32)",
     )
-    parser.add_argument("--force", action="store_true", default=None, help="with --gguf: replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
@@ -69,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .quiet import quiet
 
     if arguments.gguf:
-        new_file("OUT", arguments.out, force=bool(arguments.force))
+        new_file("OUT", arguments.out)
     else:
         new_folder("OUT", arguments.out)
     require_adapter_folder(arguments.adapter)
@@ -85,7 +78,7 @@ def _export(arguments: argparse.Namespace) -> str:
     if arguments.gguf:
         from ..gguf import export_gguf
 
-        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments), overwrite=arguments.force)
+        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments))
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
     if arguments.uniform:
         return f"adapter of rank {export_uniform(arguments.adapter, arguments.out, arguments.rank)}"
@@ -94,11 +87,7 @@ def _export(arguments: argparse.Namespace) -> str:
 
 
 def _base_of(arguments: argparse.Namespace) -> str | None:
-    """Return where the base model is, if it is another place than the one that PEFT recorded.
-
-    The entry point group `aroma.base_models` holds functions that know further names of base models: each takes the
-    adapter's folder and the given name, or None, and returns a folder or hub name, or None.
-    """
+    """Return where the base model is, if it is another place than the one that PEFT recorded."""
     from importlib.metadata import entry_points
 
     name: str | None = arguments.base_model

@@ -35,9 +35,8 @@ def distributions_of(extra: str) -> Iterator[str]:
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
-        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
-            continue
-        if requirement.name != DISTRIBUTION:
-            yield requirement.name
-        for nested in sorted(requirement.extras) if requirement.name == DISTRIBUTION else ():
-            yield from distributions_of(nested)
+        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+            if requirement.name != DISTRIBUTION:
+                yield requirement.name
+            for nested in sorted(requirement.extras) if requirement.name == DISTRIBUTION else ():
+                yield from distributions_of(nested)

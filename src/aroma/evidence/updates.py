@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .. import sharding
+from .. import distributed, sharding
 from ..errors import AromaWarning, bad_value
 from ..evaluation import evaluating
 from ..reset import check_resettable
@@ -96,7 +96,7 @@ class Updates:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any | None = None, adapter_name: str | None = None) -> None:
-        self.model = sharding.unwrapped(model)
+        self.model = distributed.unwrapped(model)
         self.adapter = adapter_name or _active_lora(self.model)
         self._optimizer = optimizer
         self._sharding = sharding.sharding_of_model(self.model, optimizer)
@@ -111,7 +111,7 @@ class Updates:
     def require_equal_ranks(self, **facts: object) -> None:
         """Raise ConfigError unless all processes have the same adapter and `facts`, such as counts of batches."""
         adapted = [(update.name, update.r) for update in self.each]
-        sharding.require_equal_replicas({"adapter": adapted, **facts}, [], self._device())
+        distributed.require_equal_replicas({"adapter": adapted, **facts}, [], self._device())
 
     @torch.no_grad()
     def to_singular_directions(self) -> Tensor:
@@ -225,7 +225,7 @@ class Updates:
             return
         if not self._sharding.has_flat_optimizer:
             for parameter in parameters:
-                sharding.unwrapped_optimizer(self._optimizer).state.pop(parameter, None)
+                distributed.unwrapped_optimizer(self._optimizer).state.pop(parameter, None)
             return
         for parameter in parameters:
             check_resettable(self._optimizer, parameter, "prune")
@@ -238,11 +238,11 @@ class Updates:
     def _device(self) -> torch.device:
         """Return a device whose tensors the processes can reduce."""
         parameter = self.each[0].pair[1]
-        return sharding.sharding_of(parameter).device(parameter)
+        return self._sharding.device(parameter)
 
     def _mean_of_ranks(self, values: Tensor) -> Tensor:
         """Return the mean of `values` (any shape, on the CPU) over all processes."""
-        if not sharding.is_distributed():
+        if not distributed.is_distributed():
             return values
         summed = values.to(self._device())
         dist.all_reduce(summed)
@@ -327,7 +327,7 @@ def _require_loss(loss: Any) -> None:
 def _as_of_first_rank(*tensors: Tensor) -> list[Tensor]:
     """Return the tensors (any shapes) of rank 0, so that no rounding of a decomposition makes replicas differ."""
     sent = [tensor.contiguous() for tensor in tensors]
-    if sharding.is_distributed():
+    if distributed.is_distributed():
         for tensor in sent:
             dist.broadcast(tensor, src=0)
     return sent

@@ -50,10 +50,8 @@ class TrainingCallback(TrainerCallback, trainer_callback.ExportableState):
         name = type(self).__name__
         found: dict[str, Any] = (state.stateful_callbacks.get(name) or {}).get("attributes") or {}
         if not any(found.values()):
-            raise CheckpointError(
-                f"trainer_state.json: the checkpoint has no state of {name}; resume one that was trained with this "
-                "callback, or load the adapter and start a new run"
-            )
+            remedy = "resume one that was trained with this callback, or load the adapter and start a new run"
+            raise CheckpointError(f"trainer_state.json: the checkpoint has no state of {name}; {remedy}")
         return found
 
     def state(self) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
-from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments, optimization
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
@@ -27,10 +26,6 @@ from .resuming import CheckpointRecords, whole_checkpoint
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
-
-# GreedyLR is younger than the oldest transformers that works.
-_METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
-"""Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
 
 
 class AromaCallback(TrainingCallback):
@@ -127,10 +122,8 @@ class AromaCallback(TrainingCallback):
             over = self._is_over(state, state.global_step)
             self._rewarmup.begin(optimizer, 0.0 if over else self._running().lr_factor)
 
-        def after(optimizer: Any, *_: Any) -> None:
-            self._rewarmup.end(optimizer, None)
-
-        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        after = optimizer.register_step_post_hook(lambda optimizer, *_: self._rewarmup.end(optimizer, None))
+        self._hooks = [optimizer.register_step_pre_hook(before), after]
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -178,15 +171,10 @@ class AromaCallback(TrainingCallback):
         self, args: Any, state: Any, control: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
     ) -> None:
         """Restore the schedule's learning rate; the Trainer logs the rate that was used."""
-        # The Trainer reads the rate of a metric's schedule after this call, so on_step_end restores that one.
-        if not isinstance(lr_scheduler, _METRIC_SCHEDULES):
-            self._rewarmup.end(optimizer, lr_scheduler)
-
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
-    ) -> None:
-        """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        """Check, merge and freeze where due; stop the training when every module has finished."""
         self._exported = None
         controller = self._running()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
@@ -194,18 +182,16 @@ class AromaCallback(TrainingCallback):
         if not skipped and not self._was_over:
             controller.step()
         if controller.finished and self.early_stop:
-            control.should_training_stop = True
-            _save_and_evaluate(args, control)
-        if self._was_over:
-            _skip_save_and_evaluation(control)
+            # Save, evaluate and log once more, as the Trainer does at the last planned step.
+            control.should_training_stop = control.should_log = True
+            control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS
+            control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
         self._guard_checkpoint(state, control, model)
 
     def on_epoch_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Refuse to write an epoch's checkpoint of broken weights."""
-        if self._was_over:
-            _skip_save_and_evaluation(control)
         self._guard_checkpoint(state, control, model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -264,6 +250,8 @@ class AromaCallback(TrainingCallback):
         return steps_taken >= state.max_steps or (self.early_stop and self._running().finished)
 
     def _guard_checkpoint(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        if self._was_over:  # the step changed nothing, and for its checkpoint an older one would go
+            control.should_save = control.should_evaluate = control.should_log = False
         if control.should_save or control.should_evaluate:
             controller = self._running()
             controller.require_finite()
@@ -278,11 +266,7 @@ class AromaCallback(TrainingCallback):
 
 
 def trainable_adapter(model: nn.Module) -> str:
-    """Return the name of the AROMA adapter of `model` that is active and trains.
-
-    Raises:
-        ConfigError: There is none, or several are active.
-    """
+    """Return the name of the AROMA adapter of `model` that is active and trains; ConfigError unless there is one."""
     configs = getattr(model, "peft_config", {})
     active = {name for layer in aroma_layers(model).values() for name in layer.active_adapters if name in layer.lora_A}
     names = [str(name) for name in configs if name in active and not configs[name].inference_mode]
@@ -291,12 +275,8 @@ def trainable_adapter(model: nn.Module) -> str:
     if names:
         remedy = "a Trainer grows one adapter at a time; call model.set_adapter(NAME) before it is made"
         raise bad_value("adapter_name", names, remedy)
-    raise bad_value(
-        "model",
-        type(model).__name__,
-        "it has no trainable AROMA adapter that is active; give the Trainer get_peft_model(model, AromaConfig(...)), "
-        "and of several adapters activate one with model.set_adapter(NAME)",
-    )
+    remedy = "give the Trainer get_peft_model(model, AromaConfig(...)), with its adapter active (model.set_adapter)"
+    raise bad_value("model", type(model).__name__, f"it has no trainable AROMA adapter that is active; {remedy}")
 
 
 def _require_finite_parameters(model: nn.Module, step: int) -> None:
@@ -312,15 +292,3 @@ def _require_finite_parameters(model: nn.Module, step: int) -> None:
             f"{name}: not finite at the save or evaluation of optimizer step {step}. Training stopped, and earlier "
             "checkpoints are untouched: resume from the last one with a lower learning rate, or look at the data"
         )
-
-
-def _skip_save_and_evaluation(control: TrainerControl) -> None:
-    """Keep the Trainer from saving and evaluating a step that changed nothing: an older checkpoint would go for it."""
-    control.should_save = control.should_evaluate = control.should_log = False
-
-
-def _save_and_evaluate(args: TrainingArguments, control: TrainerControl) -> None:
-    """Save, evaluate and log once more, as the Trainer does at the last planned step."""
-    control.should_log = True
-    control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS
-    control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from .. import compat
+from ..distributed import world_size
 from ..errors import AromaWarning, bad_value
 from ..evidence.checkup import Checkup, Loss
 from ..evidence.checkups import Checkups, require_standard_errors
 from ..evidence.schedule import FEWEST, WANTED, moments
-from ..sharding import world_size
 from .base import TrainingCallback
 from .held_out import rows_of
 

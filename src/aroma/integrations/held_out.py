@@ -31,7 +31,11 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
     Raises:
         ConfigError: A share that leaves one of them empty, a seed that is none, several splits, or a stream.
     """
-    _require_indexed(dataset)
+    # A stream may have a length, and inherits a __getitem__ that fails; the items of pandas are columns.
+    has_rows = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not hasattr(dataset, "iloc")
+    if not has_rows or isinstance(dataset, Mapping | IterableDataset | str):
+        remedy = "it has no examples by index; give one split of a datasets.Dataset, a list or a torch Dataset"
+        raise bad_value("dataset", type(dataset).__name__, remedy)
     is_share = isinstance(share, Real) and 0 < share < 1
     held = round(len(dataset) * float(share)) if is_share else 0
     if not is_whole(seed, 0, 2**63):
@@ -43,30 +47,6 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
     return rows_of(dataset, sorted(order[held:])), rows_of(dataset, sorted(order[:held]))
 
 
-def _require_indexed(dataset: Any) -> None:
-    """Raise unless a data set has a length and items by index.
-
-    Raises:
-        ConfigError: It has not, as a stream or a DataLoader.
-    """
-    kind = type(dataset).__name__
-    is_stream = isinstance(dataset, IterableDataset)  # it may have a length, and inherits a __getitem__ that fails
-    remedy = None
-    if isinstance(dataset, Mapping):
-        splits = [*map(str, dataset)]
-        remedy = f"it has splits ({', '.join(splits)}), and no items by index; give one of them"
-        remedy += f", as dataset[{splits[0]!r}]" if splits else ""
-    elif hasattr(dataset, "iloc"):  # of pandas
-        remedy = "its items are columns; give datasets.Dataset.from_pandas(it)"
-    elif isinstance(dataset, str | bytes):
-        remedy = "it takes the examples themselves; load them, as datasets.load_dataset does"
-    elif is_stream or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        remedy = "it has no length, or no items by index; give a datasets.Dataset, a list or a torch Dataset"
-    if remedy is not None:
-        raise bad_value("dataset", kind, remedy)
-
-
 def rows_of(dataset: Any, rows: list[int]) -> Any:
     """Return a part of a data set."""
-    # pandas and torch have a `select` of another kind.
     return dataset.select(rows) if hasattr(dataset, "select_columns") else Subset(dataset, rows)

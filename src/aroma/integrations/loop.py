@@ -31,7 +31,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._counts = True
         # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
         self._scheduler = getattr(scheduler, "scheduler", scheduler)
-        self._hook = controller.matrices.sharding.hook_step(optimizer, self._before_step, self._after_step)
+        self._hooks = controller.matrices.sharding.hook_step(optimizer, self._before_step, self._after_step)
 
     @property
     def finished(self) -> bool:
@@ -44,7 +44,7 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def detach(self) -> None:
         """Remove all hooks; the adapter stays as it is."""
-        self._hook.remove()
+        self._hooks.close()
         self.controller.detach()
 
     def __exit__(self, *_: object) -> None:
@@ -88,11 +88,7 @@ def attach(
                 break
 
     To resume: `model.load_adapter(folder, "default", is_trainable=True)`, restore optimizer and scheduler, then
-    `attach(..., resume_from=folder)`.
-
-    Under `torchrun`, wrap the model first, `attach(DistributedDataParallel(model), optimizer, ...)`, on every rank;
-    save on rank 0. With FSDP2: `fully_shard` the blocks and the model, make the optimizer, then `attach(model,
-    optimizer, ...)`; save with `aroma.save_adapter(model, folder)` on every rank (docs/distributed.md).
+    `attach(..., resume_from=folder)`. For several processes see docs/distributed.md.
 
     Args:
         model: Model with an AROMA adapter; wrapped, sharded or neither.

@@ -19,7 +19,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..controller import AromaController
 from ..errors import AromaWarning, OutputError
-from ..events import Event, ModuleSummary
+from ..events import ModuleSummary
 from ..files import write_text
 from ..outputs import new_file
 from ..report.run import LORA_RANK, MatrixFacts, Result, RunFacts, run_page
@@ -53,21 +53,20 @@ class TrainingRecord:
         """Begin with the controller of a training, new or resumed; all ranks call this."""
         self._found, self._began, self._resumed_at = [], time.monotonic(), state.global_step
         self._ranks = {name: [[state.global_step, rank]] for name, rank in controller.ranks().items()}
-        controller.subscribe(self._note)
+        controller.subscribe(lambda event: self._note(event.module, event.step, event.rank))
 
-    def _note(self, event: Event) -> None:
-        """Note the rank of a matrix from this step on."""
-        changes = self._ranks.get(event.module or "")
-        if changes is not None and changes[-1][1] != event.rank:
-            changes.append([event.step, event.rank])
+    def _note(self, name: str | None, step: int, rank: Any) -> None:
+        """Note the rank of a matrix from a step on."""
+        changes = self._ranks.get(name or "")
+        if changes is not None and changes[-1][1] != rank:
+            changes.append([step, rank])
 
     def end(self, controller: AromaController, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Measure the matrices, and write the report; all ranks call this, and the first one writes."""
         updates = controller.relative_updates()
         self._found = [(one, updates[one.name]) for one in controller.summary()]
         for one, _ in self._found:  # the component in training counts once it has moved
-            if self._ranks[one.name][-1][1] != one.rank:
-                self._ranks[one.name].append([state.global_step, one.rank])
+            self._note(one.name, state.global_step, one.rank)
         self.write(controller, args, state, model)
 
     def write(
@@ -91,15 +90,14 @@ class TrainingRecord:
     ) -> RunFacts:
         config, log, resumed = controller.config, state.log_history, self._resumed_at
         evaluations = _evaluations(log)
-        named = [name for name in evaluations[max(evaluations)] if "loss" not in name] if evaluations else []
+        ends = sorted({min(evaluations), max(evaluations)}) if evaluations else []
+        named = [name for step in ends[-1:] for name in evaluations[step] if "loss" not in name]
         return RunFacts(
             title=_title_of(model),
             about=["AROMA", f"seed {args.seed}"],
             results=[
-                Result(f"evaluation at step {step}", evaluations[step])
-                if step
-                else Result("before training", evaluations[step], "guess")
-                for step in sorted({min(evaluations), max(evaluations)} if evaluations else ())
+                Result(f"evaluation at step {step}" if step else "before training", evaluations[step], kind)
+                for step, kind in ((step, "own" if step else "guess") for step in ends)
             ],
             metric=named[0] if named else "loss",
             steps=state.global_step,

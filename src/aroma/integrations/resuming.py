@@ -10,8 +10,8 @@ import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
 
 from ..checkpoint import last_complete_checkpoint, record_checkpoint, verify_checkpoint
+from ..distributed import refuse_together, world_size
 from ..errors import CheckpointError, bad_value
-from ..sharding import refuse_together, world_size
 
 
 class CheckpointRecords:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..pictures import positions_of
@@ -24,14 +23,7 @@ Grid = dict[str, Any]
 
 
 class MatrixFacts(NamedTuple):
-    """What became of one matrix.
-
-    Args:
-        name: Name of its module in the base model.
-        rank: Rank of its update, or the mean of several.
-        effective_rank: Effective rank of its update; None where unknown.
-        relative_update: ‖ΔW‖_F / ‖W0‖_F; None where unknown.
-    """
+    """What became of one matrix: its name, the ranks of its update, and ‖ΔW‖_F / ‖W0‖_F; None where unknown."""
 
     name: str
     rank: float
@@ -40,11 +32,9 @@ class MatrixFacts(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A line of the table of results.
+    """A line of the table of results: what was evaluated, and its metrics by name.
 
     Args:
-        name: What was evaluated.
-        metrics: Metrics by name.
         kind: `"own"`: of this run; `"guess"`: of who answers without reading; `"other"`: of another run.
     """
 
@@ -121,13 +111,8 @@ def run_page(facts: RunFacts) -> str:
 # The grid of ranks ---------------------------------------------------------------------------------------------------
 
 
-def grid_of(matrices: Sequence[MatrixFacts], more: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Grid:
-    """Return the grid of ranks.
-
-    Args:
-        matrices: The matrices, in the order of the model.
-        more: One more thing that is known, its title and text, by module.
-    """
+def grid_of(matrices: Sequence[MatrixFacts]) -> Grid:
+    """Return the grid of ranks of matrices in the order of the model."""
     places = positions_of([one.name for one in matrices])
     layers = sorted({place.layer for place in places}, key=lambda layer: (layer is None, layer or 0))
     kinds = list(dict.fromkeys(place.kind for place in places))
@@ -139,7 +124,7 @@ def grid_of(matrices: Sequence[MatrixFacts], more: Mapping[str, tuple[str, str]]
             "label": place.kind if place.layer is None else f"{place.kind}, layer {place.layer}",
             "rank": f"{one.rank:.2g}",
             "level": one.rank / most,
-            "facts": [*_facts_of(one), *([more[one.name]] if one.name in more else [])],
+            "facts": _facts_of(one),
         }
     rows = [(kind, [cells.get((kind, layer)) for layer in layers]) for kind in kinds]
     heads = ["other" if layer is None else str(layer) for layer in layers]
@@ -214,10 +199,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         count = f"{len(ranks)} matrices" if len(ranks) > 1 else "1 matrix"
         tiles.append((f"ranks of {count}", spread, f"{sum(ranks)} in all"))
     if facts.parameters is not None:
-        remark = f"head: {amount(facts.head_parameters)}" if facts.head_parameters else ""
-        if facts.lora_parameters:
-            lora = f"LoRA r={LORA_RANK}: {amount(facts.lora_parameters)}"
-            remark = f"{lora}; {remark}" if remark else lora
+        beside = {f"LoRA r={LORA_RANK}": facts.lora_parameters, "head": facts.head_parameters}
+        remark = "; ".join(f"{name}: {amount(count)}" for name, count in beside.items() if count)
         tiles.append(("adapter parameters that train", amount(facts.parameters), remark))
     if facts.seconds is not None:
         tiles.append(("time", duration(facts.seconds), f"{facts.steps:,} optimizer steps"))

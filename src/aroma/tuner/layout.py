@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from peft import LoraConfig
@@ -19,11 +19,13 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import tensors_digest
 from ..patterns import is_component
-from ..sharding import Factors
 
 if TYPE_CHECKING:
     from .config import AromaConfig
     from .layer import AromaLinear
+
+Factors: TypeAlias = tuple[Tensor, Tensor]
+"""Left and right factor of a low-rank matrix, (m, R) and (R, n)."""
 
 PEFT_PREFIX = "base_model.model."
 

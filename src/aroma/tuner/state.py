@@ -22,10 +22,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
 from ..about import is_about
+from ..distributed import is_distributed, processes_of_node
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, own_file, read_json, read_tensors, write_bytes, write_json
 from ..folders import settle, sync
-from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 from .live import LiveAdapter
 from .warnings import warn_uncontrolled

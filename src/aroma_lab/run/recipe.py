@@ -122,7 +122,7 @@ def run_recipe(
         progress: Whether a progress bar is shown.
         on_note: Called, before the training, with what became of examples that did not fit.
     """
-    from aroma.sharding import refuse_together
+    from aroma.distributed import refuse_together
 
     from .run import join, run_trial
 

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, set_seed
 
 from aroma.checkpoint import verify_checkpoint
+from aroma.distributed import processes_of_node, refuse_together
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json, write_text
 from aroma.outputs import open_folder
-from aroma.sharding import processes_of_node, refuse_together
 
 from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from aroma.about import unnamed
 from aroma.errors import CheckpointError, bad_value
-from aroma.export import about_of, base_name_of, label_names, load_with_adapter, output_count
+from aroma.export import about_of, base_name_of, load_with_adapter
 from aroma.files import own_file, read_json, read_tensors
 from aroma.saved import AdapterWeights, read_adapter, read_config
 from aroma.tuner.state import STATE_FILE
@@ -117,10 +117,10 @@ def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
     head = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
     adapter = AdapterWeights(folder, read_config(folder) | {"task_type": "SEQ_CLS"}, {}, head, state or None)
     base, about = AutoConfig.from_pretrained(base_name_of(adapter, base_model)), about_of(adapter)
-    outputs, names = output_count(adapter) or base.num_labels, (*base.id2label.values(),)
+    outputs, names = about["num_labels"] or base.num_labels, (*base.id2label.values(),)
     own = names if len(names) == outputs and [*names] != unnamed(outputs) else None
     found = {
-        "labels": label_names(adapter) or own,
+        "labels": about["labels"] or own,
         "num_labels": outputs,
         "problem_type": about["problem_type"] or base.problem_type,
     }
@@ -151,7 +151,8 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
             f"with {' and '.join(missing)}"
         )
         raise bad_value("adapter", where, remedy, CheckpointError)
-    about, outputs = about_of(adapter), output_count(adapter)
+    about = about_of(adapter)
+    outputs = about["num_labels"]
     if outputs is None:
         raise bad_value("adapter", where, "it holds no trained head, so its labels are not known", CheckpointError)
     if about["problem_type"] == "regression" or (outputs == 1 and about["problem_type"] is None):
@@ -159,7 +160,7 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
             remedy = f"a regression of {outputs} numbers; only those of one number can be asked"
             raise bad_value("adapter", where, remedy, CheckpointError)
         return Task("regression", None, text or "", None, label or "", 0)
-    names = label_names(adapter) or tuple(map(str, range(outputs)))
+    names = tuple(about["labels"] or map(str, range(outputs)))
     return Task("classification", names, text or "", None, label or "", 0)
 
 

@@ -1,7 +1,7 @@
 """What the processes that train one model agree on, and refuse together.
 
 Functions with a `device` are collectives: every rank calls them, in the same order. One process agrees with itself,
-bit for bit. The steps between checks call none of them, except that under ZeRO the first step does.
+bit for bit. The steps between checks call none of them, except the first step.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import compat, errors
-from ..errors import AromaError, ConfigError, bad_value
+from . import compat, errors
+from .errors import AromaError, ConfigError, bad_value
 
 _DRIFT = 1e-3
 """Relative difference of a norm between replicas that rounding cannot explain: DDP keeps them equal bit for bit."""
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 _BLOCK_ELEMENTS = 2**22
 """A checksum sums at most this many elements of a parameter, as int64, at a time."""
-
 _MESSAGE_BYTES = 4096
 
 
@@ -138,45 +135,23 @@ def refuse_together(device: torch.device) -> Iterator[None]:
     try:
         yield
     except AromaError as caught:
-        if not is_distributed():
-            raise
         error = caught
+    size = world_size()
+    first = rank() if error is not None else size
     if is_distributed():
-        _raise_first(error, device)
-
-
-def _raise_first(error: AromaError | None, device: torch.device) -> None:
-    rank, size = dist.get_rank(), world_size()
-    failed = torch.tensor([size if error is None else rank], dtype=torch.int64, device=device)
-    dist.all_reduce(failed, dist.ReduceOp.MIN)
-    first = int(failed)
+        failed = torch.tensor([first], dtype=torch.int64, device=device)
+        dist.all_reduce(failed, dist.ReduceOp.MIN)
+        first = int(failed)
     if first == size:
         return
     text = f"{type(error).__name__}\n{error}".encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
     sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    dist.broadcast(sent, src=first)
+    if is_distributed():
+        dist.broadcast(sent, src=first)
     if error is not None:
         raise error
     kind, message = bytes(sent.tolist()).rstrip(b"\0").decode(errors="replace").split("\n", 1)
     raise getattr(errors, kind, ConfigError)(f"rank {first}: {message}")
-
-
-def refuse_changed_processes(processes: int, wrapper: Any) -> None:
-    """Refuse to go on when processes have joined since the start, or when one may leave by itself.
-
-    Args:
-        processes: The number of processes at the start.
-        wrapper: What the model is wrapped in, or None.
-
-    Raises:
-        ConfigError: Naming `world_size` or `join`.
-    """
-    if world_size() != processes:
-        remedy = "make it after init_process_group, when the model is wrapped or sharded"
-        raise bad_value("world_size", world_size(), f"the controller was made when it was {processes}; {remedy}")
-    if compat.is_joined(wrapper):
-        remedy = "leave the join context, and give all ranks equally many batches (DistributedSampler does)"
-        raise bad_value("join", True, f"a rank without data would take no part in the checks of the others; {remedy}")
 
 
 def require_equal_replicas(
