@@ -77,11 +77,6 @@ def test_the_tables_hold_every_option_that_names_an_output() -> None:
     assert found - {"lab run OVERRIDES"} == {*FILES, *(name for name in FOLDERS if not name.endswith(" output"))}
 
 
-def test_every_command_that_writes_a_file_has_force() -> None:
-    having = {name for name, parser in parsers(make_parser()) if "--force" in parser._option_string_actions}
-    assert having == {name.rpartition(" ")[0] for name in FILES}
-
-
 # Places that cannot be written ---------------------------------------------------------------------------------------
 
 
@@ -211,12 +206,6 @@ def test_force_replaces_a_file_and_keeps_a_link(
     assert main([command, str(llama), *rest, "--force"]) == 0
     assert kept.read_bytes()[:5] in (b"<?xml", b"GGUF\x03")
     assert out.is_symlink() == link
-
-
-def test_two_results_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "a.json")
-    assert main(["eval", "a", "--data", "x.jsonl", "--json", out, "--predictions", out]) == 2
-    assert f"error: --predictions='{out}': it is --json's file; give two names" in capsys.readouterr().err
 
 
 # A full disk ---------------------------------------------------------------------------------------------------------

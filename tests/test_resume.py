@@ -296,15 +296,6 @@ def die_within_the_save(out: Path, moment: str, step: int) -> None:
     assert last_complete_checkpoint(out) == (str(out / whole) if step > 3 else None)
 
 
-@pytest.mark.slow
-def test_killed_after_random_steps(tmp_path: Path, immortal: Path) -> None:
-    steps = sorted(random.Random(4).sample(range(1, MORTAL.steps + 1), 4))
-    for step in steps:
-        assert go_on(tmp_path, Run(**{**MORTAL.__dict__, "kill": f"step {step}"})) == -9
-    assert go_on(tmp_path, MORTAL) == 0
-    assert_same_end(tmp_path, immortal, MORTAL)
-
-
 def kill_until_done(out: Path, run: Run, times: list[float]) -> None:
     for after in times:
         if go_on(out, run, after) == 0:
