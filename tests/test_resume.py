@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -313,16 +310,3 @@ def test_killed_many_times(tmp_path: Path, seed: int, changes: dict[str, Any]) -
     clock = random.Random(seed)
     kill_until_done(tmp_path / "mortal", run, [clock.uniform(0.2, 1.2) for _ in range(10)])
     assert_same_end(tmp_path / "mortal", tmp_path / "whole", run)
-
-
-@pytest.mark.slow
-def test_a_script_killed_from_outside(tmp_path: Path, immortal: Path) -> None:
-    """The same with fresh processes, as a user's script would be: once, since each imports for some eight seconds."""
-    command = [sys.executable, trainer_runs.__file__, str(tmp_path), MORTAL.json(), "--resume"]
-    process = subprocess.Popen(command)
-    while not (tmp_path / "checkpoint-3").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -9, "it was killed before its end"
-    subprocess.run(command, check=True)
-    assert_same_end(tmp_path, immortal, MORTAL)

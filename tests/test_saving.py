@@ -122,19 +122,6 @@ def test_a_saved_adapter_can_be_opened_to_grow_on(tmp_path: Path, low_cpu_mem_us
     assert all(rank > before[name] for name, rank in ranks(opened).items())
 
 
-def test_padding_that_a_collector_of_buffers_saw_is_not_saved(tmp_path: Path) -> None:
-    """DeepSpeed's, for one, which asks modules for their buffers and not for their state."""
-    model = adapted("bert")
-    set_ranks(model, [3])
-    model.save_pretrained(tmp_path / "exact")
-    collected = dict(model.state_dict()) | {
-        name: buffer for name, buffer in model.named_buffers() if ".lora_finished." in name
-    }
-    assert any(len(value) == 8 for name, value in collected.items() if name.endswith("lora_finished.default.A"))
-    model.save_pretrained(tmp_path / "padded", state_dict=collected)
-    assert_same(load_file(tmp_path / "padded" / WEIGHTS), load_file(tmp_path / "exact" / WEIGHTS))
-
-
 # The plain form ------------------------------------------------------------------------------------------------------
 
 
@@ -162,17 +149,6 @@ def test_the_configuration_on_disk_is_plain_lora(tmp_path: Path) -> None:
         for name, rank in expected.items()
         for factor, shape in (("A", (rank, layers[name].in_features)), ("B", (layers[name].out_features, rank)))
     }
-
-
-def test_when_all_ranks_are_zero_one_zero_component_stands_in(tmp_path: Path) -> None:
-    model = adapted("bert", r=4)
-    model.save_pretrained(tmp_path)
-    tensors = {name: t for name, t in load_file(tmp_path / WEIGHTS).items() if "lora_" in name}
-    assert [tuple(t.shape) for t in tensors.values()] == [(1, 32), (32, 1)]
-    assert not any(t.any() for t in tensors.values())
-    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 1
-    assert set(ranks(reloaded(tmp_path, r=4)).values()) == {0}
-    assert {entry["rank"] for entry in verify_adapter(tmp_path)["modules"].values()} <= {0, 1}
 
 
 # Atomic --------------------------------------------------------------------------------------------------------------

@@ -93,9 +93,7 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: Naming a file that is missing, truncated, edited, or of another save than the others.
     """
-    state = read_state(folder)
-    read_adapter(folder)
-    return state
+    return read_adapter(folder).state or read_state(folder)
 
 
 # Checkpoints of a Trainer --------------------------------------------------------------------------------------------

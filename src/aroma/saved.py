@@ -124,20 +124,14 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
         remedy = f"in {path / CONFIG_NAME}: only plain LoRA adapters can be read (no DoRA, no bias, no variant)"
         raise bad_value(field, config[field], remedy)
     file = own_file(path, SAFETENSORS_WEIGHTS_NAME)
-    tensors = read_tensors(file)
+    others = read_tensors(file)
     try:
-        updates = _updates(tensors, config, is_folded=state is not None)
+        updates = _take_updates(others, config, is_folded=state is not None)
     except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError, re.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{file}: it and {CONFIG_NAME} are no LoRA adapter ({reason}); use another checkpoint"
         ) from error
-    of_updates = {name for module, update in updates.items() for name in update.tensors(module, update.rank)}
-    others = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if PEFT_PREFIX + name.removeprefix(PEFT_PREFIX) not in of_updates
-    }
     if stray := next((name for name in others if ".lora_" in name), None):
         raise CheckpointError(f"{file}: {stray} has no place in a plain LoRA adapter; use another checkpoint")
     return AdapterWeights(path, config, updates, others, state)
@@ -185,7 +179,7 @@ def _require_vouched(folder: Path, state: Mapping[str, Any]) -> None:
 
 def _meaning(value: Any) -> str:
     """Return the value of a field as text in which equal meanings are equal: PEFT's lists are sets."""
-    return json.dumps(sorted(value, key=str) if isinstance(value, list) else value or None, sort_keys=True)
+    return json.dumps((sorted(value, key=str) if isinstance(value, list) else value) or None, sort_keys=True)
 
 
 def _variant(config: Mapping[str, Any]) -> str | None:
@@ -197,20 +191,21 @@ def _variant(config: Mapping[str, Any]) -> str | None:
     return next((name for name in _OFF if config.get(name)), None)
 
 
-def _updates(tensors: Mapping[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
-    """Return the updates of modules; `is_folded`: the scale is folded into B, as AROMA does it.
+def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
+    """Take the updates of modules out of `tensors`; `is_folded`: the scale is folded into B, as AROMA does it.
 
     Raises:
         ValueError: A tensor is missing, empty, of a wrong kind, not finite, or not as the configuration says.
     """
     found: dict[str, Update] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in [*tensors.items()]:
         if not tensor.numel() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
             raise ValueError(f"{name} is empty, or has NaN or infinity in it")
         part = _COMPONENT_A.fullmatch(name)
         if part is None:
             continue
-        module, B = part["module"], tensors.get(f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}")
+        module, name_of_B = part["module"], f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}"
+        B = tensors.get(name_of_B)
         if B is None or not 2 <= tensor.ndim == B.ndim or B.flatten(1).shape[1] != len(tensor):
             raise ValueError(f"{module} has an A of rank {len(tensor)} and no fitting B")
         if not (tensor.is_floating_point() and B.is_floating_point()):
@@ -221,6 +216,7 @@ def _updates(tensors: Mapping[str, Tensor], config: Mapping[str, Any], is_folded
         found[module] = Update(
             B.float().flatten(1) * scale, tensor.float().flatten(1), kernel, bool(part["embedding"])
         )
+        del tensors[name], tensors[name_of_B]
     if not found:
         raise ValueError("it holds no lora_A and lora_B")
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
