@@ -192,7 +192,7 @@ def _variant(config: Mapping[str, Any]) -> str | None:
 
 
 def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
-    """Take the updates of modules out of `tensors`, any shapes; `is_folded`: the scale is folded into B, as AROMA does it.
+    """Take the updates of modules out of `tensors`, of any shape; `is_folded`: B has the scale in it, as in AROMA's.
 
     Raises:
         ValueError: A tensor is missing, empty, of a wrong kind, not finite, or not as the configuration says.

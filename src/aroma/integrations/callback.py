@@ -119,8 +119,10 @@ class AromaCallback(TrainingCallback):
     def _restore(self, checkpoint: str) -> None:
         """Give the controller the state of a checkpoint, whose weights are loaded."""
         controller = self._running()
+        # PEFT gives every adapter but "default" a folder of its own.
+        name = "" if controller.adapter_name == "default" else controller.adapter_name
         with controller.together():
-            exported = read_controller_state(checkpoint)
+            exported = read_controller_state(os.path.join(checkpoint, name))
             if exported is None:
                 raise CheckpointError(
                     f"{checkpoint}: it was saved without AromaCallback, so its inner and outer loops are unknown; "
