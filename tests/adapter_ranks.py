@@ -75,7 +75,7 @@ class Adapter:
         self.optimizer.step()
 
     def save(self, folder: Path) -> Saved:
-        save_adapter(self.model, folder, self.name)
+        write(type(self), self.model, folder, self.name)
         # Without the tensors that the next steps change in place.
         return Saved(folder, copied(get_optimizer_state_dict(self.model, self.optimizer)), self.done)
 
@@ -132,6 +132,13 @@ class Sharded(Adapter):
 WAYS: dict[str, type[Adapter]] = {"ddp": Replicated, "fsdp2": Sharded}
 
 
+def write(way: type[Adapter], model: Any, folder: Path, name: str) -> None:
+    """Save an adapter as the documentation says: on all ranks where parameters are sharded, else on rank 0."""
+    if way is Sharded or dist.get_rank() == 0:
+        save_adapter(model, folder, name)
+    dist.barrier()
+
+
 def came_to(order: str, way: type[Adapter] = Adapter, out: Path | None = None, **base: Any) -> dict[str, Any]:
     """Train two adapters, and return by their names what each came to; saved in folders that begin with `out`."""
     model = two_adapters(**base)
@@ -145,7 +152,7 @@ def came_to(order: str, way: type[Adapter] = Adapter, out: Path | None = None, *
     found = {}
     for one in both:
         if out is not None:
-            save_adapter(model, f"{out}-{one.name}", one.name)
+            write(way, model, Path(f"{out}-{one.name}"), one.name)
         layers = aroma_layers(model, one.name)
         updates = {name: layer.components(one.name) for name, layer in layers.items()}
         found[one.name] = {
@@ -162,7 +169,7 @@ def resumed(way: type[Adapter], out: Path) -> list[dict[str, Any]]:
     first = way(model, "default", 0.01, 0)
     for _ in range(HALF):
         first.step()
-    save_adapter(model, f"{out}-default")
+    write(way, model, Path(f"{out}-default"), "default")
     second = way(model, "other", 0.02, 1)
     for _ in range(SAVED_AT):
         second.step()

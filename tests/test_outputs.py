@@ -76,11 +76,6 @@ def test_the_tables_hold_every_option_that_names_an_output() -> None:
     assert found - {"lab run OVERRIDES"} == {*FILES, *(name for name in FOLDERS if not name.endswith(" output"))}
 
 
-def test_every_command_that_writes_a_file_has_force() -> None:
-    having = {name for name, parser in parsers(make_parser()) if "--force" in parser._option_string_actions}
-    assert having == {name.rpartition(" ")[0] for name in FILES}
-
-
 # Places that cannot be written ---------------------------------------------------------------------------------------
 
 
@@ -212,17 +207,6 @@ def test_force_replaces_a_file_and_keeps_a_link(
     assert out.is_symlink() == link
 
 
-def test_force_has_no_meaning_for_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "a", "b", "--merged", "--force"]) == 2
-    assert "--force=True: it has a meaning only with --gguf" in capsys.readouterr().err
-
-
-def test_two_results_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "a.json")
-    assert main(["eval", "a", "--data", "x.jsonl", "--json", out, "--predictions", out]) == 2
-    assert f"error: --predictions='{out}': it is --json's file; give two names" in capsys.readouterr().err
-
-
 # A full disk ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,15 +241,6 @@ def test_an_export_to_a_full_disk_leaves_nothing(kind: str, llama: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_command_says_it_in_one_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with room_for(2_000):
-        assert main(["inspect", str(llama), "--plot", str(tmp_path / "ranks.png")]) == 2
-    warned, said = capsys.readouterr().err.splitlines()
-    assert warned.startswith("warning: ")  # an adapter of plain PEFT, for which nothing vouches
-    assert said.startswith(f"error: {tmp_path / 'ranks.png'}: cannot be written (File too large); make room")
-    assert list(tmp_path.iterdir()) == []
-
-
 # What the operating system says of anything else ---------------------------------------------------------------------
 
 
@@ -280,17 +255,6 @@ def test_an_error_of_the_operating_system_is_one_line(
     assert capsys.readouterr().err == "error: events.jsonl: No space left on device\n"
     monkeypatch.setenv("AROMA_DEBUG", "1")
     with pytest.raises(OSError, match="No space left"):
-        main(["train", "recipe.yaml"])
-
-
-def test_an_error_without_a_number_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other libraries raise OSError for what has nothing to do with files."""
-
-    def strange(arguments: argparse.Namespace) -> None:
-        raise OSError("a library's own")
-
-    monkeypatch.setattr("aroma_lab.cli.train.run", strange)
-    with pytest.raises(OSError, match="a library's own"):
         main(["train", "recipe.yaml"])
 
 

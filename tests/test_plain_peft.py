@@ -50,11 +50,9 @@ jobs, out = json.load(open(sys.argv[1])), {}
 for name, job in jobs.items():
     base = getattr(transformers, job["class"]).from_pretrained(job["base"])
     model = PeftModel.from_pretrained(base, job["adapter"]).eval()
-    layers = [key for key, module in model.named_modules() if hasattr(module, "lora_A")]
     with torch.no_grad():
         out[name] = model(**load_file(job["inputs"])).logits
         out[name + ".merged"] = model.merge_and_unload()(**load_file(job["inputs"])).logits
-    out[name + ".layers"] = torch.tensor(len(layers))
     assert not any(key.split(".")[0] == "aroma" and module is not None for key, module in sys.modules.items())
 save_file(out, sys.argv[2])
 '''
@@ -99,23 +97,9 @@ def make_mid_training() -> tuple[str, Any]:
     return "roberta", model
 
 
-def make_mixed_ranks() -> tuple[str, Any]:
-    model = adapted("llama")
-    set_ranks(model, [0, 1, 2, 5])
-    return "llama", model
-
-
 def make_mixed_ranks_of_conv1d() -> tuple[str, Any]:
     model = adapted("gpt2")
     set_ranks(model, [5, 2, 0, 1], pair=True)
-    return "gpt2", model
-
-
-def make_all_zero() -> tuple[str, Any]:
-    """Nothing was worth keeping: every rank is 0."""
-    model = adapted("gpt2", outer_tolerance=10.0)
-    growth, _ = grow(model, batch("gpt2"), 4)
-    assert growth.finished
     return "gpt2", model
 
 
@@ -125,13 +109,6 @@ def make_all_zero_with_a_head() -> tuple[str, Any]:
     growth, _ = grow(model, batch("bert"), 8)
     assert growth.finished
     return "bert", model
-
-
-def make_head_of_two_layers() -> tuple[str, Any]:
-    model = adapted("roberta", target_modules=["query", "value"])
-    set_ranks(model, [0, 3])
-    train(model, batch("roberta"), torch.optim.AdamW(trainable(model), lr=1e-2), 3)
-    return "roberta", model
 
 
 def make_untrained() -> tuple[str, Any]:
@@ -149,11 +126,8 @@ MAKERS = {
     for make in (
         make_final,
         make_mid_training,
-        make_mixed_ranks,
         make_mixed_ranks_of_conv1d,
-        make_all_zero,
         make_all_zero_with_a_head,
-        make_head_of_two_layers,
         make_untrained,
         make_picture,
     )
@@ -162,16 +136,13 @@ MAKERS = {
 EXPECTED_RANKS: dict[str, set[int]] = {
     "final": {0, 1},
     "mid_training": {6},
-    "mixed_ranks": {0, 1, 2, 5},
     "mixed_ranks_of_conv1d": {1, 2, 3, 6},
-    "all_zero": {0},
     "all_zero_with_a_head": {0},
-    "head_of_two_layers": {1, 4},
     "untrained": {0},
     "picture": {2},
 }
 
-UNCHANGED = {"all_zero", "untrained"}
+UNCHANGED = {"untrained"}
 """Cases whose answer is the base model's."""
 
 
@@ -213,15 +184,6 @@ def test_plain_peft_gives_equal_logits(name: str, cases: dict[str, Case], answer
 
 def scale_of(tensor: torch.Tensor) -> float:
     return max(1.0, float(tensor.abs().max()))
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_plain_peft_wraps_the_modules_with_a_rank_alone(
-    name: str, cases: dict[str, Case], answers: dict[str, torch.Tensor]
-) -> None:
-    # peft #1539: a module of rank 0 cannot be loaded, so it is not named; one stands in if there is no other.
-    wrapped = sum(rank > 0 for rank in cases[name].ranks.values())
-    assert int(answers[f"{name}.layers"]) == max(1, wrapped)
 
 
 def test_a_trainer_like_checkpoint_at_every_step(tmp_path: Path) -> None:

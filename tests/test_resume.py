@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import trainer_runs
-from aroma import AromaCallback, AromaConfig, last_complete_checkpoint
+from aroma import AromaCallback, last_complete_checkpoint
 from aroma.errors import CheckpointError, ConfigError
 from quick import slow_but
 from ranks import processes
 from trainer_runs import (
-    METHOD,
     Run,
     adapted,
     assert_same,
@@ -219,32 +212,6 @@ def test_another_configuration_is_refused(checkpoint: Path) -> None:
     assert "inner_tolerance" not in message
 
 
-@pytest.mark.parametrize("field", [{"r": 2}, {"lora_alpha": 8}, {"lora_dropout": 0.5}, {"max_inner_steps": 9}])
-def test_every_field_of_the_method_is_compared(checkpoint: Path, field: dict[str, Any]) -> None:
-    (name,) = field
-    with pytest.raises(ConfigError, match=rf"{name}={field[name]} \(checkpoint: "):
-        resume(checkpoint, adapted(**field))
-
-
-def test_other_targets_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="target_modules="):
-        resume(checkpoint, adapted(target_modules=["query"]))
-
-
-def test_more_targets_are_refused(tmp_path: Path) -> None:
-    # By torch: the Trainer loads the optimizer before it asks a callback.
-    train(tmp_path, Run(steps=4, method={"exclude_modules": ["pooler.dense"]}))
-    with pytest.raises(ValueError, match="parameter group that doesn't match"):
-        resume(tmp_path / "checkpoint-4")
-
-
-def test_a_checkpoint_of_a_plain_lora_run_is_refused(tmp_path: Path) -> None:
-    lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=1)
-    trainer_for(get_peft_model(tiny_bert(), lora), tmp_path, max_steps=4).train()
-    with pytest.raises(CheckpointError, match=r"no AromaCallback took part.*new run"):
-        resume(tmp_path / "checkpoint-4")
-
-
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="trained without its controller"):
         trainer_for(adapted(), tmp_path, max_steps=4).train()
@@ -252,44 +219,8 @@ def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
         resume(tmp_path / "checkpoint-4")
 
 
-@pytest.fixture(scope="module")
-def changing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, whose controller has tensors of its own."""
-    out = tmp_path_factory.mktemp("run")
-    train(out, Run(steps=6, method={"inner_criterion": "update_change"}, training={"save_steps": 6}))
-    return out / "checkpoint-6"
-
-
 def edited(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
-
-
-def edit_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / "trainer_state.json"
-    state = json.loads(path.read_text())
-    change(state["stateful_callbacks"]["AromaCallback"]["attributes"]["controller_state"])
-    path.write_text(json.dumps(state))
-    resealed(folder)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda packed: packed["state"].update(inner_step=1),
-        lambda packed: packed["state"]["modules"][0].update(rank=0),
-        lambda packed: packed["state"]["modules"].reverse(),
-        lambda packed: packed.update(tensors=""),
-        lambda packed: packed.update(tensors=packed["tensors"][:-8]),
-    ],
-    ids=["inner_step", "rank", "order", "no tensors", "truncated tensors"],
-)
-def test_an_edited_trainer_state_is_refused(
-    changing_checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
-) -> None:
-    folder = edited(changing_checkpoint, tmp_path)
-    edit_state(folder, change)
-    with pytest.raises(CheckpointError, match=r"trainer_state\.json: .*edited"):
-        resume(folder, adapted(inner_criterion="update_change"))
 
 
 def test_an_edited_adapter_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -362,15 +293,6 @@ def die_within_the_save(out: Path, moment: str, step: int) -> None:
     assert last_complete_checkpoint(out) == (str(out / whole) if step > 3 else None)
 
 
-@pytest.mark.slow
-def test_killed_after_random_steps(tmp_path: Path, immortal: Path) -> None:
-    steps = sorted(random.Random(4).sample(range(1, MORTAL.steps + 1), 4))
-    for step in steps:
-        assert go_on(tmp_path, Run(**{**MORTAL.__dict__, "kill": f"step {step}"})) == -9
-    assert go_on(tmp_path, MORTAL) == 0
-    assert_same_end(tmp_path, immortal, MORTAL)
-
-
 def kill_until_done(out: Path, run: Run, times: list[float]) -> None:
     for after in times:
         if go_on(out, run, after) == 0:
@@ -388,30 +310,3 @@ def test_killed_many_times(tmp_path: Path, seed: int, changes: dict[str, Any]) -
     clock = random.Random(seed)
     kill_until_done(tmp_path / "mortal", run, [clock.uniform(0.2, 1.2) for _ in range(10)])
     assert_same_end(tmp_path / "mortal", tmp_path / "whole", run)
-
-
-@pytest.mark.slow
-def test_a_script_killed_from_outside(tmp_path: Path, immortal: Path) -> None:
-    """The same with fresh processes, as a user's script would be: once, since each imports for some eight seconds."""
-    command = [sys.executable, trainer_runs.__file__, str(tmp_path), MORTAL.json(), "--resume"]
-    process = subprocess.Popen(command)
-    while not (tmp_path / "checkpoint-3").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -9, "it was killed before its end"
-    subprocess.run(command, check=True)
-    assert_same_end(tmp_path, immortal, MORTAL)
-
-
-def test_the_comparison_can_fail(tmp_path: Path) -> None:
-    one, other = (live(train(tmp_path / str(s), Run(steps=6, method={"component_seed": s}))) for s in (1, 2))
-    with pytest.raises(AssertionError):
-        assert_same(one, other)
-    assert_same(one, one)
-
-
-def test_the_options_differ_from_the_defaults() -> None:
-    known = AromaConfig().__dict__
-    given = [item for changes in OPTIONS.values() for item in changes.get("method", {}).items()]
-    assert all(known[name] != value for name, value in given)
-    assert set(METHOD) <= set(known)

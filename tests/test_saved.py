@@ -14,11 +14,10 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from aroma.checkpoint import verify_adapter
-from aroma.cli import main
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import export_uniform, load_with_adapter, rank_table
 from aroma.saved import read_adapter
-from models import base, batch, logits, saved_base
+from models import base
 from test_export import edit_config, foreign, saved
 
 CONFIG, STATE, WEIGHTS = "adapter_config.json", "aroma_state.json", "adapter_model.safetensors"
@@ -79,18 +78,6 @@ def test_a_configuration_that_peft_wrote_again_is_the_same(adapter: Path) -> Non
     (adapter / CONFIG).write_text(json.dumps(kept))
     assert (adapter / CONFIG).read_bytes() != written
     assert verify_adapter(adapter) == before
-
-
-def test_a_base_model_that_has_moved(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    moved = shutil.copytree(saved_base("bert"), tmp_path / "moved")
-    before = logits(load_with_adapter(adapter), batch("bert"))
-    edit_config(adapter, base_model_name_or_path=str(moved))
-    with pytest.warns(AromaWarning, match=rf"base_model_name_or_path='{moved}': edited .* as '{saved_base('bert')}'"):
-        assert torch.equal(logits(load_with_adapter(adapter), batch("bert")), before)
-    assert main(["inspect", str(adapter)]) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(told) == 1
-    assert told[0].startswith(f"warning: {adapter / CONFIG}: base_model_name_or_path='{moved}': edited")
 
 
 def test_a_task_type_may_be_filled_in(tmp_path: Path) -> None:

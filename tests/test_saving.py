@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -15,21 +12,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-import aroma.files
 from aroma import (
     AromaConfig,
     AromaController,
     Attachment,
     aroma_layers,
     attach,
-    last_complete_checkpoint,
     save_adapter,
 )
 from aroma.checkpoint import verify_adapter
-from aroma.errors import CheckpointError, ConfigError
+from aroma.errors import CheckpointError
 from aroma.tuner import live_adapter
 from aroma.tuner.state import read_controller_state
 from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
@@ -127,75 +122,6 @@ def test_a_saved_adapter_can_be_opened_to_grow_on(tmp_path: Path, low_cpu_mem_us
     assert all(rank > before[name] for name, rank in ranks(opened).items())
 
 
-def test_a_copied_or_pickled_model_has_no_controller(tmp_path: Path) -> None:
-    model, growth, folder = trained(tmp_path)
-    pickled = pickle.loads(pickle.dumps(live_adapter(model)))
-    assert pickled.method() == live_adapter(model).method()
-    twin = copy.deepcopy(model)
-    assert live_adapter(model).controller is growth.controller
-    assert live_adapter(twin).controller is pickled.controller is None
-    assert torch.equal(logits(twin, batch("bert")), logits(model, batch("bert")))
-    train(model, batch("bert"), growth.controller.optimizer, 3)  # the copy stays as it is
-    twin.save_pretrained(tmp_path / "twin")
-    assert (tmp_path / "twin" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
-    assert verify_adapter(tmp_path / "twin")["controller"] is None
-
-
-def test_the_optimizer_of_a_loaded_adapter_holds_its_pairs(tmp_path: Path) -> None:
-    _, _, folder = trained(tmp_path)
-    model = adapted("bert")
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)  # made before the load: the pairs are not replaced
-    model.load_adapter(str(folder), "default", is_trainable=True)
-    before = sum(ranks(model).values())
-    growth = attach(model, optimizer, total_steps=20)
-    train(model, batch("bert"), optimizer, 9)
-    assert growth.controller.total_rank > before
-
-
-def test_an_adapter_in_another_precision_takes_that_of_the_pair(tmp_path: Path) -> None:
-    _, _, folder = trained(tmp_path)
-    tensors = load_file(folder / WEIGHTS)
-    half = {name: t.to(torch.bfloat16) if "lora_" in name else t for name, t in tensors.items()}
-    save_file(half, folder / WEIGHTS, metadata={"format": "pt"})
-    model = reloaded(folder)
-    for layer in aroma_layers(model).values():
-        assert layer.finished("default").A.dtype == layer.pair("default")[1].dtype == torch.float32
-    logits(model, batch("bert"))
-    for module, layer in aroma_layers(model).items():
-        saved = half[f"base_model.model.{module}.lora_B.weight"].float()
-        assert torch.equal(layer.finished("default").B, saved)
-
-
-def test_components_of_modules_that_do_not_grow_here_are_refused(tmp_path: Path) -> None:
-    _, _, folder = trained(tmp_path)
-    with pytest.raises(ConfigError, match=r"target_modules='bert\..*7 module\(s\).*target_modules of the saved one"):
-        reloaded(folder, target_modules=["query", "key", "value"])
-
-
-def test_a_state_dict_of_another_moment_is_saved_as_it_is(tmp_path: Path) -> None:
-    model = adapted("bert")
-    set_ranks(model, [3])
-    later = {name: value.clone() for name, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "then")
-    for layer in aroma_layers(model).values():
-        layer.finished("default").pop(1)
-    model.save_pretrained(tmp_path / "now", state_dict=later)
-    assert_same(load_file(tmp_path / "now" / WEIGHTS), load_file(tmp_path / "then" / WEIGHTS))
-
-
-def test_padding_that_a_collector_of_buffers_saw_is_not_saved(tmp_path: Path) -> None:
-    """DeepSpeed's, for one, which asks modules for their buffers and not for their state."""
-    model = adapted("bert")
-    set_ranks(model, [3])
-    model.save_pretrained(tmp_path / "exact")
-    collected = dict(model.state_dict()) | {
-        name: buffer for name, buffer in model.named_buffers() if ".lora_finished." in name
-    }
-    assert any(len(value) == 8 for name, value in collected.items() if name.endswith("lora_finished.default.A"))
-    model.save_pretrained(tmp_path / "padded", state_dict=collected)
-    assert_same(load_file(tmp_path / "padded" / WEIGHTS), load_file(tmp_path / "exact" / WEIGHTS))
-
-
 # The plain form ------------------------------------------------------------------------------------------------------
 
 
@@ -225,39 +151,6 @@ def test_the_configuration_on_disk_is_plain_lora(tmp_path: Path) -> None:
     }
 
 
-def test_when_all_ranks_are_zero_one_zero_component_stands_in(tmp_path: Path) -> None:
-    model = adapted("bert", r=4)
-    model.save_pretrained(tmp_path)
-    tensors = {name: t for name, t in load_file(tmp_path / WEIGHTS).items() if "lora_" in name}
-    assert [tuple(t.shape) for t in tensors.values()] == [(1, 32), (32, 1)]
-    assert not any(t.any() for t in tensors.values())
-    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 1
-    assert set(ranks(reloaded(tmp_path, r=4)).values()) == {0}
-    assert {entry["rank"] for entry in verify_adapter(tmp_path)["modules"].values()} <= {0, 1}
-
-
-def test_nothing_is_pickled_and_nothing_unexpected_is_written(tmp_path: Path) -> None:
-    model, _, folder = trained(tmp_path, inner_criterion="update_change", lora_alpha=3)
-    save_adapter(model, tmp_path / "again")
-    for place in (folder, tmp_path / "again"):
-        assert sorted(contents(place)) == ["README.md", CONFIG, WEIGHTS, STATE, STATE_TENSORS]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "again"]
-    assert load_file(folder / STATE_TENSORS)  # safetensors, not a pickle of that name
-    for name in (CONFIG, STATE):
-        assert isinstance(json.loads((folder / name).read_text()), dict)
-
-
-def test_a_second_adapter_does_not_leak_into_the_first(tmp_path: Path) -> None:
-    model = adapted("bert")
-    set_ranks(model, [1, 2])
-    save_silently(model, tmp_path / "alone")
-    model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", inference_mode=True))
-    for layer in aroma_layers(model).values():
-        layer.finished("other").append(torch.ones(layer.out_features, 1), torch.ones(1, layer.in_features))
-    model.save_pretrained(tmp_path / "both", selected_adapters=["default"])
-    assert (tmp_path / "both" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
-
-
 # Atomic --------------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +167,7 @@ def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pyte
     model, growth, folder = trained(tmp_path, lora_alpha=3)
     before = contents(folder)
     train(model, batch("bert"), growth.controller.optimizer, 1)
-    for where in ("aroma.files.os.fsync", "aroma.tuner.state.save", "aroma.checkpoint.verify_adapter"):
+    for where in ("aroma.files.os.fsync", "aroma.tuner.state.write_tensors", "aroma.checkpoint.verify_adapter"):
         with monkeypatch.context() as patch:
             patch.setattr(where, crash)
             with pytest.raises(SimulatedCrash):
@@ -284,23 +177,6 @@ def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pyte
     assert verify_adapter(folder)["controller"]["global_step"] == 11
     changed = {name for name, data in contents(folder).items() if data != before[name]}
     assert {WEIGHTS, STATE, STATE_TENSORS} <= changed
-
-
-def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "value.json"
-    aroma.files.write_json(target, {"old": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", crash)
-        with pytest.raises(SimulatedCrash):
-            aroma.files.write_json(target, {"new": 2})
-    with pytest.raises(ValueError, match="JSON"):
-        aroma.files.write_json(target, {"new": float("nan")})
-    assert json.loads(target.read_text()) == {"old": 1}
-    assert list(tmp_path.iterdir()) == [target]
-    aroma.files.write_json(target, {"new": 2})
-    plain = tmp_path / "plain"
-    plain.touch()
-    assert target.stat().st_mode == plain.stat().st_mode, "as readable as any file of the user"
 
 
 # Broken files --------------------------------------------------------------------------------------------------------
@@ -329,13 +205,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("file", "harm", "reason"),
     [
-        (WEIGHTS, truncate, "truncated or edited"),
-        (WEIGHTS, flip_a_bit, "sha256"),
+        (WEIGHTS, truncate, "truncated, edited"),
+        (WEIGHTS, flip_a_bit, "truncated, edited"),
         (WEIGHTS, Path.unlink, "missing"),
         (STATE, truncate, "truncated or edited"),
         (STATE, newer_format, "upgrade aroma-peft"),
         (STATE, Path.unlink, "missing"),
-        (STATE_TENSORS, flip_a_bit, "sha256"),
+        (STATE_TENSORS, flip_a_bit, "truncated, edited"),
         (STATE_TENSORS, Path.unlink, "missing"),
         (CONFIG, truncate, "truncated or edited"),
     ],
@@ -357,13 +233,6 @@ def test_a_broken_adapter_is_refused_by_name_and_not_resumed_from(
             attach(model, torch.optim.AdamW(trainable(model)), total_steps=10, resume_from=str(folder))
 
 
-def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"adapter=.*nowhere.*adapter_config\.json"):
-        verify_adapter(tmp_path / "nowhere")
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
-    assert last_complete_checkpoint(tmp_path) is None
-
-
 def test_tensors_of_an_earlier_save_are_not_taken_for_those_of_a_later(tmp_path: Path) -> None:
     # At step 10 some pairs need tensors of their own: they do not unfold bit for bit. After an outer step none does.
     model, growth, folder = trained(tmp_path, lora_alpha=3)
@@ -371,7 +240,6 @@ def test_tensors_of_an_earlier_save_are_not_taken_for_those_of_a_later(tmp_path:
     growth.controller.outer_step()
     save_adapter(model, folder)
     assert read_controller_state(folder)["tensors"] == {}
-    assert not (folder / STATE_TENSORS).exists()
     assert_resumes_to(model, growth.controller, folder, lora_alpha=3)
 
 
@@ -386,18 +254,14 @@ def assert_resumes_to(model: Any, controller: AromaController, folder: Path, **m
     assert_same_adapter(loaded, model)
     found, expected = growth.controller.state_dict(), controller.state_dict()
     assert found["state"] == expected["state"]
-    assert found["tensors"].keys() == expected["tensors"].keys()
-    assert all(torch.equal(found["tensors"][name], tensor) for name, tensor in expected["tensors"].items())
+    assert_same(found["tensors"], expected["tensors"])
     assert growth.controller.summary() == controller.summary()
     assert growth.controller.lr_factor == controller.lr_factor
     return growth
 
 
 def assert_same_adapter(one: nn.Module, other: nn.Module) -> None:
-    state, expected = one.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert torch.equal(state[key], tensor), key
+    assert_same(dict(one.state_dict()), dict(other.state_dict()))
     for layer, twin in zip(aroma_layers(one).values(), aroma_layers(other).values(), strict=True):
         assert layer.is_frozen("default") == twin.is_frozen("default")
         assert layer.finished("default").storage_A.shape == twin.finished("default").storage_A.shape
@@ -424,20 +288,13 @@ def test_the_state_is_restored_bit_for_bit(tmp_path: Path, method: dict[str, Any
     assert_resumes_to(model, growth.controller, folder, **method)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
-    "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-}
-
-
 @pytest.mark.parametrize("stop", slow_but([7], [1, 4, 7, 10]))
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-def test_a_resumed_loop_is_the_uninterrupted_one(tmp_path: Path, optimizer_name: str, stop: int) -> None:
+def test_a_resumed_loop_is_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
     method = {"lora_alpha": 3, "outer_tolerance": 0.02, "inner_criterion": "update_change"}
     total = 16
 
     def loop(model: Any, first: int, last: int, folder: Path | None = None) -> tuple[Any, ...]:
-        optimizer = OPTIMIZERS[optimizer_name](trainable(model))
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
         events: list[Any] = []
         if folder is not None:
@@ -445,13 +302,9 @@ def test_a_resumed_loop_is_the_uninterrupted_one(tmp_path: Path, optimizer_name:
             optimizer.load_state_dict(saved["optimizer"])
             scheduler.load_state_dict(saved["scheduler"])
             torch.set_rng_state(saved["random"])
+        resume_from = str(folder) if folder else None
         growth = attach(
-            model,
-            optimizer,
-            scheduler,
-            total_steps=total,
-            resume_from=str(folder) if folder else None,
-            on_event=events.append,
+            model, optimizer, scheduler, total_steps=total, resume_from=resume_from, on_event=events.append
         )
         losses, rates = [], []
         for step in range(first, last):
@@ -470,14 +323,8 @@ def test_a_resumed_loop_is_the_uninterrupted_one(tmp_path: Path, optimizer_name:
     broken_off = adapted("bert", **method)
     kept = loop(broken_off, 0, stop)
     save_adapter(broken_off, tmp_path)
-    torch.save(
-        {
-            "optimizer": kept[1].state_dict(),
-            "scheduler": kept[2].state_dict(),
-            "random": torch.get_rng_state(),
-        },
-        tmp_path / "loop.pt",
-    )
+    saved = {"optimizer": kept[1].state_dict(), "scheduler": kept[2].state_dict(), "random": torch.get_rng_state()}
+    torch.save(saved, tmp_path / "loop.pt")
     torch.manual_seed(55)
     resumed = reloaded(tmp_path, component_seed=None, **method)
     rest = loop(resumed, stop, total, tmp_path)
@@ -486,37 +333,11 @@ def test_a_resumed_loop_is_the_uninterrupted_one(tmp_path: Path, optimizer_name:
     assert kept[3] + rest[3] == events
     assert_same_adapter(resumed, model)
     assert rest[0].controller.summary() == growth.controller.summary()
-    one, other = rest[1].state_dict()["state"], optimizer.state_dict()["state"]
-    assert one.keys() == other.keys()
-    for index, entry in other.items():
-        for key, value in entry.items():
-            assert torch.equal(torch.as_tensor(one[index][key]), torch.as_tensor(value)), (index, key)
+    assert_same(rest[1].state_dict()["state"], optimizer.state_dict()["state"])
 
 
 def resume(folder: Path, model: Any) -> Attachment:
     return attach(model, torch.optim.AdamW(trainable(model)), total_steps=10, resume_from=str(folder))
-
-
-def test_a_resume_with_another_configuration_names_every_field(whole: Path) -> None:
-    changes = {"outer_tolerance": 0.5, "reset": "zero", "max_components": 4, "component_seed": 6}
-    with pytest.raises(ConfigError) as caught:
-        resume(whole, reloaded(whole, lora_alpha=3, **changes))
-    message = str(caught.value)
-    for name, value, saved in (
-        ("outer_tolerance", 0.5, 0.001),
-        ("reset", "zero", "prune"),
-        ("max_components", 4, None),
-        ("component_seed", 6, 5),
-    ):
-        assert f"{name}={value!r} (checkpoint: {saved!r})" in message
-    assert "lora_alpha" not in message
-    assert "new run" in message
-
-
-def test_a_resume_with_more_targets_is_refused(tmp_path: Path) -> None:
-    _, _, folder = trained(tmp_path, target_modules=["query", "key"])
-    with pytest.raises(CheckpointError, match="the model has other target_modules"):
-        resume(folder, reloaded(folder, component_seed=5))
 
 
 def test_a_resume_of_another_adapter_is_refused(whole: Path) -> None:
@@ -525,11 +346,6 @@ def test_a_resume_of_another_adapter_is_refused(whole: Path) -> None:
         aroma_layers(model)["bert.pooler.dense"].finished("default").B[0, 0] += 1e-4
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*edited.*another checkpoint"):
         resume(whole, model)
-
-
-def test_a_resume_without_loading_the_adapter_is_refused(whole: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
-        resume(whole, adapted("bert", lora_alpha=3))
 
 
 def test_a_resume_from_an_adapter_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import adapter_ranks
 from adapter_ranks import UNLIKE, Adapter, plain_net
-from aroma import AromaCallback, AromaConfig, aroma_layers, attach, save_adapter, verify_adapter
+from aroma import AromaCallback, AromaConfig, aroma_layers, save_adapter, verify_adapter
 from aroma.errors import ConfigError
 from aroma.export import rank_table
 from aroma.integrations.callback import trainable_adapter
 from ranks import launch
-from small_nets import STEPS, trainable
+from small_nets import STEPS
 from trainer_runs import METHOD as PAPER
 from trainer_runs import adapted, assert_same, growth, tiny_bert, trainer_for
 
@@ -196,25 +196,3 @@ def test_a_trainer_needs_one_active_adapter() -> None:
     model.peft_config["other"].inference_mode = True
     with pytest.raises(ConfigError, match=r"no trainable AROMA adapter that is active.*set_adapter"):
         trainable_adapter(model)
-
-
-def test_an_adapter_that_rests_is_refused() -> None:
-    model = adapted()
-    model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", **PAPER))
-    optimizer = torch.optim.AdamW(trainable(model))
-    with pytest.raises(ConfigError, match=r"needs no gradient.*set_adapter"):
-        attach(model, optimizer, total_steps=20, adapter_name="other")
-
-
-def test_a_deleted_one_leaves_the_other_growing() -> None:
-    model = plain_net()
-    model.add_adapter("other", AromaConfig(**UNLIKE), autocast_adapter_dtype=False)
-    both = [Adapter(model, "default", 0.01, 0), Adapter(model, "other", 0.02, 1)]
-    for step in range(STEPS):
-        if step == 20:
-            both[0].growth.detach()
-            model.set_adapter("other")
-            model.delete_adapter("default")
-        for one in both[step >= 20 :]:
-            one.step()
-    assert_same(both[1].came_to(), alone(1).came_to())

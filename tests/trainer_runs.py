@@ -260,7 +260,7 @@ def on_disk(checkpoint: Path | str) -> dict[str, Any]:
 def resealed(checkpoint: Path | str) -> None:
     """Let the record of a checkpoint fit files that were edited on purpose, to meet what is behind it."""
     step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-    record_checkpoint(checkpoint, step, {"files": {}})
+    record_checkpoint(checkpoint, step, {})
 
 
 def steps_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -314,7 +314,7 @@ def die_at(kill: str) -> None:
     if moment == "adapter":
         _die_within(peft.peft_model, "safe_save_file", lambda _, path, **__: path, folder, "adapter_model")
     elif moment == "vouching":
-        _die_before(aroma.tuner.state, "write_json", lambda path, _: path, folder, "aroma_state.json")
+        _die_before(aroma.tuner.state, "write_manifest", lambda path, *_: path, folder, "aroma_state.json")
     elif moment == "optimizer":
         _die_within(torch, "save", lambda _, path: path, folder, "optimizer.pt")
     elif moment == "scheduler":

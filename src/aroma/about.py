@@ -14,20 +14,6 @@ LABELLED_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 UNKNOWN: dict[str, Any] = {"labels": None, "num_labels": None, "problem_type": None}
 
 
-def is_about(value: Any) -> bool:
-    """Whether a JSON value has what `about_model` returns."""
-    if not isinstance(value, dict) or not UNKNOWN.keys() <= value.keys():
-        return False
-    labels, count = value["labels"], value["num_labels"]
-    is_count = isinstance(count, int) and not isinstance(count, bool) and 0 < count < 2**24
-    are_texts = isinstance(labels, list) and all(isinstance(text, str) for text in labels)
-    return (
-        (labels is None or (are_texts and len(labels) == count))
-        and (count is None or is_count)
-        and isinstance(value["problem_type"], str | None)
-    )
-
-
 def about_model(model: Any, task_type: str | None) -> dict[str, Any]:
     """Return what a model of transformers, wrapped by PEFT or not, says of its outputs; JSON-able.
 

@@ -7,37 +7,30 @@ import re
 import shutil
 import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .card import CARD_FILE
 from .distributed import rank, refuse_together, world_size
 from .errors import CheckpointError, bad_value
-from .files import file_digest, read_json, require_adapter_folder, require_regular_file, told_of, write_json
-from .folders import replacing_files
-from .saved import read_adapter, require_vouched
+from .files import read_json, read_manifest, replacing_files, require_files, told_of, write_manifest
+from .saved import read_adapter
 from .sharding import sharding_of_model
 from .tuner.live import live_adapter
-from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, checksum_of, read_state, require_checksum
+from .tuner.state import read_state
 
-ADAPTER_FILES = ("adapter_config.json", *WEIGHT_FILES, STATE_FILE, STATE_TENSORS_FILE)
-"""Files that belong to one moment of an adapter."""
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
 RECORD_FILE = "aroma_checkpoint.json"
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 TRAINER_STATE_FILE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
-_LOADED = re.compile(r".*\.(bin|pt|pth|safetensors|distcp)|.*\.index\.json")
-"""Names of files that a Trainer loads if they are there."""
-_EXACT = {
-    "the optimizer": r"optimizer\.(pt|bin)|optimizer_\d+/.*|global_step\d+/.*optim_states\.pt",
-    "the random state": r"rng_state(_\d+)?\.pth",
-}
-"""What an exact resume needs, by the names of its files."""
+_LEFT = re.compile(r"\..+\.tmp")
+"""Names of files that killed writes have left."""
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------
@@ -67,14 +60,14 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
     sharding, target = sharding_of_model(model), Path(folder)
     with ExitStack() as stack:
         if not sharding.must_gather(model.parameters()):
-            _write_adapter(model, target, stack.enter_context(replacing_files(target, ADAPTER_FILES)), adapter_name)
+            _write_adapter(model, target, stack.enter_context(replacing_files(target)), adapter_name)
             return
         stack.callback(dist.barrier)  # last: until rank 0 has written, or failed
         is_first = dist.get_rank() == 0
         # Before any rank gathers: it would wait for a first one that has no place to write to.
         with refuse_together(sharding.device(next(model.parameters()))), told_of(target):
             if is_first:
-                new = stack.enter_context(replacing_files(target, ADAPTER_FILES))
+                new = stack.enter_context(replacing_files(target))
             else:
                 new = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if is_first:
@@ -101,56 +94,31 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: Naming a file that is missing, truncated, edited, or of another save than the others.
     """
-    path = require_adapter_folder(folder)
-    state = read_state(path)
-    if os.path.lexists(path / SAFETENSORS_WEIGHTS_NAME) or not os.path.lexists(path / WEIGHTS_NAME):
-        read_adapter(path)
-    else:
-        require_vouched(path, state)
-    return state
+    return read_adapter(folder).state or read_state(folder)
 
 
 # Checkpoints of a Trainer --------------------------------------------------------------------------------------------
 
 
 def record_checkpoint(
-    folder: str | os.PathLike[str], step: int, earlier: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    folder: str | os.PathLike[str], step: int, known: dict[str, str] | None = None
+) -> dict[str, str]:
     """Write `aroma_checkpoint.json`, the SHA-256 of every file in a checkpoint, so that it is whole or not used.
 
     Args:
-        folder: The checkpoint, all of whose files are there but, without an `earlier` record, `trainer_state.json`.
+        folder: The checkpoint, all of whose files are there but, where nothing is `known`, `trainer_state.json`.
         step: Optimizer steps.
-        earlier: The record without that file, whose digests are taken over.
+        known: Digests that were taken before that file was written.
 
     Returns:
-        The record.
+        The digests by name.
     """
-    root = Path(folder)
-    known = earlier["files"] if earlier is not None else {}
-    apart = {RECORD_FILE, CARD_FILE, *([] if earlier is not None else [TRAINER_STATE_FILE])}
-    names = [name for name in _files_below(root) if name not in {*apart, *known}]
-    with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter to others
-        facts = [*threads.map(lambda name: _facts(root / name), names)]
-    record = {
-        "format": RECORD_FORMAT,
-        "step": step,
-        "processes": world_size(),
-        "files": {**known, **dict(zip(names, facts, strict=True))},
-    }
-    write_json(root / RECORD_FILE, {**record, "checksum": checksum_of(record)})
-    return record
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    return {"bytes": require_regular_file(file).stat().st_size, "sha256": file_digest(file)}
-
-
-def _files_below(folder: Path) -> list[str]:
-    """Return the names of all files in `folder` and the folders below it, but for those that killed writes left."""
-    found = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
-    is_left = re.compile(r"\..+\.tmp")
-    return sorted(file.relative_to(folder).as_posix() for file in found if not is_left.fullmatch(file.name))
+    root, apart = Path(folder), {RECORD_FILE, CARD_FILE, *([TRAINER_STATE_FILE] if known is None else [])}
+    files = (Path(parent) / name for parent, _, names in os.walk(root) for name in names if not _LEFT.fullmatch(name))
+    names = sorted({file.relative_to(root).as_posix() for file in files} - apart)
+    record = write_manifest(root / RECORD_FILE, {"format": RECORD_FORMAT, "step": step}, names, known or {})
+    digests: dict[str, str] = record["files"]
+    return digests
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -164,45 +132,23 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise bad_value(
-            "checkpoint", str(folder), "no such folder; give a checkpoint-N of the Trainer", CheckpointError
+        remedy = "no such folder; give a checkpoint-N of the Trainer"
+        raise bad_value("checkpoint", str(folder), remedy, CheckpointError)
+    if not os.path.lexists(path / RECORD_FILE):
+        raise CheckpointError(
+            f"{path}: it has no {RECORD_FILE}: its save was killed, or no AromaCallback took part, so its inner and "
+            "outer loops are unknown; resume from another checkpoint, or load the adapter and start a new run"
         )
-    record = _read_record(path)
-    named = _CHECKPOINT.fullmatch(path.resolve().name)
-    if named is not None and int(named[1]) != record["step"]:
-        raise CheckpointError(f"{path}: it holds step {record['step']}, as the folder was renamed; use another one")
-    for name, facts in record["files"].items():
-        if _facts(path / name) != facts:
-            raise CheckpointError(f"{path / name}: truncated, edited, or of another save; use another checkpoint")
+    record = read_manifest(path / RECORD_FILE, RECORD_FORMAT)
+    require_files(path, record)
     # A run that was killed right after that file was written had no time to record it.
     if TRAINER_STATE_FILE not in record["files"] and _step_of(path / TRAINER_STATE_FILE) != record["step"]:
         raise CheckpointError(f"{path / TRAINER_STATE_FILE}: edited, or of another save; use another checkpoint")
-    for name in _files_below(path):
-        if name not in record["files"] and _LOADED.fullmatch(name):
-            raise CheckpointError(f"{path / name}: this file is not of the save; remove it, or use another checkpoint")
-    for what, pattern in _EXACT.items():
-        if not any(re.fullmatch(pattern, name) for name in record["files"]):
-            raise CheckpointError(
-                f"{path}: it was saved without {what} (save_only_model?), so no run can go on from it exactly; use "
-                "another checkpoint, or load its adapter and start a new run"
-            )
-    return record
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    file = folder / RECORD_FILE
-    if not os.path.lexists(file):
+    if not any("optim" in name for name in record["files"]):
         raise CheckpointError(
-            f"{folder}: it has no {RECORD_FILE}: its save was killed, or no AromaCallback took part, so its inner and "
-            "outer loops are unknown; resume from another checkpoint, or load the adapter and start a new run"
+            f"{path}: it was saved without the optimizer (save_only_model?), so no run can go on from it exactly; use "
+            "another checkpoint, or load its adapter and start a new run"
         )
-    record = read_json(file)
-    if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
-        remedy = f"this aroma reads format {RECORD_FORMAT}; upgrade aroma-peft, or use another checkpoint"
-        raise bad_value(f"{file}: format", str(record)[:40], remedy, CheckpointError)
-    require_checksum(record, str(file))
-    if "step" not in record:
-        raise CheckpointError(f"{file}: it is another file's content; use another checkpoint")
     return record
 
 
@@ -219,22 +165,84 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     (`verify_checkpoint`), and whatever is wrong with a folder, an earlier one is returned.
 
     Warns:
-        UserWarning: Which folders were passed over, and why.
+        UserWarning: A folder was passed over, and why.
     """
-    root = Path(output_dir)
-    if not root.is_dir():
-        return None
-    found = [(int(match[1]), entry) for entry in root.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))]
-    passed_over, whole = [], None
+    found = [
+        (int(match[1]), entry) for entry in Path(output_dir).glob("*") if (match := _CHECKPOINT.fullmatch(entry.name))
+    ]
     for _, entry in sorted(found, reverse=True):
         try:
             verify_checkpoint(entry)
+            return str(entry)
         except CheckpointError as error:
-            passed_over.append(str(error))
-        else:
-            whole = str(entry)
-            break
-    if passed_over and rank() == 0:
-        remedy = f"the run goes on from {whole}" if whole else "no other is whole, so the run begins anew"
-        warnings.warn("\n".join([f"checkpoints were passed over, and {remedy}:", *passed_over]), stacklevel=2)
-    return whole
+            if rank() == 0:
+                warnings.warn(
+                    f"a checkpoint was passed over, so the run goes on from an earlier one, or begins anew: {error}",
+                    stacklevel=2,
+                )
+    return None
+
+
+# In a Trainer --------------------------------------------------------------------------------------------------------
+
+
+class CheckpointRecords:
+    """Lets a callback of the Trainer record every checkpoint; see `record_checkpoint`.
+
+    A single process records it twice: when only `trainer_state.json` is missing, because after that file the Trainer
+    removes older checkpoints, and with that file. Several processes record it once, after all have saved what is
+    theirs: keep two checkpoints or more, in case of a kill between the two.
+    """
+
+    def __init__(self) -> None:
+        self._running: tuple[TrainingArguments, TrainerState] | None = None
+        self._known: dict[str, str] = {}
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Start with a training."""
+        self._running, self._known = (args, state), {}
+
+    def write(self) -> None:
+        """Record a checkpoint; called by `state()` of a callback, when only `trainer_state.json` is missing."""
+        if self._running is not None and world_size() == 1 and self._folder.is_dir():
+            self._known = record_checkpoint(self._folder, self._running[1].global_step)
+
+    def complete(self) -> None:
+        """Record the checkpoint, now that it is complete; called by all processes after a save."""
+        if self._running is None:
+            return
+        if world_size() > 1:
+            dist.barrier()
+        args, state = self._running
+        if args.should_save and self._folder.is_dir():
+            record_checkpoint(self._folder, state.global_step, self._known)
+        self._known = {}
+
+    def end(self) -> None:
+        """End with a training."""
+        self._running = None
+
+    @property
+    def _folder(self) -> Path:
+        assert self._running is not None, "it has begun"
+        args, state = self._running
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def whole_checkpoint(resumed: Any, args: TrainingArguments) -> str:
+    """Return the checkpoint to resume from, once it is found to be whole; called on all ranks.
+
+    `True` takes the latest whole checkpoint, not the latest folder.
+
+    Raises:
+        CheckpointError: It is not, or there is none.
+    """
+    with refuse_together(args.device):
+        folder = last_complete_checkpoint(str(args.output_dir)) if resumed is True else os.fspath(resumed)
+        if folder is None:
+            remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"
+            raise bad_value("resume_from_checkpoint", True, remedy, CheckpointError)
+        # One process of every machine, whose disk may be its own.
+        if resumed is not True and args.local_process_index == 0:
+            verify_checkpoint(folder)
+    return folder

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import bad_value
+from .errors import bad_value, is_whole
 from .sharding import gathered
 from .tuner import aroma_layers
 from .tuner.layout import PEFT_PREFIX, plain_config, plain_factors, uniform_config
 from .tuner.live import LiveAdapter, live_adapter
-from .tuner.state import is_whole
 
 
 class LoraTensors(NamedTuple):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checked reads. Safetensors and JSON only."""
+"""Files that are whole or absent: atomic writes, manifests, checked reads. Safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import hashlib
 import json
 import os
 import re
-import stat
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, OutputError, bad_value
-from .folders import settle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LARGEST_JSON = 256 * 2**20
-"""Bytes; the largest state of a run that was ever written has a few MiB."""
-
 _TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")
 """What torch.save says in place of the operating system's reason."""
+_ARRIVING = ".aroma-arriving"
+"""Folder with the files of a save that are on their way to their places."""
+_SAVING = ".aroma-saving-"
+"""Begins the name of the folder that a save writes into."""
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -78,8 +79,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+            _sync(temporary)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` (any shapes) to `path` as safetensors, atomically."""
     from safetensors.torch import save_file
 
@@ -109,6 +109,75 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> N
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
         )
+
+
+@contextmanager
+def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder; at the end of the block its files replace those in `folder`, as one act.
+
+    One rename marks the new files as complete; then each moves to its place. A kill before that rename leaves the old
+    files. A kill after it leaves the rest of the new ones in `.aroma-arriving`, and whoever opens or saves the folder
+    next moves them (`finish_save`). Files of other names stay. One process at a time may write.
+
+    Args:
+        folder: Created if missing. A symlink is followed.
+
+    Raises:
+        CheckpointError: It is a file.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and not target.is_dir():
+        raise bad_value("folder", str(target), "it is a file; give a folder", CheckpointError)
+    target.mkdir(parents=True, exist_ok=True)
+    finish_save(target)
+    for left in target.glob(f"{_SAVING}*"):  # by a killed writer
+        shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(dir=target, prefix=_SAVING))
+    try:
+        yield new
+        for file in (*new.iterdir(), new):
+            _sync(file)
+        new.rename(target / _ARRIVING)
+        _sync(target)
+        finish_save(target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def finish_save(folder: str | os.PathLike[str]) -> None:
+    """Finish a save into `folder` that was killed while its files moved to their places.
+
+    Raises:
+        CheckpointError: It cannot be finished.
+    """
+    target = Path(folder)
+    arriving = target / _ARRIVING
+    if not os.path.lexists(arriving):
+        return
+    try:
+        if arriving.is_symlink():
+            raise OSError("a symlink, which no save has left")
+        for file in arriving.iterdir():
+            os.replace(file, target / file.name)
+        _sync(target)
+        arriving.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: a save was killed, and {_ARRIVING} holds the rest, which cannot be moved to its place "
+            f"({error}); make the folder writable and open it again, or remove {_ARRIVING} and save again"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Let a file, or the entries of a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot do it for folders
+            raise
+    finally:
+        os.close(handle)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -120,29 +189,18 @@ def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: There is no such folder.
     """
-    folder = Path(path)
-    if not os.path.isdir(folder):
+    if not os.path.isdir(path):
         raise bad_value(
             "adapter", str(path), "no such folder; give the folder that holds adapter_config.json", CheckpointError
         )
-    settle(folder)
-    return folder
+    finish_save(path)
+    return Path(path)
 
 
-def require_regular_file(path: str | os.PathLike[str]) -> Path:
-    """Return `path` if it is a regular file, or a symlink to one: a FIFO or a device would never end.
-
-    Raises:
-        CheckpointError: It is missing, or something else.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        reason = "the file is missing" if is_missing else f"cannot be read ({error})"
-        raise CheckpointError(f"{path}: {reason}; use another checkpoint") from error
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: it is no regular file; use another checkpoint")
+def _regular_file(path: str | os.PathLike[str]) -> Path:
+    # A FIFO or a device would never end.
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: the file is missing, or no regular file; use another checkpoint")
     return Path(path)
 
 
@@ -155,7 +213,7 @@ def own_file(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: It is missing, no regular file, or a symlink to elsewhere.
     """
-    file = require_regular_file(folder / name)
+    file = _regular_file(folder / name)
     home, real = folder.resolve(), file.resolve()
     cache = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
     if not any(real.is_relative_to(root) for root in (home, *cache)):
@@ -168,7 +226,7 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield `path`; what goes wrong while it is read is a CheckpointError that names it."""
     from safetensors import SafetensorError
 
-    file = require_regular_file(path)
+    file = _regular_file(path)
     try:
         yield file
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
@@ -184,8 +242,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         CheckpointError: The file is missing, truncated, no regular file, or not JSON.
     """
     with _readable(path) as file:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"larger than {_LARGEST_JSON // 2**20} MiB")
         return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -201,7 +257,66 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return load_file(file)
 
 
-# Digests -------------------------------------------------------------------------------------------------------------
+# Manifests -----------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(
+    path: str | os.PathLike[str], content: Mapping[str, Any], names: Iterable[str], known: Mapping[str, str] = {}
+) -> dict[str, Any]:
+    """Write JSON that vouches for files beside it, by the SHA-256 of each, and for itself; the last of a save.
+
+    Args:
+        path: The manifest.
+        content: What it says beside `files`, the digests by name, and its own `checksum`.
+        names: Files in its folder or below.
+        known: Digests that were taken before.
+
+    Returns:
+        What was written, without the checksum.
+    """
+    unknown = [name for name in names if name not in known]
+    with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter to others
+        digests = [*threads.map(lambda name: file_digest(Path(path).parent / name), unknown)]
+    manifest = {**content, "files": {**known, **dict(zip(unknown, digests, strict=True))}}
+    write_json(path, {**manifest, "checksum": _checksum(manifest)})
+    return manifest
+
+
+def read_manifest(path: str | os.PathLike[str], version: int) -> dict[str, Any]:
+    """Return a manifest; its files are not looked at (`require_files`).
+
+    Args:
+        path: The manifest.
+        version: The `format` that it must have.
+
+    Raises:
+        CheckpointError: It is missing, damaged, edited, or of another format.
+    """
+    manifest = read_json(path)
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != version:
+        remedy = f"this aroma reads format {version}; upgrade aroma-peft, or use another checkpoint"
+        raise bad_value(f"{path}: format", found, remedy, CheckpointError)
+    checksum = manifest.pop("checksum", None)
+    if checksum != _checksum(manifest):
+        remedy = "it does not fit the content, so the file was edited; use another checkpoint"
+        raise bad_value(f"{path}: checksum", checksum, remedy, CheckpointError)
+    return dict(manifest)
+
+
+def require_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check that the files in `folder` are those that a manifest was written with.
+
+    Raises:
+        CheckpointError: A file is missing, truncated, edited, or of another save; it is named.
+    """
+    for name, digest in manifest["files"].items():
+        if file_digest(own_file(folder, name)) != digest:
+            raise CheckpointError(f"{folder / name}: truncated, edited, or of another save; use another checkpoint")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -210,11 +325,11 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     Raises:
         CheckpointError: It is missing or no regular file.
     """
-    with require_regular_file(path).open("rb") as stream:
+    with _regular_file(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 over names, dtypes, shapes and bytes of `tensors`, whatever their order and device."""
     from safetensors.torch import save
 

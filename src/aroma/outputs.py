@@ -16,12 +16,9 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.jso
 
 
 def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = None) -> Path:
-    """Return where a file that was named `path` will be written; nothing is left there yet.
+    """Return where the file that the option `field` named will be written; a symbolic link is followed.
 
-    Args:
-        field: The argument or option that named it.
-        path: The file. A symbolic link to a file stands for that file.
-        force: Whether a file that exists may be replaced; None: never, and the error names no option.
+    `force`: whether a file that exists may be replaced; None: never, and the error names no option.
 
     Raises:
         OutputError: Something is there, or nothing can be written there.
@@ -37,26 +34,20 @@ def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = N
 
 
 def new_folder(field: str, path: str | os.PathLike[str], remedy: str = "give another folder") -> Path:
-    """Return where a folder that was named `path` will be filled: it is empty, or nothing is there yet.
-
-    Args:
-        field: The argument or option that named it.
-        path: The folder. A symbolic link to a folder stands for that folder.
-        remedy: What to do about a folder that holds something.
+    """Return where the folder that the option `field` named will be filled: it is empty, or not there yet.
 
     Raises:
-        OutputError: Something is there, or nothing can be written there.
+        OutputError: Something is there, for which the error names `remedy`, or nothing can be written there.
     """
     target = open_folder(field, path)
     if os.path.isdir(target) and any(target.iterdir()):
-        raise bad_value(
-            field, str(path), f"it is not an empty folder, and nothing is overwritten; {remedy}", OutputError
-        )
+        reason = f"it is not an empty folder, and nothing is overwritten; {remedy}"
+        raise bad_value(field, str(path), reason, OutputError)
     return target
 
 
 def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
-    """Return where a folder that was named `path` is or will be; whatever it holds.
+    """Return where the folder that the option `field` named is or will be; whatever it holds.
 
     Raises:
         OutputError: A file is there, or nothing can be written there.
@@ -72,9 +63,6 @@ def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> No
     """Raise unless a file can be made beside `target`, or where its folders will be made.
 
     Only an attempt tells: root may write where permissions forbid it, and may not where a file system is read-only.
-
-    Raises:
-        OutputError: With the reason.
     """
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
     try:
@@ -83,9 +71,8 @@ def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> No
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp"):
             pass
     except OSError as error:
-        raise bad_value(
-            field, str(path), f"{folder} cannot be written to ({error.strerror}); give another place", OutputError
-        ) from error
+        reason = f"{folder} cannot be written to ({error.strerror}); give another place"
+        raise bad_value(field, str(path), reason, OutputError) from error
 
 
 @contextmanager
@@ -107,11 +94,11 @@ def copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> 
         CheckpointError: One is no regular file, leads out of its folder, or is damaged.
     """
     for source in sources:
-        files = {file for pattern in patterns for file in source.glob(pattern)} if source.is_dir() else set()
-        if files:
-            for file in sorted(files):
-                copied = own_file(source, file.name)
-                if file.suffix == ".json":
-                    read_json(copied)
-                shutil.copy2(copied, target / file.name)
+        names = sorted({file.name for pattern in patterns for file in source.glob(pattern)})
+        for name in names:
+            copied = own_file(source, name)
+            if copied.suffix == ".json":
+                read_json(copied)
+            shutil.copy2(copied, target / name)
+        if names:
             return

@@ -1,8 +1,7 @@
 """A saved adapter read back: checked before anything is computed from it.
 
 Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one. `aroma_state.json` vouches for one that AROMA
-saved: it has the digests of the tensor files and a copy of the configuration. Nothing vouches for another, so of that
-only what contradicts itself is noticed.
+saved. Nothing vouches for another, so of that only what contradicts itself is noticed.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from .errors import AromaWarning, CheckpointError, bad_value, shown_value
+from .errors import CheckpointError, bad_value, shown_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
 from .tuner.layout import PEFT_PREFIX
-from .tuner.state import STATE_FILE, read_state, require_files
+from .tuner.state import STATE_FILE, read_state, require_adapter_files
 
-_MOVABLE = ("base_model_name_or_path", "revision")
-"""Fields that a person changes when the base model has moved: the adapter stays what it is, so a warning is enough."""
-
-_INFORMATIVE = ("peft_version", "inference_mode")
-"""Fields that change nothing of what is computed."""
+_FREE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
+"""Fields that may be edited: where the base model is, and what changes nothing of what is computed."""
 
 _OFF: tuple[str, ...] = (
     *("use_dora", "lora_bias", "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices"),
@@ -119,28 +113,25 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     Raises:
         CheckpointError: The folder, a file, a field or a tensor is missing, damaged or edited.
         ConfigError: The adapter is not a plain LoRA adapter.
-
-    Warns:
-        AromaWarning: The base model that it names was changed since it was saved.
     """
     path = require_adapter_folder(folder)
     # Whatever bears the name: a symlink to nowhere is a damaged state, and not an adapter of somebody else.
     state = read_state(path) if os.path.lexists(path / STATE_FILE) else None
     if state is not None:
-        require_vouched(path, state)
+        _require_vouched(path, state)
     config = read_config(path)
-    _require_plain(path / CONFIG_NAME, config)
+    if field := _variant(config):
+        remedy = f"in {path / CONFIG_NAME}: only plain LoRA adapters can be read (no DoRA, no bias, no variant)"
+        raise bad_value(field, config[field], remedy)
     file = own_file(path, SAFETENSORS_WEIGHTS_NAME)
-    tensors = read_tensors(file)
+    others = read_tensors(file)
     try:
-        updates = _updates(tensors, config, is_folded=state is not None)
+        updates = _take_updates(others, config, is_folded=state is not None)
     except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError, re.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{file}: it and {CONFIG_NAME} are no LoRA adapter ({reason}); use another checkpoint"
         ) from error
-    of_updates = {name for module, update in updates.items() for name in update.tensors(module, update.rank)}
-    others = {name: tensor for name, tensor in tensors.items() if _with_prefix(name) not in of_updates}
     if stray := next((name for name in others if ".lora_" in name), None):
         raise CheckpointError(f"{file}: {stray} has no place in a plain LoRA adapter; use another checkpoint")
     return AdapterWeights(path, config, updates, others, state)
@@ -154,17 +145,16 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = own_file(require_adapter_folder(folder), CONFIG_NAME)
     config = read_json(path)
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
+    names = ("base_model_name_or_path", "revision", "task_type", "peft_type")
     try:
         json.dumps(config, allow_nan=False)
+        is_one = "peft_type" in config and all(isinstance(config.get(name), str | None) for name in names)
         _ = (config.get("auto_mapping") or {}).keys()
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: edited ({error}); use another checkpoint") from error
-    for name in ("base_model_name_or_path", "revision", "task_type", "peft_type"):
-        if not isinstance(config.get(name), str | None) or "\0" in (config.get(name) or ""):
-            raise bad_value(f"{path}: {name}", config[name], "it is no name; use another checkpoint", CheckpointError)
-    return config
+    except (ValueError, TypeError, AttributeError):
+        is_one = False
+    if not is_one:
+        raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
+    return dict(config)
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
@@ -172,42 +162,24 @@ def is_plain(config: Mapping[str, Any]) -> bool:
     return _variant(config) is None
 
 
-def require_vouched(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+def _require_vouched(folder: Path, state: Mapping[str, Any]) -> None:
     """Check that configuration and files in `folder` are those that `state`, its `aroma_state.json`, vouches for.
 
     Raises:
         CheckpointError: One is missing, damaged or edited; file and field are named.
-
-    Warns:
-        AromaWarning: The base model that it names was changed.
     """
-    path = require_adapter_folder(folder)
-    now = read_config(path)
-    then: dict[str, Any] = state.get("adapter_config", now)  # which the first versions did not keep
-    require_files(path, dict(state))
-    for name in sorted({*now, *then} - {*_INFORMATIVE}):
-        if _meaning(name, now) == _meaning(name, then):
-            continue
-        edited = f"edited since the adapter was saved, as {shown_value(then.get(name), 200)}"
-        where = f"{path / CONFIG_NAME}: {name}"
-        if name in _MOVABLE:
-            remedy = f"{edited}; its updates are right only for the same weights"
-            warnings.warn(str(bad_value(where, now.get(name), remedy)), AromaWarning, stacklevel=3)
-        elif not (name == "task_type" and then.get(name) is None):  # which may be filled in
-            remedy = f"{edited}; put that back, or use another checkpoint"
-            raise bad_value(where, now.get(name), remedy, CheckpointError)
+    now, then = read_config(folder), state["adapter_config"]
+    require_adapter_files(folder, state)
+    for name in sorted({*now, *then} - _FREE):
+        is_filled_in = name == "task_type" and then.get(name) is None
+        if _meaning(now.get(name)) != _meaning(then.get(name)) and not is_filled_in:
+            remedy = f"edited since the adapter was saved, as {shown_value(then.get(name), 200)}; put that back"
+            raise bad_value(f"{folder / CONFIG_NAME}: {name}", now.get(name), remedy, CheckpointError)
 
 
-def _meaning(name: str, config: Mapping[str, Any]) -> str:
-    """Return the value of a field as text in which equal meanings are equal; a missing one has PEFT's default."""
-    value = config.get(name, _defaults().get(name))
-    return json.dumps(sorted(value, key=str) if isinstance(value, list) else value, sort_keys=True, default=str)
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    defaults: dict[str, Any] = LoraConfig().to_dict()
-    return defaults
+def _meaning(value: Any) -> str:
+    """Return the value of a field as text in which equal meanings are equal: PEFT's lists are sets."""
+    return json.dumps((sorted(value, key=str) if isinstance(value, list) else value) or None, sort_keys=True)
 
 
 def _variant(config: Mapping[str, Any]) -> str | None:
@@ -219,32 +191,21 @@ def _variant(config: Mapping[str, Any]) -> str | None:
     return next((name for name in _OFF if config.get(name)), None)
 
 
-def _require_plain(path: Path, config: Mapping[str, Any]) -> None:
-    if field := _variant(config):
-        raise bad_value(
-            field, config[field], f"in {path}: only plain LoRA adapters can be read (no DoRA, no bias, no variant)"
-        )
-
-
-def _updates(tensors: Mapping[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
-    """Return the updates of modules.
-
-    Args:
-        tensors: All tensors of the file, any shapes.
-        config: Content of `adapter_config.json`.
-        is_folded: Whether the scale is folded into B, as AROMA does it.
+def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
+    """Take the updates of modules out of `tensors`, of any shape; `is_folded`: B has the scale in it, as in AROMA's.
 
     Raises:
         ValueError: A tensor is missing, empty, of a wrong kind, not finite, or not as the configuration says.
     """
     found: dict[str, Update] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in [*tensors.items()]:
         if not tensor.numel() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
             raise ValueError(f"{name} is empty, or has NaN or infinity in it")
         part = _COMPONENT_A.fullmatch(name)
         if part is None:
             continue
-        module, B = part["module"], tensors.get(f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}")
+        module, name_of_B = part["module"], f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}"
+        B = tensors.get(name_of_B)
         if B is None or not 2 <= tensor.ndim == B.ndim or B.flatten(1).shape[1] != len(tensor):
             raise ValueError(f"{module} has an A of rank {len(tensor)} and no fitting B")
         if not (tensor.is_floating_point() and B.is_floating_point()):
@@ -255,6 +216,7 @@ def _updates(tensors: Mapping[str, Tensor], config: Mapping[str, Any], is_folded
         found[module] = Update(
             B.float().flatten(1) * scale, tensor.float().flatten(1), kernel, bool(part["embedding"])
         )
+        del tensors[name], tensors[name_of_B]
     if not found:
         raise ValueError("it holds no lora_A and lora_B")
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
@@ -272,10 +234,6 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"{module} has the scale {scale}")
     return scale
-
-
-def _with_prefix(name: str) -> str:
-    return PEFT_PREFIX + name.removeprefix(PEFT_PREFIX)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

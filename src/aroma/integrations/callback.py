@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,15 +14,15 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
+from ..checkpoint import CheckpointRecords, whole_checkpoint
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..sharding import own_entries
 from ..tuner import aroma_layers
-from ..tuner.state import pack, read_controller_state, unpack
+from ..tuner.state import read_controller_state
 from .base import TrainingCallback
 from .reporting import TrainingRecord
-from .resuming import CheckpointRecords, whole_checkpoint
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -49,6 +49,9 @@ class AromaCallback(TrainingCallback):
         controller: The `AromaController` of the current or last training; None before the first.
     """
 
+    # Of the class: the Trainer may replace the callback by a restored one, and tells none what it resumes from.
+    _resumed: ClassVar[str] = ""
+
     def __init__(
         self,
         early_stop: bool = True,
@@ -60,7 +63,6 @@ class AromaCallback(TrainingCallback):
         self.on_event = on_event
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
-        self._exported: dict[str, Any] | None = None
         self._rewarmup = Rewarmup()
         self._fused_step_was_skipped = False
         self._steps_within_backward = False
@@ -82,7 +84,8 @@ class AromaCallback(TrainingCallback):
         trainer.callback_handler.callbacks.sort(key=lambda one: [not isinstance(one, kind) for kind in flow_first])
         if not resume_from_checkpoint:
             return resume_from_checkpoint
-        return whole_checkpoint(resume_from_checkpoint, trainer.args)
+        AromaCallback._resumed = whole_checkpoint(resume_from_checkpoint, trainer.args)
+        return AromaCallback._resumed
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any
@@ -90,7 +93,6 @@ class AromaCallback(TrainingCallback):
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self._was_over = False
         self._records.begin(args, state)
-        self._exported = None
         self.controller = AromaController(
             model,
             optimizer,
@@ -100,9 +102,7 @@ class AromaCallback(TrainingCallback):
             compiled=args.torch_compile,
         )
         if state.global_step > 0:
-            with self.controller.together():
-                exported = unpack(self.saved(state)["controller_state"])
-            self.controller.load_state_dict(exported)
+            self._restore(AromaCallback._resumed)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
         if self._report is not None:
@@ -110,6 +110,20 @@ class AromaCallback(TrainingCallback):
         sharding = self.controller.matrices.sharding
         self._steps_within_backward = sharding.steps_within_backward
         self._hook(state, sharding.base_optimizer(optimizer))
+
+    def _restore(self, checkpoint: str) -> None:
+        """Give the controller the state of a checkpoint, whose weights are loaded."""
+        controller = self._running()
+        # PEFT gives every adapter but "default" a folder of its own.
+        name = "" if controller.adapter_name == "default" else controller.adapter_name
+        with controller.together():
+            exported = read_controller_state(os.path.join(checkpoint, name))
+            if exported is None:
+                raise CheckpointError(
+                    f"{checkpoint}: it was saved without AromaCallback, so its inner and outer loops are unknown; "
+                    "use another checkpoint, or load its adapter and start a new run"
+                )
+        controller.load_state_dict(exported)
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""
@@ -137,18 +151,9 @@ class AromaCallback(TrainingCallback):
         self._fused_step_was_skipped = was_skipped(optimizer)
 
     def attributes(self) -> dict[str, Any]:
-        """Return the state of the run."""
-        if self.controller is None:
-            return {"controller_state": None}
-        exported = self._exported
-        if exported is None and self.controller.matrices.are_sharded:
-            raise CheckpointError(
-                f"at optimizer step {self.controller.global_step} a callback set should_save after AromaCallback ran, "
-                "and one rank alone cannot gather sharded components; set it in on_optimizer_step"
-            )
-        packed = pack(exported or self.controller.state_dict())
+        """Return nothing: the state of the run is beside the adapter, in `aroma_state.json`."""
         self._records.write()
-        return {"controller_state": packed}
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file; only rank 0 calls."""
@@ -175,7 +180,6 @@ class AromaCallback(TrainingCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Check, merge and freeze where due; stop the training when every module has finished."""
-        self._exported = None
         controller = self._running()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
         self._was_over = self._is_over(state, state.global_step - 1)
@@ -234,14 +238,7 @@ class AromaCallback(TrainingCallback):
         if state.is_world_process_zero and not args.disable_tqdm:
             tqdm.write(f"{self.controller.explanation()}.")
         if args.load_best_model_at_end and best is not None:
-            with self.controller.together():
-                exported = read_controller_state(best)
-                if exported is None:
-                    raise CheckpointError(
-                        f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA"
-                    )
-            self.controller.load_state_dict(exported)
-            self._exported = None
+            self._restore(best)
         if self._report is not None:
             self._report.end(self.controller, args, state, model)
 
@@ -257,8 +254,6 @@ class AromaCallback(TrainingCallback):
             controller.require_finite()
             with controller.together():
                 _require_finite_parameters(model, state.global_step)
-            # All ranks: rank 0 alone is asked for it, and could not gather what is sharded.
-            self._exported = controller.state_dict() if control.should_save else None
 
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"

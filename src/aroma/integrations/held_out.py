@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, Subset
 
-from ..errors import bad_value
-from ..tuner.state import is_whole
+from ..errors import bad_value, is_whole
 
 
 def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]:

@@ -194,13 +194,12 @@ class AromaConfig(LoraConfig):
         if collected is None:
             super().save_pretrained(save_directory, **kwargs)
             return
-        live, snapshot = collected
-        plain = snapshot.plain.lora_config(self).to_dict()
+        plain = collected.plain.lora_config(self).to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
-        state = write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
+        state = write_adapter_state(save_directory, collected, ordered)
         ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
         write_ranks(save_directory, ranks, state["config"])
 

@@ -38,25 +38,16 @@ class FinishedComponents(nn.Module):
     @property
     def storage_A(self) -> Tensor:
         """A with its padding, (capacity, n)."""
-        A = self._buffers["A"]
-        assert A is not None
-        return A
+        return self._buffers["A"]  # type: ignore[return-value]
 
     @property
     def storage_B(self) -> Tensor:
         """B with its padding, (m, capacity)."""
-        B = self._buffers["B"]
-        assert B is not None
-        return B
+        return self._buffers["B"]  # type: ignore[return-value]
 
     def _store(self, A: Tensor, B: Tensor) -> None:
         """Replace the storage by A (capacity, n) and B (m, capacity)."""
         self._buffers["A"], self._buffers["B"] = A, B
-
-    @property
-    def capacity(self) -> int:
-        """Components that the storage holds, zero padding included."""
-        return self.storage_A.shape[0]
 
     @property
     def A(self) -> Tensor:
@@ -74,10 +65,8 @@ class FinishedComponents(nn.Module):
 
         A compiler gets the whole storage: its shape does not depend on the rank, so growing makes no new graph.
         """
-        if torch.compiler.is_compiling():
-            return self.storage_B, self.storage_A
         count = -(-self.rank // CHUNK) * CHUNK
-        if count == self.capacity:
+        if torch.compiler.is_compiling() or count == len(self.storage_A):
             return self.storage_B, self.storage_A
         return self.storage_B[:, :count], self.storage_A[:count]
 
@@ -105,12 +94,9 @@ class FinishedComponents(nn.Module):
     @torch.no_grad()
     def pop(self, count: int) -> tuple[Tensor, Tensor]:
         """Remove the last `count` components and return copies of them: (m, count) and (count, n)."""
-        kept = self.rank - count
-        B, A = self.B, self.A
+        kept, B, A = self.rank - count, self.B, self.A
         # Rebuilt, not shortened: the padded shape must be that of a run that never held the popped components.
-        self._clear(like_A=A, like_B=B)
-        self._reserve(kept, like=A)
-        self.append(B[:, :kept], A[:kept])
+        self._replace(B[:, :kept], A[:kept])
         return B[:, kept:].clone(), A[kept:].clone()
 
     @torch.inference_mode(False)
@@ -118,7 +104,7 @@ class FinishedComponents(nn.Module):
     def _reserve(self, rank: int, like: Tensor) -> None:
         """Make room for `rank` components, with the dtype and device of `like` (any shape)."""
         capacity = max(self._least, -(-rank // self.chunk) * self.chunk)
-        if capacity <= self.capacity:
+        if capacity <= len(self.storage_A):
             return
         A = like.new_zeros(capacity, self.storage_A.shape[1])
         B = like.new_zeros(self.storage_B.shape[0], capacity)
@@ -127,10 +113,11 @@ class FinishedComponents(nn.Module):
         self._store(A, B)
 
     @torch.inference_mode(False)
-    def _clear(self, like_A: Tensor, like_B: Tensor) -> None:
-        """Drop everything; the new storage has the dtypes, devices and sizes of `like_A` (k, n), `like_B` (m, k)."""
+    def _replace(self, B: Tensor, A: Tensor) -> None:
+        """Hold B (m, k) and A (k, n), and nothing else; the storage gets their dtypes and devices."""
         self.rank = 0
-        self._store(like_A.new_empty(0, like_A.shape[1]), like_B.new_empty(like_B.shape[0], 0))
+        self._store(A.new_empty(0, A.shape[1]), B.new_empty(B.shape[0], 0))
+        self.append(B, A)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "A"] = self.A
@@ -138,28 +125,12 @@ class FinishedComponents(nn.Module):
         destination[prefix + "B"] = self.B.contiguous()
 
     def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: Any, prefix: str, _metadata: Any, _strict: bool, missing: list[str], *_: Any
     ) -> None:
-        missing = [prefix + name for name in ("A", "B") if prefix + name not in state_dict]
-        if missing:
-            missing_keys.extend(missing)
+        if absent := [prefix + name for name in "AB" if prefix + name not in state_dict]:
+            missing.extend(absent)
             return
         A, B = state_dict[prefix + "A"], state_dict[prefix + "B"]
-        in_features, out_features = self.storage_A.shape[1], self.storage_B.shape[0]
-        if A.shape != (A.shape[0], in_features) or B.shape != (out_features, A.shape[0]):
-            error_msgs.append(
-                f"{prefix}: components B {tuple(B.shape)}, A {tuple(A.shape)} do not fit a module with "
-                f"{out_features} outputs and {in_features} inputs"
-            )
-            return
         if not self.storage_A.is_meta:
             A, B = A.to(self.storage_A.device), B.to(self.storage_B.device)
-        self._clear(like_A=A, like_B=B)
-        self.append(B, A)
+        self._replace(B, A)

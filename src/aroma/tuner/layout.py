@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import tensors_digest
-from ..patterns import is_component
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -165,6 +164,11 @@ def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -
         "use_rslora": False,
         "inference_mode": True,
     }
+
+
+def is_component(name: str) -> bool:
+    """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
+    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
 
 
 def components_digest(saved: Mapping[str, Tensor]) -> str:

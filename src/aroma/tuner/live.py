@@ -14,29 +14,12 @@ import torch
 from torch import nn
 
 from ..about import UNKNOWN
-from ..errors import CheckpointError, ConfigError, bad_value
+from ..errors import ConfigError, bad_value
 from .layer import AromaLinear
 
 if TYPE_CHECKING:
     from .config import AromaConfig
     from .layout import PlainAdapter
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know.
-
-    Args:
-        config: The configuration that PEFT writes next.
-        plain: What is known of the collected tensors.
-        exported: The controller's `state_dict()`; None without a controller.
-        step: The controller's optimizer step; None without one.
-    """
-
-    config: AromaConfig
-    plain: PlainAdapter
-    exported: dict[str, Any] | None
-    step: int | None
 
 
 class LiveAdapter:
@@ -64,23 +47,23 @@ class LiveAdapter:
         self.dtype_is_settled = False
         self.about = UNKNOWN
         self._controller: weakref.ref[Any] | None = None
-        self._snapshot: Snapshot | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_controller": None, "_snapshot": None}
-
-    # The controller --------------------------------------------------------------------------------------------------
+        return {**self.__dict__, "_controller": None}
 
     @property
     def controller(self) -> Any | None:
         """The controller that drives this adapter; None if none was attached or it is gone."""
         return self._controller() if self._controller is not None else None
 
+    @property
+    def step(self) -> int | None:
+        """The controller's optimizer step; None without one."""
+        return self.controller.global_step if self.controller is not None else None
+
     def attach_controller(self, controller: Any) -> None:
         """Remember `controller`, by a weak reference, so that saving the adapter writes its state."""
         self._controller = weakref.ref(controller)
-
-    # What decides a run ----------------------------------------------------------------------------------------------
 
     def method(self) -> dict[str, Any]:
         """Return the fields that decide a run, with the seed in use; JSON-able."""
@@ -91,11 +74,7 @@ class LiveAdapter:
 
         Raises:
             ConfigError: Naming every differing field with both values.
-            CheckpointError: It is of a rule that only earlier versions had.
         """
-        if (growth := saved.get("growth", "paper")) != "paper":
-            remedy = "an earlier version grew it by a rule that is gone; load the adapter and start a new run"
-            raise bad_value("aroma_state.json: growth", growth, remedy, CheckpointError)
         now = self.method()
         if not self.chose_seed:
             now["component_seed"] = saved.get("component_seed")
@@ -108,39 +87,47 @@ class LiveAdapter:
             )
         self.seed = now["component_seed"]
 
-    # A save ----------------------------------------------------------------------------------------------------------
-
     def collected(self, config: AromaConfig, plain: PlainAdapter, exported: dict[str, Any] | None) -> None:
-        """Remember what was collected until PEFT writes `config`; an earlier snapshot is forgotten."""
-        self._snapshot = Snapshot(config, plain, exported, self._step)
-        _waiting[id(config)] = self
-
-    def take_snapshot(self, config: AromaConfig) -> Snapshot | None:
-        """Return the snapshot that was taken for `config` if no step was made since; it is forgotten."""
-        snapshot, self._snapshot = self._snapshot, None
-        return snapshot if snapshot and snapshot.config is config and snapshot.step == self._step else None
-
-    @property
-    def _step(self) -> int | None:
-        return self.controller.global_step if self.controller is not None else None
+        """Remember what was collected until PEFT writes `config`; an earlier collection is forgotten."""
+        _latest[:] = [Collected(self, config, plain, exported, self.step)]
 
 
-_waiting: weakref.WeakValueDictionary[int, LiveAdapter] = weakref.WeakValueDictionary()
-"""Adapters whose tensors were collected, by the id of the configuration that PEFT will write next.
+@dataclass(frozen=True)
+class Collected:
+    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know.
+
+    Args:
+        live: Its live state.
+        config: The configuration that PEFT writes next.
+        plain: What is known of the collected tensors.
+        exported: The controller's `state_dict()`; None without a controller.
+        step: The controller's optimizer step; None without one.
+    """
+
+    live: LiveAdapter
+    config: AromaConfig
+    plain: PlainAdapter
+    exported: dict[str, Any] | None
+    step: int | None
+
+
+_latest: list[Collected] = []
+"""The latest collection, until it is written.
 
 PEFT collects tensors through the tuner's class, then calls `save_pretrained` of the configuration, and passes nothing
 from the first to the second.
 """
 
 
-def take_collected(config: AromaConfig) -> tuple[LiveAdapter, Snapshot] | None:
-    """Return the adapter whose tensors were collected for `config`, and its snapshot; only once for each collection.
+def take_collected(config: AromaConfig) -> Collected | None:
+    """Return what was collected for `config`; only once for each collection.
 
     None if nothing was collected, or a step was made since: then `config` is written as the data it is.
     """
-    live = _waiting.pop(id(config), None)
-    snapshot = live.take_snapshot(config) if live is not None else None
-    return (live, snapshot) if live is not None and snapshot is not None else None
+    if not _latest or _latest[0].config is not config:
+        return None
+    found = _latest.pop()
+    return found if found.live.step in (None, found.step) else None  # None: the controller is gone
 
 
 def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter:

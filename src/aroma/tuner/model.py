@@ -16,13 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
 from ..errors import ConfigError, bad_value
-from ..patterns import is_component
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
+from .layout import PEFT_PREFIX, finished_tensors, is_component, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
 from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrolled
 

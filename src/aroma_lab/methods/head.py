@@ -16,7 +16,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from aroma.errors import bad_value
-from aroma.patterns import is_named
 from aroma.tuner.layout import PEFT_PREFIX
 
 _ATTRIBUTE = "_aroma_head"
@@ -223,7 +222,7 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
         outputs = getattr(model, "get_output_embeddings", lambda: None)()
         return [name for name in names if outputs is None or model.get_submodule(name) is not outputs]
     given = [chosen] if isinstance(chosen, str) else list(chosen)
-    matches = re.fullmatch if isinstance(chosen, str) else lambda ending, name: is_named(name, ending)
+    matches = re.fullmatch if isinstance(chosen, str) else lambda ending, name: f".{name}".endswith(f".{ending}")
     for one in given or [""]:
         if not any(matches(one, name) for name in names):
             remedy = "no linear module outside the head is called so; give names of model.named_modules()"

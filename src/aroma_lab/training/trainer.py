@@ -16,11 +16,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from aroma.checkpoint import CheckpointRecords
 from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
 from aroma.integrations.callback import AromaCallback
-from aroma.integrations.resuming import CheckpointRecords
 
 from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, HooksCallback, trained_tensors
