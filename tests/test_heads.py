@@ -95,7 +95,7 @@ def batch():
 
 def train(method, model, steps=STEPS):
     optimizer = make_optimizer(model, TrainSpec(learning_rate=1e-2), method)
-    hooks = method.hooks(model, optimizer, steps)
+    hooks = method.hooks(model).begin(optimizer, steps)
     model.train()
     for step in range(1, steps + 1):
         model(**batch()).loss.backward()
@@ -117,7 +117,7 @@ def plain_name(name):
     """The name that a parameter had before any method came; None for what an adapter brought along."""
     if "lora_" in name or ".adapter." in name or ".original_module." in name or ".ranknum." in name:
         return None
-    for part in ("base_model.model.", ".modules_to_save.default", ".base_layer", ".sublayer"):
+    for part in ("base_model.model.", ".modules_to_save.default", ".base_layer", ".inner"):
         name = name.replace(part, "")
     return name
 

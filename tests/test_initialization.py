@@ -17,7 +17,7 @@ from aroma.errors import ConfigError
 from aroma_lab.bench.cases import Case
 from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import Lora, find_targets
-from aroma_lab.methods.merged import layers_of, pair_of
+from aroma_lab.methods.lora import layers_of, pair_of
 from aroma_lab.run import run as runner
 from aroma_lab.run.run import run_trial
 from aroma_lab.tasks.classification import encode, load_tokenizer, predict_logits

@@ -17,7 +17,6 @@ from aroma_lab.methods import (
     Full,
     HeadOnly,
     Hooks,
-    HooksCallback,
     Houlsby,
     Lora,
     Pfeiffer,
@@ -54,7 +53,7 @@ class Run:
         if fresh and method.data_option is not None:
             method.initialize(self.model, [make_batch(self.model, SETTINGS)])
         self.optimizer = torch.optim.AdamW(method.parameters(self.model), lr=lr)
-        self.hooks = method.hooks(self.model, self.optimizer, PLANNED)
+        self.hooks = method.hooks(self.model).begin(self.optimizer, PLANNED)
         self.step = 0
 
     def go(self, until):
@@ -160,7 +159,7 @@ def test_the_state_of_another_method_and_one_that_lacks_something_are_refused(ki
 def test_a_training_that_goes_on_needs_the_state_of_its_hooks():
     from transformers import TrainerControl, TrainerState
 
-    callback = HooksCallback(lambda model, optimizer, planned: Hooks())
+    callback = Hooks()
     arguments = (None, TrainerState(global_step=3, max_steps=10), TrainerControl())
     with pytest.raises(CheckpointError, match="resumes at step 3 without their state"):
         callback.on_train_begin(*arguments, model=None, optimizer=None)

@@ -99,7 +99,7 @@ class Contender:
         parameters = case.method.parameters(self.model)
         if parameters:
             self.optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
-            self.hooks = case.method.hooks(self.model, self.optimizer, PLANNED_STEPS)
+            self.hooks = case.method.hooks(self.model).begin(self.optimizer, PLANNED_STEPS)
 
     def forward(self) -> Tensor:
         """Return the loss, a scalar."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor
 from transformers import TrainerCallback
 
 from aroma.evidence.checkups import require_standard_errors
@@ -17,8 +14,7 @@ from aroma.evidence.schedule import moments
 from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.integrations.held_out import hold_out
 
-from .lora import LoraBase, PeftAdapter
-from .merged import ADAPTER, layers_of, pair_of
+from .lora import LoraBase, layers_of, pair_of
 
 
 @dataclass(frozen=True)
@@ -26,10 +22,12 @@ class Evidence(LoraBase):
     """LoRA with checkups; see `EvidenceCallback`.
 
     Args:
-        at: When to ask, as shares of the run.
+        at: When the directions are evaluated, as shares of the run.
         standard_errors: How many standard errors of held-out loss a smaller adapter may cost.
-        held_out_share: Share of the training set that is asked and not trained on.
+        held_out_share: Share of the training set that is evaluated and not trained on.
     """
+
+    title: ClassVar[str] = "evidence r={0.r}"
 
     r: int = 16
     at: list[float] = field(default_factory=lambda: [0.4, 0.6])
@@ -42,13 +40,8 @@ class Evidence(LoraBase):
         require_standard_errors(self.standard_errors)
         self._require(0 < self.held_out_share < 1, "held_out_share", "give a share in (0, 1), such as 0.1")
 
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return super().name.replace("LoRA", "evidence", 1)
-
     def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Hold out the examples that are asked; see `Method.hold_out`."""
+        """Hold out the examples of the checkups; see `Method.hold_out`."""
         return hold_out(train, self.held_out_share)
 
     def check_steps(self, steps: int) -> None:
@@ -63,27 +56,5 @@ class Evidence(LoraBase):
         return [*super().callbacks(model, on_event, early_stop), checkups]
 
     def ranks(self, model: Any) -> dict[str, int]:
-        """Return how many directions every module uses; see `Method.ranks`."""
-        return {name: _used(layer) for name, layer in layers_of(model, LoraLinear).items()}
-
-    def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the update of every module; see `Method.components`."""
-        return {name: _update(layer) for name, layer in layers_of(model, LoraLinear).items()}
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Write the adapter as PEFT does; see `Method.save`."""
-        PeftAdapter.save(self, model, folder)
-
-
-def _used(layer: Any) -> int:
-    """Return how many directions have not been cut; before training, all that there is room for."""
-    if ADAPTER not in layer.lora_A:
-        return 0
-    return int(layer.lora_A[ADAPTER].weight.detach().any(1).sum())
-
-
-def _update(layer: Any) -> tuple[Tensor, Tensor]:
-    if ADAPTER not in layer.lora_A:
-        weight = layer.get_base_layer().weight
-        return torch.zeros(layer.out_features, 0).to(weight), torch.zeros(0, layer.in_features).to(weight)
-    return pair_of(layer)
+        """Return how many directions of every module are not cut; see `Method.ranks`."""
+        return {name: int(pair_of(layer)[1].any(1).sum()) for name, layer in layers_of(model, LoraLinear).items()}

@@ -26,10 +26,6 @@ _TRAIN_A_POOLER = ("ForPreTraining", "ForNextSentencePrediction", "ForSequenceCl
 """Endings of the classes of transformers whose loss reaches the pooler."""
 _WITHOUT_FORWARD = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
 
-
-# The head ------------------------------------------------------------------------------------------------------------
-
-
 TrainPooler = bool | Literal["auto"]
 """Whether a backbone's pooler trains with the head; `"auto"`: where pretraining did not train it."""
 
@@ -63,7 +59,7 @@ class Head:
         return name in self.parameters or any(f"{name}.".startswith(f"{module}.") for module in self.modules)
 
     def modules_to_save(self) -> list[str]:
-        """Return what PEFT must be told to train whole: all modules but those it takes for SEQ_CLS anyway."""
+        """Return PEFT's `modules_to_save`: all modules but those that it takes for SEQ_CLS anyway."""
         return [name for name in self.modules if name not in SEQ_CLS_HEAD_NAMES]
 
 
@@ -79,27 +75,11 @@ def head_of(model: Any) -> Head:
     return _find_head(base, ()) if found is None else found
 
 
-def remember_head(
-    model: Any, missing: Collection[str], train_pooler: TrainPooler = "auto", is_embedder: bool = False
-) -> None:
-    """Mark the head of a classifier that `from_pretrained` just returned; see `decide_pooler`.
-
-    Args:
-        missing: The keys that the checkpoint lacks, as transformers reports them.
-        is_embedder: Whether the checkpoint is one of sentence-transformers.
-    """
-    # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
-    new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
-    setattr(model, _ATTRIBUTE, _find_head(model, new, decide_pooler(model, new, train_pooler, is_embedder)))
-
-
-def decide_pooler(
-    model: Any, new: Collection[str], train_pooler: TrainPooler = "auto", is_embedder: bool = False
-) -> Pooler | None:
-    """Return whether the backbone's pooler trains with the head, and why; None for a backbone without one.
+def remember_head(model: Any, missing: Collection[str], train_pooler: TrainPooler, is_embedder: bool) -> None:
+    """Mark the head of a classifier that `from_pretrained` just returned.
 
     A head reads the backbone through its pooler. A pooler that pretraining never trained is a random projection, and
-    with it frozen an adapter learns next to nothing. With `"auto"` it trains
+    with it frozen an adapter learns next to nothing. With `train_pooler="auto"` it trains
 
     - if the checkpoint lacks it, or its biases are all exactly zero, as they start: no gradient has reached them;
     - not if the checkpoint was saved by a class of transformers whose loss reaches it, or by a masked language model,
@@ -107,9 +87,19 @@ def decide_pooler(
     - if the checkpoint is one of sentence-transformers, whose embeddings bypass it, or if nothing of this is known: a
       trained pooler that trains on costs d² + d parameters, a random one that is frozen costs the run.
 
+    Args:
+        missing: The keys that the checkpoint lacks, as transformers reports them.
+        is_embedder: Whether the checkpoint is one of sentence-transformers.
+
     Raises:
-        ConfigError: It is to train and there is none, or it is to stay as it is and the checkpoint lacks it.
+        ConfigError: The pooler is to train and there is none, or it is to stay and the checkpoint lacks it.
     """
+    # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
+    new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
+    setattr(model, _ATTRIBUTE, _find_head(model, new, _decide_pooler(model, new, train_pooler, is_embedder)))
+
+
+def _decide_pooler(model: Any, new: list[str], train_pooler: TrainPooler, is_embedder: bool) -> Pooler | None:
     name = _pooler_name(model)
     if name is None:
         if train_pooler is True:
