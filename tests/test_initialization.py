@@ -141,7 +141,7 @@ def test_a_trial_of_lora_ga_scores_on_the_original_base_what_it_scored(material:
     trial = trial_of(material, "lora_ga")
     result = run_trial(trial, tmp_path / "run")
     tokenizer = load_tokenizer(str(material / "model"), 16)
-    test = encode(load_task(trial.task).reported["test"], tokenizer, 16)
+    test = encode(load_task(trial.task).parts["test"], tokenizer, 16)
     base = load_classifier(str(material / "model"), ("high", "low"), 0)
     model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     assert model.peft_config["default"].r == 4

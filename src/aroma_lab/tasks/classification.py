@@ -16,8 +16,8 @@ from aroma.errors import bad_value
 
 from ..methods.head import TrainPooler
 from ..specs import ModelSpec
-from ..training.job import Objective, Prediction
-from .metrics import CHOICE_METRIC, loss_of, metrics_of
+from ..training.job import BaseJob, Objective, Prediction
+from .metrics import METRICS, loss_of, metrics_of
 from .model import load_classifier
 from .task import Task, save_task
 
@@ -88,7 +88,7 @@ def predict_logits(
 
 
 @dataclass(frozen=True)
-class ClassifierJob:
+class ClassifierJob(BaseJob):
     """A classification or regression for the training loop; it implements `Job`.
 
     Args:
@@ -122,7 +122,7 @@ class ClassifierJob:
             return metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
 
         collator = DataCollatorWithPadding(self.tokenizer)
-        return Objective(collator, self.tokenizer, metrics, CHOICE_METRIC[self.task.kind])
+        return Objective(collator, self.tokenizer, metrics, METRICS[self.task.kind][0])
 
     @cached_property
     def train(self) -> Dataset:
@@ -143,11 +143,6 @@ class ClassifierJob:
     def examples(self) -> dict[str, int]:
         """Numbers of examples by split."""
         return {split: len(part) for split, part in self.parts.items()}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing: a classifier's texts are cut if they are too long, as usual."""
-        return ()
 
     def load_model(self) -> Any:
         """Return the pretrained model with a fresh head."""

@@ -10,14 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..specs import MadeTask
-from ..training.job import Objective, Prediction
+from ..training.job import BaseJob, Objective, Prediction
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,8 +61,8 @@ def make_language_model(layers: int, width: int, seed: int) -> Any:
 
 
 @dataclass(frozen=True)
-class MemoryJob:
-    """Pairs that a language model learns by heart; it implements `Job`.
+class MemoryJob(BaseJob):
+    """Pairs that a language model remembers; it implements `Job`.
 
     Args:
         pairs: Tokens, see `make_pairs`.
@@ -116,11 +115,6 @@ class MemoryJob:
         """Numbers of pairs."""
         return dict.fromkeys(("train", PAIRS), len(self.pairs))
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
-
     def load_model(self) -> Any:
         """Return the model; the same at every call."""
         return make_language_model(self.layers, self.width, self.seed)
@@ -130,9 +124,6 @@ class MemoryJob:
         measured = self._evaluate(trainer.model, self.train, trainer.args.per_device_eval_batch_size)
         loss = measured.pop("loss")
         return Prediction(measured, loss)
-
-    def describe(self, model: Any, adapter: Path) -> None:
-        """Write nothing: what the adapter is an update of is made from the seed."""
 
     @torch.no_grad()
     def _evaluate(self, model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
