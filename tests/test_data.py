@@ -45,10 +45,6 @@ def names_of(examples):
     return tuple(examples.features["labels"].names)
 
 
-def contents(splits):
-    return {split: part.to_dict() for split, part in splits.items()}
-
-
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -92,17 +88,6 @@ def test_a_damaged_file_is_refused(tmp_path, name, content, message):
     assert str(caught.value).startswith(f"data.train={path!r}: ")
 
 
-def test_the_first_set_of_columns_that_fits_is_read(tmp_path):
-    choices = [["sentence", "label"], ["text", "gold"]]
-    named = write(tmp_path, "a.tsv", "label\tsentence\n1\ta\n")
-    assert read_file("f", named, choices) == (0, {"sentence": ["a"], "label": ["1"]})
-    # What all objects have together is enough.
-    lines = write(tmp_path, "b.jsonl", '{"gold": 1}\n{"text": "a"}\n')
-    assert read_file("f", lines, choices) == (1, {"text": [None, "a"], "gold": [1, None]})
-    with pytest.raises(DataError, match=r"it has no column 'gold'; its columns are 'text', 'x'"):  # the nearest
-        read_file("f", write(tmp_path, "d.jsonl", '{"text": "a", "x": 1}\n'), choices)
-
-
 # Labels and numbers --------------------------------------------------------------------------------------------------
 
 
@@ -133,17 +118,6 @@ def test_the_split_is_whole_stratified_and_that_of_earlier_results(names):
         assert shares[0] == pytest.approx(shares[1], abs=0.1)
 
 
-def test_validation_is_drawn_unless_it_is_given(tmp_path, train_csv):
-    first, again, other = (
-        load_splits(DataSpec(train=train_csv, validation_fraction=0.2, split_seed=seed)) for seed in (0, 0, 1)
-    )
-    assert contents(first) == contents(again)
-    assert sorted(first["validation"]["labels"]) == [0, 0, 1, 1, 1, 1]
-    assert list(other["validation"]["text"]) != list(first["validation"]["text"])
-    given = load_splits(DataSpec(train=train_csv, validation=write(tmp_path, "o.csv", "text,label\na,yes\n")))
-    assert {split: len(part) for split, part in given.items()} == {"train": 30, "validation": 1}
-
-
 # Hub -----------------------------------------------------------------------------------------------------------------
 
 
@@ -154,13 +128,6 @@ def hub_folder(tmp_path):
     for split, count in (("train", 20), ("validation", 4), ("test", 6)):
         write_json_lines(folder / f"{split}.jsonl", sentences(count, seed=count))
     return str(folder)
-
-
-def test_a_hub_data_set_has_its_splits(hub_folder):
-    splits = load_splits(DataSpec(name=hub_folder, test="test"))
-    assert {split: len(part) for split, part in splits.items()} == {"train": 20, "validation": 4, "test": 6}
-    assert "test" not in load_splits(DataSpec(name=hub_folder))  # never read unless it is named
-    assert len(load_splits(DataSpec(name=hub_folder, train="train[:50%]"))["train"]) == 10
 
 
 def test_class_labels_of_the_hub_become_names(tmp_path):

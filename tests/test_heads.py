@@ -138,21 +138,6 @@ def takes(build, kind):
     return kind not in ("houlsby", "pfeiffer") or build == "deberta" or build.startswith("bert")
 
 
-# What the head is ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("build", HEADS)
-def test_the_head_is_what_the_checkpoint_lacks(folders, build):
-    model = load(folders, build)
-    head = head_of(model)
-    assert set(head.modules) == HEADS[build]
-    assert head.parameters == ()
-    names = [name for name, _ in model.named_parameters()]
-    assert [name for name in names if head.holds(name)] == [name for name in names if in_head(build, name)]
-    in_checkpoint = {f"bert.{name}" for name in load_file(folders / build / "model.safetensors")}
-    assert sorted(head.new) == sorted(name for name in names if in_head(build, name) and name not in in_checkpoint)
-
-
 # The pooler ----------------------------------------------------------------------------------------------------------
 
 

@@ -125,16 +125,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(kind):
         assert all(torch.equal(one, two) for name in ours for one, two in zip(ours[name], theirs[name], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage"),
-    [("lora_ga", 2), ("adalora", 7), ("relora_merge", 13)],
-)
-def test_without_the_hooks_state_it_is_another_run(kind, stage):
-    saved = Run(CASES[kind]).go(stage).put_down()
-    resumed = Run(CASES[kind], fresh=False).take_up(saved, with_hooks=False).go(PLANNED)
-    assert differing(resumed.everything(), whole_run(kind).everything())
-
-
 @pytest.mark.parametrize(("kind", "stage"), [("adalora", 7), ("relora_merge", 2)])
 def test_a_later_moment_goes_back_to_an_earlier_one(kind, stage):
     # As at the end of a run whose best checkpoint was an earlier one.

@@ -186,15 +186,6 @@ def test_fewer_training_examples_leave_the_held_out_ones_alone(own):
     assert contents(all_of_them) == contents(whole)
 
 
-def test_training_examples_under_another_name_are_not_reported(own):
-    lines = (own / "train.jsonl").read_text().splitlines(keepends=True)
-    (own / "dev.jsonl").write_text("".join(lines[10:20]))
-    with pytest.raises(DataError, match=r"reported\.dev='dev': every example of it is a training example too"):
-        load_task(own_spec(own, reported={"dev": "dev"}))
-    (own / "dev.jsonl").write_text("".join(lines[10:20]) + '{"text": "new", "label": "low"}\n')
-    assert len(load_task(own_spec(own, reported={"dev": "dev"})).reported["dev"]) == 11
-
-
 # Errors --------------------------------------------------------------------------------------------------------------
 
 

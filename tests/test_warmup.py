@@ -1,7 +1,5 @@
 """The climb of the learning rate after an outer step (Figure 2)."""
 
-from itertools import pairwise
-
 import pytest
 
 from aroma.algorithm import rewarmup_factor
@@ -26,10 +24,3 @@ from aroma.algorithm import rewarmup_factor
 )
 def test_factor(outer_step: int, inner_step: int, rewarmup_steps: int, factor: float) -> None:
     assert rewarmup_factor(outer_step, inner_step, rewarmup_steps) == pytest.approx(factor, abs=1e-15)
-
-
-def test_climbs_in_equal_strides_and_never_beyond_the_schedule() -> None:
-    factors = [rewarmup_factor(3, t, 20) for t in range(60)]
-    strides = [after - before for before, after in pairwise(factors[:21])]
-    assert strides == pytest.approx([1 / 20] * 20)
-    assert factors[20:] == [1.0] * 40

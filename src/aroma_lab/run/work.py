@@ -107,17 +107,14 @@ def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: 
     if kind == "planted_encoder":
         texts = _split_texts_of(spec, held_out)
         job = planted_encoder.encoder_job(spec, held_out, seed, encoder, texts, spec.max_length)
-        return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+        return Work(job, job.metric, held_out, job.metric, job.evaluated, job.planted)
     if trial.model != MADE:
         raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
     if trial.training.group_by_length:
         remedy = f"examples of a task of kind {kind} are of one length; leave it out"
         raise bad_value("training.group_by_length", True, remedy)
-    if kind == "memory":
-        # What was trained on is what is asked for: a pair that was held out could not be known.
-        return Work(memory.MemoryJob.make(spec, seed), memory.METRIC, memory.PAIRS, memory.METRIC, (memory.PAIRS,))
-    job = planted.PlantedJob.of_net(spec, held_out, seed)
-    return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+    job = memory.memory_job(spec, seed) if kind == "memory" else planted.planted_job(spec, held_out, seed)
+    return Work(job, job.metric, job.evaluated[0], job.metric, job.evaluated, job.planted)
 
 
 def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:

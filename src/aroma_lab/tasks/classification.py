@@ -16,7 +16,7 @@ from aroma.errors import bad_value
 
 from ..methods.head import TrainPooler
 from ..specs import ModelSpec
-from ..training.job import BaseJob, Objective, Prediction
+from ..training.job import Objective, Prediction
 from .metrics import METRICS, loss_of, metrics_of
 from .model import load_classifier
 from .task import Task, save_task
@@ -88,7 +88,7 @@ def predict_logits(
 
 
 @dataclass(frozen=True)
-class ClassifierJob(BaseJob):
+class ClassifierJob:
     """A classification or regression for the training loop; it implements `Job`.
 
     Args:
@@ -103,6 +103,7 @@ class ClassifierJob(BaseJob):
     parts: Mapping[str, Dataset]
     tokenizer: Any
     train_pooler: TrainPooler = "auto"
+    notes = ()
 
     @classmethod
     def make(

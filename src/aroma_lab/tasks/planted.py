@@ -7,20 +7,19 @@ random inputs, here, and a pretrained encoder on real sentences, in `planted_enc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from aroma.errors import bad_value
 
 from ..specs import MadeTask
-from ..training.job import BaseJob, Objective, Prediction, TrainerKind
+from .made import Collate, Made, MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,99 +156,28 @@ def make_net(spec: MadeTask, seed: int) -> NetData:
 # The job -------------------------------------------------------------------------------------------------------------
 
 
-class Made(NamedTuple):
-    """What a planted task trains and is measured on.
-
-    Args:
-        load: Returns the base model.
-        collate: Makes a batch of rows.
-        parts: By split, rows with `row`, their number, and those that are evaluated with `base_error`, the base's
-            squared error.
-    """
-
-    load: Callable[[], PreTrainedModel]
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
-    parts: Mapping[str, Dataset]
+def planted_job(spec: MadeTask, held_out: str, seed: int) -> MadeJob:
+    """Return the job of a planted net; ConfigError for a rank that is larger than the net is wide."""
+    data = make_net(spec, seed)
+    splits = ("train", FRESH, held_out)
+    counts = {split: len(one) for split, one in zip(splits, data.inputs, strict=True)}
+    return MadeJob(counts, (held_out, FRESH), METRIC, partial(_made_net, data, splits), planted=data.ranks)
 
 
-@dataclass(frozen=True)
-class PlantedJob(BaseJob):
-    """A base that learns to be its teacher; it implements `Job`.
+@torch.no_grad()
+def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
+    """Return `error`, see `relative_error`, `explained`, 1 − error, and the mean loss of an output."""
+    from torch.utils.data import DataLoader
 
-    Args:
-        planted: Planted rank by module.
-        examples: Numbers of examples by split.
-        held_out: Name of the held-out split.
-        make: Makes models and examples; called once, when they are needed.
-        tokenizer: The encoder's; None for a net.
-    """
-
-    planted: Mapping[str, int]
-    examples: dict[str, int]
-    held_out: str
-    make: Callable[[], Made]
-    tokenizer: Any = None
-
-    @classmethod
-    def of_net(cls, spec: MadeTask, held_out: str, seed: int) -> PlantedJob:
-        """Return the job of a planted net.
-
-        ConfigError for a rank that is larger than the net is wide.
-        """
-        data = make_net(spec, seed)
-        splits = ("train", FRESH, held_out)
-        counts = {split: len(one) for split, one in zip(splits, data.inputs, strict=True)}
-        return cls(data.ranks, counts, held_out, partial(_made_net, data, splits))
-
-    @cached_property
-    def _made(self) -> Made:
-        return self.make()
-
-    @cached_property
-    def objective(self) -> Objective:
-        """Batches and metrics for the Trainer."""
-        # The rows' numbers are no argument of a model, and make the batch.
-        kind = TrainerKind(None, partial(TrainingArguments, remove_unused_columns=False))
-        return Objective(self._made.collate, self.tokenizer, None, METRIC, evaluate=self._evaluate, trainer=kind)
-
-    @property
-    def train(self) -> Dataset:
-        """The training rows."""
-        return self._made.parts["train"]
-
-    @property
-    def eval_sets(self) -> dict[str, Dataset]:
-        """The held-out rows and the fresh ones."""
-        return {split: self._made.parts[split] for split in self.evaluated}
-
-    @property
-    def evaluated(self) -> tuple[str, ...]:
-        """The held-out split and the fresh one."""
-        return self.held_out, FRESH
-
-    def load_model(self) -> Any:
-        """Return the base; a new one at every call."""
-        return self._made.load()
-
-    def predict(self, trainer: Any, split: str) -> Prediction:
-        """Return error and loss over a whole split; see `_evaluate`."""
-        measured = self._evaluate(trainer.model, self.eval_sets[split], trainer.args.per_device_eval_batch_size)
-        return Prediction({name: measured[name] for name in (METRIC, "error")}, measured["loss"])
-
-    @torch.no_grad()
-    def _evaluate(self, model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
-        """Return `error`, see `relative_error`, `explained`, 1 − error, and the mean loss of an output."""
-        from torch.utils.data import DataLoader
-
-        model.eval()
-        squared, count = 0.0, 0
-        for batch in DataLoader(data, batch_size=batch_size, collate_fn=self._made.collate):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
-            squared, count = squared + float(summed), count + items
-        of_base = math.fsum(data["base_error"]) if any(self.planted.values()) else 0.0
-        error, loss = relative_error(squared, of_base, count), squared / count
-        return {METRIC: 1 - error, "error": error, "loss": loss}
+    model.eval()
+    squared, count = 0.0, 0
+    for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
+        squared, count = squared + float(summed), count + items
+    of_base = math.fsum(data["base_error"]) if is_planted else 0.0
+    error, loss = relative_error(squared, of_base, count), squared / count
+    return {METRIC: 1 - error, "error": error, "loss": loss}
 
 
 def relative_error(squared: float, of_base: float, count: int) -> float:
@@ -273,7 +201,8 @@ def _made_net(data: NetData, splits: Sequence[str]) -> Made:
     for split, some in zip(splits, data.inputs, strict=True):
         parts[split] = rows_of(start, len(some), {"base_error": errors[start : start + len(some)]})
         start += len(some)
-    return Made(partial(PlantedNet.of, data.base), collate, parts)
+    is_planted = any(data.ranks.values())
+    return Made(partial(PlantedNet.of, data.base), collate, parts, partial(evaluate, collate, is_planted))
 
 
 def rows_of(start: int, count: int, columns: Mapping[str, Any]) -> Dataset:

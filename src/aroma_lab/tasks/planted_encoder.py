@@ -18,7 +18,8 @@ from aroma.errors import DataError, bad_value
 from ..methods.head import encoder_linears
 from ..specs import MadeTask
 from .classification import check_positions, load_tokenizer
-from .planted import FRESH, GivenModel, Made, PlantedJob, deal_ranks, planted_update, rows_of, squared_error
+from .made import Made, MadeJob
+from .planted import FRESH, METRIC, GivenModel, deal_ranks, evaluate, planted_update, rows_of, squared_error
 
 _STRENGTH = 0.5
 
@@ -97,7 +98,7 @@ def plant(model: nn.Module, ranks: Mapping[str, int], strength: float, generator
 
 def encoder_job(
     spec: MadeTask, held_out: str, seed: int, model: str, texts: Mapping[str, list[str]], max_length: int
-) -> PlantedJob:
+) -> MadeJob:
     """Return the job of a planted encoder.
 
     Args:
@@ -118,7 +119,8 @@ def encoder_job(
     shapes = {name: empty.get_submodule(name).weight.shape for name in encoder_linears(empty)}
     ranks = deal_ranks(spec, shapes, generator)
     make = partial(_made_encoder, spec, model, ranks, generator, texts, tokenizer, max_length)
-    return PlantedJob(ranks, {split: len(some) for split, some in texts.items()}, held_out, make, tokenizer)
+    counts = {split: len(some) for split, some in texts.items()}
+    return MadeJob(counts, (held_out, FRESH), METRIC, make, planted=ranks, tokenizer=tokenizer)
 
 
 def _made_encoder(
@@ -157,7 +159,8 @@ def _made_encoder(
         )
         return {**batch, "labels": pad_sequence([targets[row["row"]] for row in rows], batch_first=True)}
 
-    return Made(partial(load_encoder, name, unit), collate, parts)
+    measure = partial(evaluate, collate, any(ranks.values()))
+    return Made(partial(load_encoder, name, unit), collate, parts, measure)
 
 
 @torch.no_grad()

@@ -99,15 +99,3 @@ class Job(Protocol):
 
     def describe(self, model: Any, adapter: Path) -> None:
         """Write the tokenizer, and what the outputs of `model` mean, into the folder of its adapter."""
-
-
-class BaseJob:
-    """What most jobs share: nothing to tell of their examples, and nothing to write beside an adapter."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing; see `Job.notes`."""
-        return ()
-
-    def describe(self, model: Any, adapter: Path) -> None:
-        """Write nothing; see `Job.describe`."""
