@@ -19,7 +19,6 @@ from aroma_lab.bench.measure import (
     comparisons,
     kept_bytes,
     measure,
-    optimizer_bytes,
 )
 from aroma_lab.bench.models import BenchSettings
 
@@ -74,23 +73,6 @@ def test_what_one_layer_keeps():
             assert kept_of(model) == X_BYTES + 4 * TOKENS, "one number a token, however much is finished"
 
 
-def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
-    x = torch.ones(10, requires_grad=True)
-
-    def forward():
-        (x * 2).exp()  # freed with its result
-        y = x.exp()  # keeps its result, 40 bytes
-        return (y[:2] * y[4:6]).sum()  # keeps two views of it
-
-    assert kept_bytes(forward, nn.Identity()) == 40
-    model = OneLinear()
-    optimizer = torch.optim.AdamW([model.linear.weight])
-    assert optimizer_bytes(None) == optimizer_bytes(optimizer) == 0
-    model(torch.ones(1, N)).sum().backward()
-    optimizer.step()
-    assert optimizer_bytes(optimizer) == 2 * 4 * M * N + 4  # two moments, and the step count
-
-
 # Turns and times -----------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +122,6 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
         ("aroma-all", "lora-r8"),
     ]
     assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(content["provenance"])
-    assert content["model"]["adapted_modules"] == 12
     cost = result["controller"]
     assert cost["check_interval"] == 10
     assert 0 < cost["uncheck_ms"] < cost["check_ms"] < cost["outer_ms"]
@@ -210,10 +191,6 @@ def test_the_command_leaves_results_and_a_picture(tmp_path, capsys):
         (
             ["--out", "there.json"],
             "error: --out='there.json': it exists, and nothing is overwritten; give another name, or --force",
-        ),
-        (
-            ["--out", "pictured.json"],
-            "error: --out='pictured.png': it exists, and nothing is overwritten; give another name, or --force",
         ),
         (["--out", "results.csv"], "error: --out='results.csv': the name of the results must end in .json"),
         pytest.param(

@@ -180,10 +180,6 @@ def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
         ]
         loss = model(**batch).loss
     torch.testing.assert_close(loss * model.unit, sum(squares) / (sum(lengths) * batch["labels"].shape[-1]))
-    whole = [job.objective.collator([row]) for split in job.evaluated for row in job.eval_sets[split]]
-    with torch.no_grad():
-        losses = [float(model(**one).loss) * int(one["attention_mask"].sum()) for one in whole]
-    assert sum(losses) / sum(int(one["attention_mask"].sum()) for one in whole) == pytest.approx(1.0, rel=1e-4)
     base_error = sum(row["base_error"] for row in rows)
     assert base_error == pytest.approx(float(sum(squares)), rel=1e-4)
 

@@ -14,7 +14,7 @@ from aroma.errors import bad_value
 from aroma.tuner import AromaLinear, aroma_layers
 
 from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLoraMerge
-from .models import BenchSettings, copy_model
+from .models import copy_model
 
 FLOOR = "floor"
 """Key of the case that all others are compared with."""
@@ -117,11 +117,6 @@ class Contender:
         if self.optimizer is not None:
             self.hooks.after_step(self._steps)
 
-    def step(self) -> None:
-        """Run one whole step."""
-        self.forward_backward()
-        self.update()
-
     def optimizer_step(self) -> None:
         """Step the optimizer with the learning rate that the method asks for."""
         self._steps += 1
@@ -133,12 +128,6 @@ class Contender:
         """Drop the gradients."""
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-
-
-def make_contenders(base: Any, batch: dict[str, Tensor], settings: BenchSettings) -> list[Contender]:
-    """Return a contender for every selected case."""
-    cases = select_cases(settings.only, settings.compiled)
-    return [Contender(case, base, batch, settings.seed) for case in cases]
 
 
 def all_cases() -> list[Case]:

@@ -32,7 +32,7 @@ from aroma.files import write_tensors
 from aroma.tuner.layout import PEFT_PREFIX
 
 from .base import Batch, Hooks, Method
-from .head import Head, base_name, find_targets, head_of, require_new_trains
+from .head import Head, base_name, find_targets, head_of
 
 ADAPTER = "default"
 """The name that PEFT gives the adapter of `get_peft_model`."""
@@ -61,9 +61,7 @@ class PeftAdapter(Method):
         # It decides the wrapper, and whether a head trains.
         config.task_type = "CAUSAL_LM" if causal else "FEATURE_EXTRACTION" if head == Head() else "SEQ_CLS"
         config.modules_to_save = head.modules_to_save() or None
-        wrapped = get_peft_model(model, config)
-        require_new_trains(head, [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad])
-        return wrapped
+        return get_peft_model(model, config)
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the adapter as PEFT does, head included; see `Method.save`."""

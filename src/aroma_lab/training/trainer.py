@@ -24,7 +24,7 @@ from aroma.integrations.resuming import CheckpointRecords
 
 from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, trained_tensors
-from ..methods.head import head_of, require_new_trains
+from ..methods.head import head_of
 from ..specs import TrainSpec
 from .job import Objective
 
@@ -115,7 +115,6 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
     chosen = {id(parameter) for parameter in trained}
     named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
     head = head_of(model)
-    require_new_trains(head, named)
     adapter = [parameter for name, parameter in named.items() if not head.holds(name)]
     new = [parameter for name, parameter in named.items() if head.holds(name)]
     rates = (training.learning_rate, training.head_learning_rate or training.learning_rate)
