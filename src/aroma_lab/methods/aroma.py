@@ -115,12 +115,12 @@ class GrowthHooks(Hooks):
     """AROMA in a plain loop: `aroma.attach` does all of it within `optimizer.step()`, and has a state of its own."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.controller = model, None
+        self.model = model
 
     def begin(self, optimizer: Any, planned_steps: int) -> Self:
         """Attach the controller; see `Hooks.begin`."""
         attachment = attach(self.model, optimizer, total_steps=planned_steps)
-        self.controller: Any = attachment.controller
+        self.controller = attachment.controller
         self.detach = attachment.detach
         """Leaves the optimizer alone from then on, so that the caller can step the controller."""
         return super().begin(optimizer, planned_steps)

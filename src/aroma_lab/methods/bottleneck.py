@@ -80,8 +80,9 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return values of the shape of `x`."""
         y: Tensor = self.inner(x)
-        added = self.adapter(y)
-        return self.inner(x + added) if self.before else y + added
+        added: Tensor = self.adapter(y)
+        result: Tensor = self.inner(x + added) if self.before else y + added
+        return result
 
 
 def _bottleneck(weight: Tensor, size: int, activation: nn.Module) -> nn.Module:

@@ -48,7 +48,8 @@ def load_splits(spec: DataSpec) -> TaskData:
     Labels are compared as texts, and numbered in sorted order (numbers by value). The splits are `train`, `validation`
     (given, or drawn from the training examples) and, if the recipe names it, `test`.
     """
-    layout, raw = Layout(spec.text, spec.text_pair, spec.label), {}
+    layout = Layout(spec.text, spec.text_pair, spec.label)
+    raw: dict[str, Columns] = {}
     for split, source in recipe_sources(spec).items():
         if spec.name is None:
             _, raw[split] = read_file(f"data.{split}", source, [layout.columns()])
@@ -62,8 +63,8 @@ def load_splits(spec: DataSpec) -> TaskData:
         drawn = split_examples(splits["train"], spec.validation_fraction, spec.split_seed, "data.validation_fraction")
         splits |= dict(zip(("train", "validation"), drawn, strict=True))
     task = Task.of(spec.task, names, layout, spec.max_length)
-    parts = {split: splits[split] for split in ("train", "validation", "test") if split in splits}
-    return TaskData(task, METRICS[spec.task][0], parts)
+    order = [split for split in ("train", "validation", "test") if split in splits]
+    return TaskData(task, METRICS[spec.task][0], {split: splits[split] for split in order})
 
 
 def recipe_sources(spec: DataSpec) -> dict[str, str]:
