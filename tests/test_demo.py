@@ -56,25 +56,6 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_second_demo_takes_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
-    class Asked(Exception):
-        pass
-
-    def stop(out, training, **_):
-        raise Asked(str(out), training.max_steps)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "run_demo", stop)
-    for folder in ("aroma-demo", "aroma-demo-2", "aroma-demo-3"):
-        with pytest.raises(Asked) as asked:
-            main(["demo", "--steps", "7"])
-        assert asked.value.args == (folder, 7)
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "result.json").touch()
-    assert main(["demo", "--out", "aroma-demo"]) == 2
-    assert "aroma-demo': it is not an empty folder" in capsys.readouterr().err
-
-
 # The whole -----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ FLOOR = "floor"
 """Key of the case that all others are compared with."""
 
 PLANNED_STEPS = 10_000
-"""Length of the run that the methods are told; they are measured at its beginning."""
+"""Length of the run that the methods plan for; they are measured at its beginning."""
 
 _WHEN_FROZEN = 8
 """Finished components of every module in the cases where some modules are frozen."""
@@ -162,7 +162,7 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
 
 
 def growing_case(check_interval: int) -> Case:
-    """Return AROMA that checks at this interval, ends inner loops only when told to, and keeps all components."""
+    """Return AROMA that checks at this interval, ends no inner loop by itself, and keeps all components."""
     options = {"inner_check_interval": check_interval, "outer_tolerance": None, "rewarmup_steps": 0, **_NEVER_ENDS}
     return Case("growing", Aroma(options=options), components=_WHEN_FROZEN)
 

@@ -14,7 +14,7 @@ from aroma.evidence.schedule import moments
 from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.integrations.held_out import hold_out
 
-from .lora import LoraBase, layers_of, pair_of
+from .lora import ADAPTER, LoraBase, layers_of
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,5 @@ class Evidence(LoraBase):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return how many directions of every module are not cut; see `Method.ranks`."""
-        return {name: int(pair_of(layer)[1].any(1).sum()) for name, layer in layers_of(model, LoraLinear).items()}
+        factors = {name: layer.lora_A for name, layer in layers_of(model, LoraLinear).items()}
+        return {name: int(A[ADAPTER].weight.any(1).sum()) if ADAPTER in A else 0 for name, A in factors.items()}

@@ -97,6 +97,7 @@ class LoraBase(PeftAdapter):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the rank of every module, products that its base weight includes counted; see `Method.ranks`."""
+        # Without a copy of the factors, at every step.
         layers = layers_of(model, LoraLinear)
         return {name: layer.r[ADAPTER] + merged_of(layer)[1].shape[0] for name, layer in layers.items()}
 

@@ -157,12 +157,12 @@ class ClassifierJob:
 
     def guess(self, split: str) -> dict[str, float]:
         """Return the metrics of a split for a constant answer: the training set's commonest label, or its mean."""
-        learnt, asked = (np.array(self.parts[name]["labels"]) for name in ("train", split))
+        learned, expected = (np.array(self.parts[name]["labels"]) for name in ("train", split))
         if self.task.kind == "regression":
-            answers = np.full((len(asked), 1), learnt.astype("float64").mean())
+            answers = np.full((len(expected), 1), learned.astype("float64").mean())
         else:
-            answers = np.tile(np.bincount(learnt, minlength=len(self.task.label_names or ())), (len(asked), 1))
-        return metrics_of(self.task.kind, answers, asked)
+            answers = np.tile(np.bincount(learned, minlength=len(self.task.label_names or ())), (len(expected), 1))
+        return metrics_of(self.task.kind, answers, expected)
 
     def describe(self, model: Any, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""

@@ -185,7 +185,7 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
         raise bad_value("adapter", where, "it holds no trained head, so its labels are not known", CheckpointError)
     if about["problem_type"] == "regression" or (outputs == 1 and about["problem_type"] is None):
         if outputs != 1:
-            remedy = f"a regression of {outputs} numbers; only those of one number can be asked"
+            remedy = f"a regression of {outputs} numbers; only those of one number can be evaluated"
             raise bad_value("adapter", where, remedy, CheckpointError)
         return Task("regression", None, text or "", None, label or "", 0)
     names = label_names(adapter) or tuple(map(str, range(outputs)))
