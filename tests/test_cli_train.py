@@ -18,7 +18,7 @@ from aroma.cli import main
 from aroma.export import load_with_adapter
 from aroma_lab.run.machine import git_revision
 from aroma_lab.run.recorder import EventLog, Recorder
-from aroma_lab.tasks.evaluate import evaluate_adapter
+from aroma_lab.tasks.saved import evaluate_adapter
 from full_disk import room_for
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 

@@ -10,22 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 
 from aroma.errors import ConfigError
 from aroma_lab.bench.cases import Case
 from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import Lora, find_targets
-from aroma_lab.methods.merged import layers_of, pair_of
+from aroma_lab.methods.lora import layers_of, pair_of
 from aroma_lab.run import run as runner
 from aroma_lab.run.run import run_trial
-from aroma_lab.tasks.classification import encode, load_tokenizer, predict_logits
-from aroma_lab.tasks.data import load_task
-from aroma_lab.tasks.metrics import metrics_of
-from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.spec import TaskSpec
-from trial_runs import read, save_material, trial_of
+from trial_runs import save_material, trial_of
 
 SETTINGS = BenchSettings(model="tiny", batch_size=8, length=12)
 INITS = ["eva", "lora_ga"]
@@ -120,35 +116,7 @@ def test_lora_ga_starts_in_the_singular_directions_of_the_gradient_and_computes_
     assert all((B @ A).abs().max() < 1e-6 for B, A in method.components(ours).values())
 
 
-@pytest.mark.parametrize("init", INITS)
-def test_a_start_trains_what_lora_trains_and_leaves_nothing_behind(init: Any) -> None:
-    batches = padded_batches(pretrained())
-    plain, ours = Lora(r=2).build(pretrained(), 100), started(Lora(r=2, init=init), pretrained(), batches)
-    names, expected = (
-        {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
-        for model in (ours, plain)
-    )
-    assert names == expected
-    assert [model.training for model in ours.modules()] == [model.training for model in plain.modules()]
-    assert not any(module._forward_hooks or module._backward_hooks for module in ours.modules())
-
-
 # Trials --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_trial_of_lora_ga_scores_on_the_original_base_what_it_scored(material: Path, tmp_path: Path) -> None:
-    trial = trial_of(material, "lora_ga")
-    result = run_trial(trial, tmp_path / "run")
-    tokenizer = load_tokenizer(str(material / "model"), 16)
-    test = encode(load_task(trial.task).reported["test"], tokenizer, 16)
-    base = load_classifier(str(material / "model"), ("high", "low"), 0)
-    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
-    assert model.peft_config["default"].r == 4
-    predicted = predict_logits(model, test, tokenizer, 8, lambda count: None)
-    metrics = metrics_of("classification", predicted, torch.tensor(test["labels"]).numpy())
-    assert metrics["accuracy"] == result["reported"]["test"]["accuracy"]
-    assert {rank for changes in read(tmp_path / "run" / "curve.json")["ranks"].values() for _, rank in changes} == {4}
 
 
 def test_a_run_that_goes_on_draws_nothing_anew(

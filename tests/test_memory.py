@@ -53,17 +53,6 @@ def test_what_is_recalled() -> None:
     assert recall(-sure, values)["bits"] == 0.0, "worse than a guess"
 
 
-def test_the_loss_is_of_values_alone() -> None:
-    job = work_of(trial_of()).job
-    batch = job.objective.collator([job.train[place] for place in range(5)])
-    model = job.load_model().eval()
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"]).logits[:, KEY_TOKENS - 1 : -1]
-        loss = float(model(**batch).loss)
-    values = batch["input_ids"][:, KEY_TOKENS:]
-    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), values.flatten())))
-
-
 @pytest.mark.parametrize(("kind", "options"), [("lora", {"r": 2}), ("aroma", AROMA)])
 def test_a_run_leaves_what_is_recalled_and_the_ranks(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     result = run_trial(trial_of(kind, options), tmp_path / "run")

@@ -134,7 +134,7 @@ def test_a_saved_adapter_predicts_in_plain_peft_what_was_reported(material: Path
     result = run_trial(trial, tmp_path / "run")
     base = load_classifier(str(material / "model"), ("high", "low"), 0)
     model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
-    test = load_task(trial.task).reported["test"]
+    test = load_task(trial.task).parts["test"]
     with torch.no_grad():
         batch = tokenizer(list(test["text"]), return_tensors="pt", padding=True, truncation=True, max_length=16)
         predicted = model(**batch).logits.argmax(dim=-1)
@@ -195,7 +195,7 @@ def test_every_example_is_evaluated_exactly_once(
     data, tokenizer = load_task(trial.task), load_tokenizer(str(material / "model"), 16)
     train, held_out, test = (
         [tuple(row) for row in encode(part, tokenizer, 16)["input_ids"]]
-        for part in (data.train, data.held_out, data.reported["test"])
+        for part in (data.parts[split] for split in ("train", "held_out", "test"))
     )
     assert seen[False] == Counter(held_out + test)
     assert len(seen[False]) == 24 + 37

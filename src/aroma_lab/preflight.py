@@ -1,4 +1,4 @@
-"""What is seen to be missing before PyTorch is loaded, so that a mistyped name is told within a second.
+"""Checks before PyTorch is loaded, so that a mistyped name is an error within a second.
 
 Everything is checked again, and whole, where it is read.
 """

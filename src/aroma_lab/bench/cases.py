@@ -14,13 +14,13 @@ from aroma.errors import bad_value
 from aroma.tuner import AromaLinear, aroma_layers
 
 from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLoraMerge
-from .models import BenchSettings, copy_model
+from .models import copy_model
 
 FLOOR = "floor"
 """Key of the case that all others are compared with."""
 
 PLANNED_STEPS = 10_000
-"""Length of the run that the methods are told; they are measured at its beginning."""
+"""Length of the run that the methods plan for; they are measured at its beginning."""
 
 _WHEN_FROZEN = 8
 """Finished components of every module in the cases where some modules are frozen."""
@@ -99,7 +99,7 @@ class Contender:
         parameters = case.method.parameters(self.model)
         if parameters:
             self.optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
-            self.hooks = case.method.hooks(self.model, self.optimizer, PLANNED_STEPS)
+            self.hooks = case.method.hooks(self.model).begin(self.optimizer, PLANNED_STEPS)
 
     def forward(self) -> Tensor:
         """Return the loss, a scalar."""
@@ -117,11 +117,6 @@ class Contender:
         if self.optimizer is not None:
             self.hooks.after_step(self._steps)
 
-    def step(self) -> None:
-        """Run one whole step."""
-        self.forward_backward()
-        self.update()
-
     def optimizer_step(self) -> None:
         """Step the optimizer with the learning rate that the method asks for."""
         self._steps += 1
@@ -133,12 +128,6 @@ class Contender:
         """Drop the gradients."""
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-
-
-def make_contenders(base: Any, batch: dict[str, Tensor], settings: BenchSettings) -> list[Contender]:
-    """Return a contender for every selected case."""
-    cases = select_cases(settings.only, settings.compiled)
-    return [Contender(case, base, batch, settings.seed) for case in cases]
 
 
 def all_cases() -> list[Case]:
@@ -173,7 +162,7 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
 
 
 def growing_case(check_interval: int) -> Case:
-    """Return AROMA that checks at this interval, ends inner loops only when told to, and keeps all components."""
+    """Return AROMA that checks at this interval, ends no inner loop by itself, and keeps all components."""
     options = {"inner_check_interval": check_interval, "outer_tolerance": None, "rewarmup_steps": 0, **_NEVER_ENDS}
     return Case("growing", Aroma(options=options), components=_WHEN_FROZEN)
 

@@ -27,10 +27,10 @@ from torch.utils.benchmark.utils.timer import timer as now
 from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
-from ..methods import Aroma, Lora, encoder_linears
+from ..methods import Aroma, Lora
 from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
-from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
+from .cases import FLOOR, Case, Contender, growing_case, select_cases
 from .models import BenchSettings, make_batch, make_model
 
 CONTROLLER_REPEATS = 5
@@ -41,10 +41,8 @@ _PARTS = ("forward_backward", "update")
 _CHECK_INTERVAL = 2
 """Steps between two timed inner checks: fewer than in training, to save time. A check costs the same."""
 
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-
 Result = dict[str, Any]
-"""What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, cost of the controller."""
+"""What `measure` returns, and JSON holds: settings, provenance, cases, comparisons, cost of the controller."""
 
 
 def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
@@ -57,7 +55,7 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     Raises:
         ConfigError: An unknown model, case or device.
     """
-    select_cases(settings.only, settings.compiled)  # refused before any work
+    cases = select_cases(settings.only, settings.compiled)  # refused before any work
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise bad_value("device", "cuda", "PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
     if settings.threads is not None:
@@ -65,8 +63,7 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     keeps_memory = keep_freed_memory()
     base = make_model(settings)
     batch = make_batch(base, settings)
-    contenders = make_contenders(base, batch, settings)
-    cases = [contender.case for contender in contenders]
+    contenders = [Contender(case, base, batch, settings.seed) for case in cases]
     sizes: list[dict[str, int]] = []
     with progress("counting bytes", len(contenders)) as advance:
         for one in contenders:
@@ -81,8 +78,7 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
         size["optimizer_bytes"] = optimizer_bytes(one.optimizer)
     return {
         "settings": asdict(settings),
-        "model": _describe(base),
-        "provenance": bench_provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
+        "provenance": _provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
         "cases": case_results(cases, times, sizes),
         "comparisons": comparisons(cases, times, [size["kept_bytes"] for size in sizes]),
         "controller": controller,
@@ -271,10 +267,7 @@ def _storages(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, int], int]:
     return {(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
-# What was measured, and where ----------------------------------------------------------------------------------------
-
-
-def bench_provenance(device: str) -> dict[str, Any]:
+def _provenance(device: str) -> dict[str, Any]:
     """Return the usual provenance and what else decides a time, JSON-able."""
     found = provenance()
     return found | {
@@ -291,16 +284,3 @@ def _cpu_model() -> str:
     text = information.read_text() if information.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _describe(model: Any) -> dict[str, Any]:
-    sizes = {name: value for name in _SIZES if (value := getattr(model.config, name, None)) is not None}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    backbone = sum(parameter.numel() for parameter in model.base_model.parameters())
-    return {
-        "type": model.config.model_type,
-        **sizes,
-        "adapted_modules": len(encoder_linears(model)),
-        "parameters": parameters,
-        "head_parameters": parameters - backbone,
-    }

@@ -101,7 +101,7 @@ def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> No
 
     from aroma.files import write_json
 
-    from ..tasks.evaluate import evaluate_adapter
+    from ..tasks.saved import evaluate_adapter
 
     if len(arguments.data) > 1:
         raise bad_value("data", arguments.data, "give one file; only a language model answers several")

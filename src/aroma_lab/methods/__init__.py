@@ -10,7 +10,7 @@ from aroma.errors import bad_value
 
 from .adalora import AdaLora
 from .aroma import Aroma
-from .base import Hooks, HooksCallback, Method
+from .base import Hooks, Method
 from .bottleneck import Houlsby, Pfeiffer
 from .evidence import Evidence
 from .head import encoder_linears, find_targets
@@ -18,7 +18,7 @@ from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
 from .relora import ReLoraComponents, ReLoraMerge
 
-__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks", "HooksCallback"]
+__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
 __all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents", "ReLoraMerge"]
 __all__ += ["encoder_linears", "find_targets", "make_method"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import AdaLoraConfig
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from aroma.errors import CheckpointError, bad_value
 
-from .base import Hooks, with_dropout
-from .lora import PeftAdapter
-from .merged import ADAPTER, layers_of
+from .base import Hooks
+from .lora import ADAPTER, PeftAdapter, layers_of
 
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """What PEFT's `RankAllocator` keeps of every parameter: its last sensitivity, and two averages over the steps."""
@@ -43,6 +42,8 @@ class AdaLora(PeftAdapter):
         target_modules: Modules to adapt; see `head.find_targets`.
     """
 
+    title: ClassVar[str] = "AdaLoRA r={0.init_r}→{0.target_r}"
+
     init_r: int = 12
     target_r: int = 8
     alpha: float | None = None
@@ -59,11 +60,6 @@ class AdaLora(PeftAdapter):
         # At equal ranks there would be nothing to allocate, and PEFT's allocator fails with an error of torch's.
         less = f"give 1 or more, and less than init_r={self.init_r}"
         self._require(0 < self.target_r < self.init_r, "target_r", less)
-
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return with_dropout(f"AdaLoRA r={self.init_r}→{self.target_r}", self.dropout)
 
     def config(self, targets: list[str], planned_steps: int) -> AdaLoraConfig:
         """Return PEFT's configuration; ConfigError if no step is left for the budget to shrink in."""
@@ -86,9 +82,9 @@ class AdaLora(PeftAdapter):
             target_modules=targets,
         )
 
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Allocation:
+    def hooks(self, model: Any) -> Allocation:
         """Return the call of the allocator; see `Method.hooks`."""
-        return Allocation(model, planned_steps)
+        return Allocation(model)
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return how many triplets of every module the last allocation left; see `Method.ranks`."""
@@ -116,15 +112,11 @@ class AdaLora(PeftAdapter):
 class Allocation(Hooks):
     """Calls PEFT's allocator after every optimizer step, while the gradients that it reads are there."""
 
-    def __init__(self, model: Any, planned_steps: int) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._config = model.peft_config[ADAPTER]
         # The allocator's names are those below the tuner.
         named = model.base_model.model.named_parameters()
         self._parameters = {name: parameter for name, parameter in named if ".lora_" in name}
-        if (total := self._config.total_step) != planned_steps:
-            remedy = f"AdaLoRA's budget was planned for total_step={total}; build the model for the steps of the run"
-            raise bad_value("planned_steps", planned_steps, remedy)
 
     def after_step(self, step: int) -> None:
         """Score every triplet by the gradients, and mask those beyond the budget."""
@@ -133,14 +125,10 @@ class Allocation(Hooks):
     def state_dict(self) -> dict[str, Tensor]:
         """Return sensitivities, averages and masks; see `Hooks.state_dict`."""
         allocator = self._model.base_model.rankallocator
-        state = {
-            f"{kind}.{name}": values.detach().clone()
-            for kind in _AVERAGES
-            for name, values in getattr(allocator, kind).items()
-        }
-        for module, kept in kept_triplets(self._model).items():
-            state[f"{_PATTERN}.{module}.lora_E.{ADAPTER}"] = torch.tensor(kept, dtype=torch.bool)
-        return state
+        averages = {f"{kind}.{name}": one for kind in _AVERAGES for name, one in getattr(allocator, kind).items()}
+        kept = kept_triplets(self._model).items()
+        masks = {f"{_PATTERN}.{name}.lora_E.{ADAPTER}": torch.tensor(one, dtype=torch.bool) for name, one in kept}
+        return {name: values.detach().clone() for name, values in (averages | masks).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`; see `Hooks.load_state_dict`."""
@@ -154,14 +142,15 @@ class Allocation(Hooks):
             averages = {name: values.to(self._parameters[name], copy=True) for name, values in parts[kind].items()}
             setattr(self._model.base_model.rankallocator, kind, averages)
         # None, not empty, before the first allocation: as PEFT has it.
-        self._config.rank_pattern = {name: kept.tolist() for name, kept in parts[_PATTERN].items()} or None
+        masks = {name: kept.tolist() for name, kept in parts[_PATTERN].items()} or None
+        self._model.peft_config[ADAPTER].rank_pattern = masks
+        self.is_restored = True
 
 
 def kept_triplets(model: Any) -> dict[str, list[bool]]:
     """Return which triplets the last allocation left, by module name; empty before the first."""
     pattern = model.peft_config[ADAPTER].rank_pattern or {}
-    # PEFT shortens the names when it saves.
-    return {name.removesuffix(f".{ADAPTER}").removesuffix(".lora_E"): kept for name, kept in pattern.items()}
+    return {name.removesuffix(f".lora_E.{ADAPTER}"): kept for name, kept in pattern.items()}
 
 
 def _triplets_of(layer: Any) -> tuple[Tensor, Tensor]:

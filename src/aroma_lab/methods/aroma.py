@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -16,9 +16,8 @@ from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
 
 from ..specs import adapter_keys
-from .base import Hooks, with_dropout
-from .lora import PeftAdapter
-from .merged import ADAPTER
+from .base import Hooks
+from .lora import ADAPTER, PeftAdapter
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,15 @@ class Aroma(PeftAdapter):
         target_modules: Modules that grow; see `head.find_targets`.
     """
 
+    title: ClassVar[str] = "AROMA{0.rank_title}"
+
     r: int = 1
     dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        self._unplaced()  # an impossible value is refused now, not when the model is built
+        self.config(None)  # an impossible value is refused now, not when the model is built
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
@@ -57,30 +58,26 @@ class Aroma(PeftAdapter):
 
     def resolved_options(self) -> dict[str, Any]:
         """Return the value of every field of `AromaConfig`; see `Method.resolved_options`."""
-        config = self._unplaced()
+        config = self.config(None)
         # PEFT turns lists of modules into sets.
         modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
         return {name: getattr(config, name) for name in adapter_keys()} | modules
 
     @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return with_dropout("AROMA" if self.r == 1 else f"AROMA r={self.r}", self.dropout)
+    def rank_title(self) -> str:
+        """The rank in the name, where it is not the usual one."""
+        return "" if self.r == 1 else f" r={self.r}"
 
-    def config(self, targets: list[str], planned_steps: int) -> AromaConfig:
-        """Return the configuration."""
+    def config(self, targets: list[str] | None, planned_steps: int = 0) -> AromaConfig:
+        """Return the configuration; targets are None as long as the model is not known."""
         return AromaConfig(**{"target_modules": targets, **self._config_fields()})
-
-    def _unplaced(self) -> AromaConfig:
-        """Return the configuration before it is known which modules a model has."""
-        return AromaConfig(**{"target_modules": None, **self._config_fields()})
 
     def _config_fields(self) -> dict[str, Any]:
         return {"r": self.r, "lora_dropout": self.dropout, **self.options}
 
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> GrowthHooks:
-        """Return the attached controller; see `Method.hooks`."""
-        return GrowthHooks(model, optimizer, planned_steps)
+    def hooks(self, model: Any) -> GrowthHooks:
+        """Return the controller of a plain loop; see `Method.hooks`."""
+        return GrowthHooks(model)
 
     def callbacks(
         self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
@@ -102,7 +99,7 @@ class Aroma(PeftAdapter):
 
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError if a run of `steps` optimizer steps is too short for an inner loop."""
-        self._unplaced().resolve_inner_steps(steps)
+        self.config(None).resolve_inner_steps(steps)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
@@ -117,8 +114,13 @@ class Aroma(PeftAdapter):
 class GrowthHooks(Hooks):
     """AROMA in a plain loop: `aroma.attach` does all of it within `optimizer.step()`, and has a state of its own."""
 
-    def __init__(self, model: Any, optimizer: Any, planned_steps: int) -> None:
-        attachment = attach(model, optimizer, total_steps=planned_steps)
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def begin(self, optimizer: Any, planned_steps: int) -> Self:
+        """Attach the controller; see `Hooks.begin`."""
+        attachment = attach(self.model, optimizer, total_steps=planned_steps)
         self.controller = attachment.controller
         self.detach = attachment.detach
         """Leaves the optimizer alone from then on, so that the caller can step the controller."""
+        return super().begin(optimizer, planned_steps)

@@ -1,4 +1,4 @@
-"""What a method of comparison is: how it builds a model, what it trains, and what it does around an optimizer step.
+"""What a method of comparison is: how it builds a model, which parameters train, and what it does around a step.
 
 .. code-block:: python
 
@@ -6,7 +6,7 @@
     if method.data_option is not None:  # and the run does not resume
         method.initialize(model, batches)
     optimizer = torch.optim.AdamW(method.parameters(model), lr=...)
-    hooks = method.hooks(model, optimizer, planned_steps)
+    hooks = method.hooks(model).begin(optimizer, planned_steps)
     for step, batch in enumerate(batches, start=1):
         model(**batch).loss.backward()
         hooks.before_step(step)
@@ -14,7 +14,7 @@
         hooks.after_step(step)  # before zero_grad: AdaLoRA's allocator reads the gradients
         optimizer.zero_grad()
 
-In the Hugging Face Trainer `method.callbacks(model)` replaces the hooks. To add a method, write one class and give it
+In the Hugging Face Trainer the hooks are among `method.callbacks(model)`. To add a method, write one class and give it
 a name in `METHODS`.
 """
 
@@ -41,14 +41,23 @@ INITIALIZATION_BATCHES = 16
 """Batches of training data that a start is computed from."""
 
 Batch = Mapping[str, Any]
-"""What a model is called with, `labels` included."""
+"""Arguments of a model, `labels` included."""
 
 
-class Hooks:
-    """What a method does around an optimizer step; most methods do nothing.
+class Hooks(TrainerCallback):
+    """What a method does around an optimizer step, in a plain loop or as a callback of the Trainer; most do nothing.
 
-    Trained parameters, optimizer, schedule and the state of the hooks together make a resumed run exact.
+    Trained parameters, optimizer, schedule and the state of the hooks together make a resumed run exact. In the
+    Trainer, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`.
     """
+
+    optimizer: Any = None
+    is_restored = False
+
+    def begin(self, optimizer: Any, planned_steps: int) -> Self:
+        """Begin a training, or go on with it; return the hooks."""
+        self.optimizer = optimizer
+        return self
 
     def before_step(self, step: int) -> None:
         """Called before optimizer step `step`, counted from 1, when the gradients are there."""
@@ -62,7 +71,33 @@ class Hooks:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()` after the trained parameters; CheckpointError if it is of another method."""
-        require_keys(state, set())
+        require_keys(state, set(self.state_dict()))
+        self.is_restored = True
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Begin; CheckpointError if the training goes on and the state of the hooks is missing."""
+        if state.global_step > 0 and not self.is_restored:
+            raise CheckpointError(
+                f"hooks: the training resumes at step {state.global_step} without their state; call load_state_dict "
+                "of this callback with the checkpoint's state before training"
+            )
+        self.begin(kwargs["optimizer"], state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Call `before_step`."""
+        if _is_over(state):
+            kwargs["optimizer"].zero_grad(set_to_none=True)  # without gradients the step changes nothing
+        else:
+            self.before_step(state.global_step + 1)
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Call `after_step`, and let the Trainer log the learning rate that was used."""
+        if _is_over(state):
+            return
+        used = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        self.after_step(state.global_step + 1)
+        if hasattr(kwargs["lr_scheduler"], "_last_lr"):
+            kwargs["lr_scheduler"]._last_lr = used
 
 
 @dataclass(frozen=True)
@@ -72,6 +107,8 @@ class Method(ABC):
     A method holds no state of a run: questions about a model take the model as an argument.
     """
 
+    title: ClassVar[str] = ""
+    """Format of the name, whose argument is the method."""
     writes_backbone: ClassVar[bool] = False
     """Whether training writes the weights of the backbone, so that models cannot share them."""
     trains: ClassVar[bool] = True
@@ -93,9 +130,10 @@ class Method(ABC):
         return {name: getattr(self, name) for name in self.option_types()}
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """Name for tables and pictures."""
+        dropout = getattr(self, "dropout", 0.0)
+        return self.title.format(self) + (f", dropout {dropout:g}" if dropout else "")
 
     @abstractmethod
     def build(self, model: Any, planned_steps: int) -> Any:
@@ -126,7 +164,7 @@ class Method(ABC):
         """Return the parameters that the optimizer trains."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
+    def hooks(self, model: Any) -> Hooks:
         """Return what is done around each optimizer step of a model from `build`."""
         return Hooks()
 
@@ -135,14 +173,14 @@ class Method(ABC):
     ) -> list[TrainerCallback]:
         """Return the callbacks that drive the method inside the Hugging Face Trainer.
 
-        A `HooksCallback` must be given the state of its hooks on resume; AROMA's own is in the Trainer's checkpoints.
+        `Hooks` must be given their state on resume; AROMA's own is in the Trainer's checkpoints.
 
         Args:
             on_event: Called with every event of a growing adapter.
             early_stop: Whether training ends when every module of a growing adapter has finished.
             held_out: The tokenized examples that `hold_out` took from the training set.
         """
-        return [HooksCallback(self.hooks)]
+        return [self.hooks(model)]
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the current rank of every adapted module's update, by the module's name in the base model."""
@@ -158,8 +196,7 @@ class Method(ABC):
     def active_parameters(self, model: Any) -> int:
         """Return the number of parameters outside the head that train right now."""
         head = head_of(model)
-        named = model.named_parameters()
-        return sum(one.numel() for name, one in named if one.requires_grad and not head.holds(name))
+        return sum(one.numel() for name, one in trained_tensors(model).items() if not head.holds(name))
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the whole update ΔW = B A of every adapted module, by the module's name in the base model.
@@ -178,54 +215,6 @@ class Method(ABC):
             raise bad_value(option, getattr(self, option), remedy)
 
 
-class HooksCallback(TrainerCallback):
-    """Calls a method's hooks inside the Trainer, around every optimizer step, while the gradients are there.
-
-    To resume, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`.
-
-    Args:
-        make_hooks: Called with model, optimizer and planned optimizer steps when training begins.
-    """
-
-    def __init__(self, make_hooks: Callable[[Any, Any, int], Hooks]) -> None:
-        self._make_hooks = make_hooks
-        self._saved: dict[str, Tensor] | None = None
-        self.hooks = Hooks()
-        """Those of the current or last training."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Keep the state of the hooks until the training that resumes from it begins."""
-        self._saved = state
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Make the hooks; on resume, give them their state, and raise CheckpointError if there is none."""
-        self.hooks = self._make_hooks(kwargs["model"], kwargs["optimizer"], state.max_steps)
-        if self._saved is not None:
-            self.hooks.load_state_dict(self._saved)
-            self._saved = None
-        elif state.global_step > 0:
-            raise CheckpointError(
-                f"hooks: the training resumes at step {state.global_step} without their state; call load_state_dict "
-                "of this callback with the checkpoint's state before training"
-            )
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Call `before_step`."""
-        if _is_over(state):
-            kwargs["optimizer"].zero_grad(set_to_none=True)  # without gradients the step changes nothing
-        else:
-            self.hooks.before_step(state.global_step + 1)
-
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Call `after_step`, and let the Trainer log the learning rate that was used."""
-        if _is_over(state):
-            return
-        used = [group["lr"] for group in kwargs["optimizer"].param_groups]
-        self.hooks.after_step(state.global_step + 1)
-        if hasattr(kwargs["lr_scheduler"], "_last_lr"):
-            kwargs["lr_scheduler"]._last_lr = used
-
-
 def _is_over(state: TrainerState) -> bool:
     """Whether all planned steps are taken; on resuming such a run, the Trainer takes one more before it stops."""
     return bool(state.global_step >= state.max_steps)
@@ -241,8 +230,3 @@ def require_keys(state: dict[str, Tensor], expected: set[str]) -> None:
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that train, detached, by name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def with_dropout(name: str, dropout: float) -> str:
-    """Return a method's name, with its dropout if it has any."""
-    return f"{name}, dropout {dropout:g}" if dropout else name

@@ -1,4 +1,7 @@
-"""Bottleneck adapters: small two-layer networks within the layers of a frozen encoder."""
+"""Bottleneck adapters: small two-layer networks within the layers of a frozen encoder of BERT's or RoBERTa's build.
+
+The package `adapters` has them too, and pins another transformers.
+"""
 
 from __future__ import annotations
 
@@ -19,94 +22,72 @@ _INITIAL_STD = 1e-2
 
 
 @dataclass(frozen=True)
-class Bottleneck(Method):
-    """Bottleneck adapters in an encoder of BERT's or RoBERTa's build; adapters and head train, and nothing else.
+class Houlsby(Method):
+    """arXiv 1902.00751, figure 2: adapters after attention and after the FFN, before the skip connection.
 
-    With d the width of the encoder, an adapter has 2·d·size + size + d parameters; on RoBERTa-base the default sizes
-    of `Houlsby` and `Pfeiffer` give Table 2's 0.31 M and 0.30 M. The LayerNorms, which 1902.00751 trains as well, are
-    not counted in that table, and stay frozen here.
+    With d the width of the encoder, an adapter has 2·d·size + size + d parameters; the default sizes give Table 2's
+    0.31 M and, for `Pfeiffer`, 0.30 M. LayerNorms stay frozen, and are not counted in that table.
 
     Args:
         size: Neurons of the bottleneck.
     """
 
-    kind: ClassVar[str]
-    sublayers: ClassVar[str]
-    """Pattern of the endings of the names of the sublayers that get an adapter."""
+    title: ClassVar[str] = "Houlsby size={0.size}"
+    places: ClassVar[str] = r"\.\d+\.(attention\.)?output\.dropout"
+    """Pattern of the endings of the names of the modules that get an adapter."""
+    activation: ClassVar[type[nn.Module]] = nn.GELU
     size: int = 8
-
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return f"{self.kind.capitalize()} size={self.size}"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Put adapters into `model`, in place; ConfigError if its encoder is of another build."""
         named = model.named_modules()
-        sublayers = {name: module for name, module in named if re.search(rf"{self.sublayers}$", name)}
+        found = {name: module for name, module in named if re.search(rf"{self.places}$", name)}
+        parents = [model.get_submodule(name.rpartition(".")[0]) for name in found]
         parts = {"dense", "dropout", "LayerNorm"}
-        if not sublayers or any({name for name, _ in one.named_children()} != parts for one in sublayers.values()):
+        if not parents or any({name for name, _ in one.named_children()} != parts for one in parents):
             remedy = (
                 "bottleneck adapters go into encoders of the build of BERT and RoBERTa (layer.N.attention.output and "
                 "layer.N.output with dense, dropout and LayerNorm); compare another method on it"
             )
             raise bad_value("model", type(model).__name__, remedy)
         train_head_only(model)
-        for name, sublayer in sublayers.items():
-            model.set_submodule(name, AdaptedSublayer(sublayer, self.size, self.kind))
+        for (name, module), parent in zip(found.items(), parents, strict=True):
+            adapter = _bottleneck(parent.dense.weight, self.size, self.activation())
+            model.set_submodule(name, Adapted(module, adapter, before=isinstance(module, nn.LayerNorm)))
         return model
 
 
 @dataclass(frozen=True)
-class Houlsby(Bottleneck):
-    """arXiv 1902.00751, figure 2: after attention and after the FFN, before the skip connection."""
+class Pfeiffer(Houlsby):
+    """arXiv 2005.00247, as AdapterHub has it: after the FFN only; the adapter reads what LayerNorm gives alone."""
 
-    kind: ClassVar[str] = "houlsby"
-    sublayers: ClassVar[str] = r"\.\d+\.(attention\.)?output"
-
-
-@dataclass(frozen=True)
-class Pfeiffer(Bottleneck):
-    """arXiv 2005.00247: after the FFN only."""
-
-    kind: ClassVar[str] = "pfeiffer"
-    sublayers: ClassVar[str] = r"\.\d+\.output"
+    title: ClassVar[str] = "Pfeiffer size={0.size}"
+    places: ClassVar[str] = r"\.\d+\.output\.LayerNorm"
+    activation: ClassVar[type[nn.Module]] = nn.ReLU
     size: int = 16
 
 
-class AdaptedSublayer(nn.Module):
-    """Takes the place of `…layer.N.attention.output` or `…layer.N.output`, which it keeps as `sublayer`.
+class Adapted(nn.Module):
+    """A module f with an adapter: f(x) + adapter(f(x)), or, if `before`, f(x + adapter(f(x))); x is (…, d).
 
-    .. code-block:: text
-
-        adapter(x) = up(f(down(x)))                               nearly 0 at the start
-        h = dropout(dense(x))                                     the sublayer's projection back to width d
-        y = LayerNorm(h + skip)                                   without an adapter
-        y = LayerNorm(h + adapter(h) + skip)                      Houlsby: f is GELU
-        y = LayerNorm(h + adapter(LayerNorm(h + skip)) + skip)    Pfeiffer, as AdapterHub has it: f is ReLU
-
-    Args:
-        sublayer: Module with `dense`, `dropout` and `LayerNorm`.
-        size: Neurons of the bottleneck.
-        kind: `"houlsby"` or `"pfeiffer"`.
+    Houlsby's f is the dropout after the projection back to width d, and Pfeiffer's the LayerNorm after the skip.
     """
 
-    def __init__(self, sublayer: Any, size: int, kind: str) -> None:
+    def __init__(self, inner: nn.Module, adapter: nn.Module, before: bool) -> None:
         super().__init__()
-        self.sublayer = sublayer
-        self.kind = kind
-        weight = sublayer.dense.weight
-        down, up = nn.Linear(weight.shape[0], size), nn.Linear(size, weight.shape[0])
-        for layer in (down, up):
-            nn.init.trunc_normal_(layer.weight, std=_INITIAL_STD, a=-2 * _INITIAL_STD, b=2 * _INITIAL_STD)
-            nn.init.zeros_(layer.bias)
-        activation = nn.GELU() if kind == "houlsby" else nn.ReLU()
-        self.adapter = nn.Sequential(OrderedDict(down=down, activation=activation, up=up)).to(weight)
+        self.inner, self.adapter, self.before = inner, adapter, before
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Map the sublayer's hidden states (…, n) and its input, the skip, (…, d) to (…, d)."""
-        h = self.sublayer.dropout(self.sublayer.dense(hidden_states))
-        skipped = h + input_tensor
-        added = self.adapter(h if self.kind == "houlsby" else self.sublayer.LayerNorm(skipped))
-        result: Tensor = self.sublayer.LayerNorm(skipped + added)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return values of the shape of `x`."""
+        y: Tensor = self.inner(x)
+        added: Tensor = self.adapter(y)
+        result: Tensor = self.inner(x + added) if self.before else y + added
         return result
+
+
+def _bottleneck(weight: Tensor, size: int, activation: nn.Module) -> nn.Module:
+    down, up = nn.Linear(weight.shape[0], size), nn.Linear(size, weight.shape[0])
+    for layer in (down, up):
+        nn.init.trunc_normal_(layer.weight, std=_INITIAL_STD, a=-2 * _INITIAL_STD, b=2 * _INITIAL_STD)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(OrderedDict(down=down, activation=activation, up=up)).to(weight)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor
 from transformers import TrainerCallback
 
 from aroma.evidence.checkups import require_standard_errors
@@ -17,8 +14,7 @@ from aroma.evidence.schedule import moments
 from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.integrations.held_out import hold_out
 
-from .lora import LoraBase, PeftAdapter
-from .merged import ADAPTER, layers_of, pair_of
+from .lora import ADAPTER, LoraBase, layers_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,8 @@ class Evidence(LoraBase):
         held_out_share: Share of the training set that decides, and is not trained on.
     """
 
+    title: ClassVar[str] = "evidence r={0.r}"
+
     r: int = 16
     at: list[float] = field(default_factory=lambda: [0.4, 0.6])
     standard_errors: float = 0.0
@@ -41,11 +39,6 @@ class Evidence(LoraBase):
         moments(self.at, 2**53)
         require_standard_errors(self.standard_errors)
         self._require(0 < self.held_out_share < 1, "held_out_share", "give a share in (0, 1), such as 0.1")
-
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return super().name.replace("LoRA", "evidence", 1)
 
     def hold_out(self, train: Any) -> tuple[Any, Any | None]:
         """Hold out the examples that decide; see `Method.hold_out`."""
@@ -63,27 +56,6 @@ class Evidence(LoraBase):
         return [*super().callbacks(model, on_event, early_stop), checkups]
 
     def ranks(self, model: Any) -> dict[str, int]:
-        """Return how many directions every module uses; see `Method.ranks`."""
-        return {name: _used(layer) for name, layer in layers_of(model, LoraLinear).items()}
-
-    def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the update of every module; see `Method.components`."""
-        return {name: _update(layer) for name, layer in layers_of(model, LoraLinear).items()}
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Write the adapter as PEFT does; see `Method.save`."""
-        PeftAdapter.save(self, model, folder)
-
-
-def _used(layer: Any) -> int:
-    """Return how many directions have not been cut; before training, all that there is room for."""
-    if ADAPTER not in layer.lora_A:
-        return 0
-    return int(layer.lora_A[ADAPTER].weight.detach().any(1).sum())
-
-
-def _update(layer: Any) -> tuple[Tensor, Tensor]:
-    if ADAPTER not in layer.lora_A:
-        weight = layer.get_base_layer().weight
-        return torch.zeros(layer.out_features, 0).to(weight), torch.zeros(0, layer.in_features).to(weight)
-    return pair_of(layer)
+        """Return how many directions of every module are not cut; see `Method.ranks`."""
+        factors = {name: layer.lora_A for name, layer in layers_of(model, LoraLinear).items()}
+        return {name: int(A[ADAPTER].weight.any(1).sum()) if ADAPTER in A else 0 for name, A in factors.items()}

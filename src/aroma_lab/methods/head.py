@@ -7,7 +7,7 @@ where pretraining left it untrained.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,15 +19,8 @@ from aroma.errors import bad_value
 from aroma.tuner.layout import PEFT_PREFIX
 
 _ATTRIBUTE = "_aroma_head"
-_COPY = ".modules_to_save.default"
-"""What PEFT inserts into the name of a parameter whose module it trains whole."""
 _TRAIN_A_POOLER = ("ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification", "ForMultipleChoice")
 """Endings of the classes of transformers whose loss reaches the pooler."""
-_WITHOUT_FORWARD = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
-
-
-# The head ------------------------------------------------------------------------------------------------------------
-
 
 TrainPooler = bool | Literal["auto"]
 """Whether a backbone's pooler trains with the head; `"auto"`: where pretraining did not train it."""
@@ -45,24 +38,22 @@ class Head:
     """The head of a model, by names as they are before PEFT wraps it.
 
     Args:
-        modules: The largest modules that belong to it whole.
-        parameters: Its parameters in modules that otherwise belong to the backbone.
+        modules: The modules that belong to it.
         new: Parameters that the checkpoint lacks, so that they start at random.
         pooler: What was decided about the backbone's pooler; None for a backbone without one.
     """
 
     modules: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     pooler: Pooler | None = None
 
     def holds(self, name: str) -> bool:
         """Whether a parameter or module belongs to the head; `name` may have PEFT's prefix."""
         name = base_name(name)
-        return name in self.parameters or any(f"{name}.".startswith(f"{module}.") for module in self.modules)
+        return any(f"{name}.".startswith(f"{module}.") for module in self.modules)
 
     def modules_to_save(self) -> list[str]:
-        """Return what PEFT must be told to train whole: all modules but those it takes for SEQ_CLS anyway."""
+        """Return PEFT's `modules_to_save`: all modules but those that it takes for SEQ_CLS anyway."""
         return [name for name in self.modules if name not in SEQ_CLS_HEAD_NAMES]
 
 
@@ -78,27 +69,11 @@ def head_of(model: Any) -> Head:
     return _find_head(base, ()) if found is None else found
 
 
-def remember_head(
-    model: Any, missing: Collection[str], train_pooler: TrainPooler = "auto", is_embedder: bool = False
-) -> None:
-    """Mark the head of a classifier that `from_pretrained` just returned; see `decide_pooler`.
-
-    Args:
-        missing: The keys that the checkpoint lacks, as transformers reports them.
-        is_embedder: Whether the checkpoint is one of sentence-transformers.
-    """
-    # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
-    new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
-    setattr(model, _ATTRIBUTE, _find_head(model, new, decide_pooler(model, new, train_pooler, is_embedder)))
-
-
-def decide_pooler(
-    model: Any, new: Collection[str], train_pooler: TrainPooler = "auto", is_embedder: bool = False
-) -> Pooler | None:
-    """Return whether the backbone's pooler trains with the head, and why; None for a backbone without one.
+def remember_head(model: Any, missing: Collection[str], train_pooler: TrainPooler, is_embedder: bool) -> None:
+    """Mark the head of a classifier that `from_pretrained` just returned.
 
     A head reads the backbone through its pooler. A pooler that pretraining never trained is a random projection, and
-    with it frozen an adapter learns next to nothing. With `"auto"` it trains
+    with it frozen an adapter learns next to nothing. With `train_pooler="auto"` it trains
 
     - if the checkpoint lacks it, or its biases are all exactly zero, as they start: no gradient has reached them;
     - not if the checkpoint was saved by a class of transformers whose loss reaches it, or by a masked language model,
@@ -106,9 +81,24 @@ def decide_pooler(
     - if the checkpoint is one of sentence-transformers, whose embeddings bypass it, or if nothing of this is known: a
       trained pooler that trains on costs d² + d parameters, a random one that is frozen costs the run.
 
+    Args:
+        missing: The keys that the checkpoint lacks, as transformers reports them.
+        is_embedder: Whether the checkpoint is one of sentence-transformers.
+
     Raises:
-        ConfigError: It is to train and there is none, or it is to stay as it is and the checkpoint lacks it.
+        ConfigError: The pooler is to train and there is none, or it is to stay and the checkpoint lacks it; or the
+            checkpoint lacks a part of the backbone.
     """
+    # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
+    new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
+    head = _find_head(model, new, _decide_pooler(model, new, train_pooler, is_embedder))
+    if loose := [name for name in new if not head.holds(name)]:
+        remedy = "the checkpoint lacks it, and it would stay at its random start; take another checkpoint"
+        raise bad_value("parameter", loose[0], remedy)
+    setattr(model, _ATTRIBUTE, head)
+
+
+def _decide_pooler(model: Any, new: list[str], train_pooler: TrainPooler, is_embedder: bool) -> Pooler | None:
     name = _pooler_name(model)
     if name is None:
         if train_pooler is True:
@@ -142,15 +132,6 @@ def pooler_of(model: Any) -> dict[str, Any] | None:
     return None if pooler is None else pooler._asdict()
 
 
-def require_new_trains(head: Head, trained: Iterable[str]) -> None:
-    """Raise ConfigError if a parameter that the checkpoint lacks is not among `trained`, wrapped by PEFT or not."""
-    names = {base_name(name).replace(_COPY, "", 1) for name in trained}
-    for name in head.new:
-        if name not in names:
-            remedy = "the checkpoint lacks it, and the method would leave it at its random start; take another one"
-            raise bad_value("parameter", name, remedy)
-
-
 def train_head_only(model: nn.Module) -> None:
     """Freeze everything but the head."""
     head = head_of(model)
@@ -159,38 +140,22 @@ def train_head_only(model: nn.Module) -> None:
 
 
 def _find_head(model: Any, new: Collection[str], pooler: Pooler | None = None) -> Head:
-    names = [name for name, _ in model.named_parameters()]
-    pooled = Head((str(_pooler_name(model)),) if pooler is not None and pooler.trains else ())
-    chosen = {name for name in names if name in new or _is_outside(model, name) or pooled.holds(name)}
-    modules = tuple(_whole_modules(model, "", names, chosen))
-    loose = sorted(name for name in chosen if not Head(modules).holds(name))
-    return Head(modules, tuple(loose), tuple(new), pooler)
+    """Return what is outside the backbone, and its pooler; the output embeddings of a language model are inside."""
+    prefix = getattr(model, "base_model_prefix", "")
+    is_classifier = bool(prefix) and hasattr(model, prefix) and model.get_output_embeddings() is None
+    modules = [f"{prefix}.pooler"] if pooler is not None and pooler.trains else []
+    for name, child in model.named_children():
+        if any(True for _ in child.parameters()) and (
+            name in SEQ_CLS_HEAD_NAMES or (is_classifier and name != prefix)
+        ):
+            modules.append(name)
+    return Head(tuple(modules), tuple(new), pooler)
 
 
 def _pooler_name(model: Any) -> str | None:
     prefix = getattr(model, "base_model_prefix", "")
     pooler = getattr(getattr(model, prefix, None), "pooler", None) if prefix else None
     return f"{prefix}.pooler" if isinstance(pooler, nn.Module) and [*pooler.parameters()] else None
-
-
-def _is_outside(model: Any, name: str) -> bool:
-    """Whether a parameter is outside the backbone; the output embeddings of a language model are inside."""
-    top, prefix = name.split(".")[0], getattr(model, "base_model_prefix", "")
-    if top in SEQ_CLS_HEAD_NAMES:
-        return True
-    if not (prefix and hasattr(model, prefix)) or model.get_output_embeddings() is not None:
-        return False
-    return top != prefix
-
-
-def _whole_modules(module: nn.Module, name: str, names: list[str], chosen: Collection[str]) -> Iterator[str]:
-    """Yield the names of the largest callable modules whose parameters are all among `chosen`."""
-    within = [other for other in names if other.startswith(f"{name}.")] if name else names
-    if name and within and not isinstance(module, _WITHOUT_FORWARD) and all(other in chosen for other in within):
-        yield name
-    elif any(other in chosen for other in within):
-        for child_name, child in module.named_children():
-            yield from _whole_modules(child, f"{name}.{child_name}" if name else child_name, names, chosen)
 
 
 # Targets of adapters -------------------------------------------------------------------------------------------------

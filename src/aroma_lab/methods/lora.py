@@ -1,4 +1,8 @@
-"""LoRA as PEFT has it, started as usual, by EVA or by LoRA-GA, and what all methods that are PEFT adapters share."""
+"""LoRA as PEFT has it, started as usual, by EVA or by LoRA-GA, and what all methods that are PEFT adapters share.
+
+ReLoRA adds its pair to the base at every restart, and LoRA-GA takes its first pair away from it. Either way the update
+of the original base is a sum of products, of which the pair in training is the last.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from peft import (
@@ -21,15 +25,22 @@ from peft import (
 )
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import preprocess_loraga
-from torch import Tensor
+from torch import Tensor, nn
 
 from aroma.errors import bad_value
 from aroma.files import write_tensors
 from aroma.tuner.layout import PEFT_PREFIX
 
-from .base import Batch, Hooks, Method, with_dropout
-from .head import Head, find_targets, head_of, require_new_trains
-from .merged import ADAPTER, MergedWeights, joined, layers_of, merged_of, note_merged, pair_of
+from .base import Batch, Hooks, Method
+from .head import Head, base_name, find_targets, head_of
+
+ADAPTER = "default"
+"""The name that PEFT gives the adapter of `get_peft_model`."""
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+Product = tuple[Tensor, Tensor]
+"""B (m, R), with the scale folded in, and A (R, n)."""
 
 _NAMES = {"kaiming": "LoRA", "eva": "EVA", "lora_ga": "LoRA-GA"}
 
@@ -43,9 +54,14 @@ class PeftAdapter(Method):
         """Return PEFT's configuration for the modules `targets`."""
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Wrap `model` with PEFT; see `Method.build`."""
-        targets = find_targets(self.target_modules, model)  # type: ignore[attr-defined]
-        return wrap(model, self.config(targets, planned_steps))
+        """Wrap `model` with PEFT, so that its head trains whole and is saved with the adapter; see `Method.build`."""
+        head = head_of(model)
+        config = self.config(find_targets(self.target_modules, model), planned_steps)  # type: ignore[attr-defined]
+        causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        # It decides the wrapper, and whether a head trains.
+        config.task_type = "CAUSAL_LM" if causal else "FEATURE_EXTRACTION" if head == Head() else "SEQ_CLS"
+        config.modules_to_save = head.modules_to_save() or None
+        return get_peft_model(model, config)
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the adapter as PEFT does, head included; see `Method.save`."""
@@ -54,7 +70,7 @@ class PeftAdapter(Method):
 
 @dataclass(frozen=True)
 class LoraBase(PeftAdapter):
-    """What LoRA and a LoRA that restarts share: the same rank in all modules.
+    """What the kinds of LoRA share: the same rank in all modules at the start.
 
     Args:
         r: Rank.
@@ -62,6 +78,8 @@ class LoraBase(PeftAdapter):
         dropout: Dropout on the adapter's input.
         target_modules: Modules to adapt; see `head.find_targets`.
     """
+
+    title: ClassVar[str] = "LoRA r={0.r}"
 
     r: int = 8
     alpha: float | None = None
@@ -72,11 +90,6 @@ class LoraBase(PeftAdapter):
         self._require(self.r >= 1, "r", "the rank is 1 or more")
         self._require(0 <= self.dropout < 1, "dropout", "give a probability in [0, 1)")
 
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return with_dropout(f"LoRA r={self.r}", self.dropout)
-
     def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
         """Return PEFT's configuration."""
         alpha: Any = self.r if self.alpha is None else self.alpha
@@ -84,19 +97,20 @@ class LoraBase(PeftAdapter):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the rank of every module, products that its base weight includes counted; see `Method.ranks`."""
+        # Without a copy of the factors, at every step.
         layers = layers_of(model, LoraLinear)
         return {name: layer.r[ADAPTER] + merged_of(layer)[1].shape[0] for name, layer in layers.items()}
 
-    def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def components(self, model: Any) -> dict[str, Product]:
         """Return all products of every module, the pair in training last; see `Method.components`."""
-        return {name: joined(merged_of(layer), pair_of(layer)) for name, layer in layers_of(model, LoraLinear).items()}
+        return {name: update_of(layer) for name, layer in layers_of(model, LoraLinear).items()}
 
     def save(self, model: Any, folder: Path) -> None:
         """Write a plain LoRA adapter of the original base model; see `Method.save`.
 
         Where base weights include products, PEFT would write the pairs alone, for the changed base.
         """
-        if not any(merged_of(layer)[1].shape[0] for layer in layers_of(model, LoraLinear).values()):
+        if not any(hasattr(layer, "merged_products") for layer in layers_of(model, LoraLinear).values()):
             super().save(model, folder)
             return
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -147,19 +161,19 @@ class Lora(LoraBase):
 
         ConfigError if LoRA-GA would change weights of lower precision.
         """
-        dtypes = {layer.get_base_layer().weight.dtype for layer in layers_of(model, LoraLinear).values()}
-        if self.init == "lora_ga" and dtypes != {torch.float32}:
-            remedy = f"it changes the pretrained weights, whose {dtypes} would round them; load them in float32"
-            raise bad_value("init", "lora_ga", remedy)
         if self.init == "eva":
             some = [dict(batch) for batch in batches]
             initialize_lora_eva_weights(model, some, prepare_layer_inputs_fn=_rows, show_progress_bar=False)
-        else:
-            _start_from_gradients(model, batches)
+            return
+        dtypes = {layer.get_base_layer().weight.dtype for layer in layers_of(model, LoraLinear).values()}
+        if dtypes != {torch.float32}:
+            remedy = f"it changes the pretrained weights, whose {dtypes} would round them; load them in float32"
+            raise bad_value("init", "lora_ga", remedy)
+        _start_from_gradients(model, batches)
 
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
+    def hooks(self, model: Any) -> Hooks:
         """Return what keeps the base weights that LoRA-GA has changed; see `Method.hooks`."""
-        return MergedWeights(layers_of(model, LoraLinear)) if self.init == "lora_ga" else Hooks()
+        return MergedWeights(model) if self.init == "lora_ga" else Hooks()
 
 
 def _rows(inputs: tuple[Tensor, ...], places: Tensor, name: str) -> Tensor:
@@ -186,20 +200,63 @@ def _start_from_gradients(model: Any, batches: Sequence[Batch]) -> None:
     for layer in layers.values():
         layer.lora_ga_init(ADAPTER, settings)
         B, A = pair_of(layer)
-        note_merged(layer, (-B, A))
+        layer.merged_products = (-B, A)
 
 
-def wrap(model: Any, config: Any) -> Any:
-    """Wrap `model` with PEFT, so that its head trains whole beside the adapter and is saved with it.
+# Pairs, and the products that base weights include -------------------------------------------------------------------
 
-    The head's modules are added to the configuration's `modules_to_save`, and a missing task type is filled in.
-    ConfigError if a parameter that the checkpoint lacks would not train.
-    """
-    head, given = head_of(model), config.modules_to_save or []
-    if not config.task_type:  # it decides the wrapper, and whether a head trains
-        causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        config.task_type = "CAUSAL_LM" if causal else "FEATURE_EXTRACTION" if head == Head() else "SEQ_CLS"
-    config.modules_to_save = [*given, *head.modules_to_save()] or None
-    wrapped = get_peft_model(model, config)
-    require_new_trains(head, [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad])
-    return wrapped
+
+def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
+    """Return the adapted layers of a `PeftModel`, in order, by their modules' names in the base model."""
+    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def pair_of(layer: Any) -> Product:
+    """Return copies of the factors of a layer of PEFT's LoRA; of one whose adapter was cut away, of rank 0."""
+    if ADAPTER not in layer.lora_A:
+        weight = layer.get_base_layer().weight
+        return weight.new_zeros(layer.out_features, 0), weight.new_zeros(0, layer.in_features)
+    scaled = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
+    return scaled, layer.lora_A[ADAPTER].weight.detach().clone()
+
+
+def merged_of(layer: Any) -> Product:
+    """Return the products of the update that the base weight includes, as one; its rank may be 0."""
+    none = layer.lora_B[ADAPTER].weight.detach()[:, :0], layer.lora_A[ADAPTER].weight.detach()[:0]
+    products: Product = getattr(layer, "merged_products", none)
+    return products
+
+
+def update_of(layer: Any) -> Product:
+    """Return the whole update of the original base weight, the pair in training last."""
+    B, A = pair_of(layer)
+    if not hasattr(layer, "merged_products"):
+        return B, A
+    return torch.cat([layer.merged_products[0], B], dim=1), torch.cat([layer.merged_products[1], A], dim=0)
+
+
+class MergedWeights(Hooks):
+    """Carries base weights that include products from a run to the one that resumes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: dict[str, Any] = dict(layers_of(model, LoraLinear))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weight and the merged products of every layer; see `Hooks.state_dict`.
+
+        The weight is stored as it is: adding the products again would round alike on the same machine only.
+        """
+        state: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            B, A = merged_of(layer)
+            state |= {f"weight.{name}": layer.get_base_layer().weight, f"B.{name}": B, f"A.{name}": A}
+        return {key: tensor.detach().clone() for key, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict()`; see `Hooks.load_state_dict`."""
+        super().load_state_dict(state)
+        for name, layer in self._layers.items():
+            layer.get_base_layer().weight.copy_(state[f"weight.{name}"])
+            like = layer.lora_A[ADAPTER].weight
+            layer.merged_products = tuple(state[f"{part}.{name}"].to(like, copy=True) for part in ("B", "A"))

@@ -18,9 +18,8 @@ from .head import Head, head_of, train_head_only
 class Full(Method):
     """Full fine-tuning: all parameters train, embeddings included."""
 
+    title: ClassVar[str] = "full fine-tuning"
     writes_backbone: ClassVar[bool] = True
-
-    name = "full fine-tuning"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Unfreeze everything; see `Method.build`."""
@@ -31,7 +30,7 @@ class Full(Method):
 class HeadOnly(Method):
     """Only the head trains; nothing is propagated back into the backbone."""
 
-    name = "head only"
+    title: ClassVar[str] = "head only"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze the backbone; ConfigError if the model has no head."""
@@ -46,9 +45,8 @@ class HeadOnly(Method):
 class BitFit(Method):
     """BitFit (arXiv 2106.10199): all bias vectors of the backbone train, its LayerNorms' included, and the head."""
 
+    title: ClassVar[str] = "BitFit"
     writes_backbone: ClassVar[bool] = True
-
-    name = "BitFit"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze all but biases and head; ConfigError if the backbone has no biases, as LLaMA's."""
@@ -67,9 +65,8 @@ class BitFit(Method):
 class Pretrained(Method):
     """Nothing trains: the base model's own row in a table."""
 
+    title: ClassVar[str] = "pretrained"
     trains: ClassVar[bool] = False
-
-    name = "pretrained"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze everything; ConfigError if the checkpoint lacks a part of the model, as a head."""
@@ -86,7 +83,7 @@ class Frozen(Method):
     Only `aroma bench` uses it.
     """
 
-    name = "frozen (floor)"
+    title: ClassVar[str] = "frozen (floor)"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze everything and let the output of the embeddings require a gradient; see `Method.build`."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from aroma.errors import CheckpointError
 from aroma.integrations.rewarmup import Rewarmup
 from aroma.reset import component_generator, reset_state
 
 from .aroma import Aroma
-from .base import with_dropout
-from .lora import LoraBase
-from .merged import ADAPTER, MergedWeights, layers_of, note_merged, pair_of
+from .lora import ADAPTER, LoraBase, MergedWeights, update_of
 
 _CHECKS = {"inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components"}
 """Options of AROMA that mean nothing without its checks."""
@@ -35,6 +31,8 @@ class ReLoraComponents(Aroma):
         max_inner_steps: Optimizer steps of one component; None: the planned steps divided by `max_components`.
     """
 
+    title: ClassVar[str] = "ReLoRA {0.r}×{0.max_components}"
+
     max_components: int = 8
     max_inner_steps: int | None = None
 
@@ -42,11 +40,6 @@ class ReLoraComponents(Aroma):
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option: AROMA's without those of its checks; see `Method.option_types`."""
         return {name: kind for name, kind in super().option_types().items() if name not in _CHECKS}
-
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return with_dropout(f"ReLoRA {self.r}×{self.max_components}", self.dropout)
 
     def _config_fields(self) -> dict[str, Any]:
         lengths = {"max_components": self.max_components, "max_inner_steps": self.max_inner_steps}
@@ -68,6 +61,7 @@ class ReLoraMerge(LoraBase):
         seed: Seed of the fresh pairs and of the zeroed entries; None: `torch.initial_seed()`, that is, the run's seed.
     """
 
+    title: ClassVar[str] = "ReLoRA r={0.r}"
     writes_backbone: ClassVar[bool] = True
 
     restart_every: int = 100
@@ -80,33 +74,33 @@ class ReLoraMerge(LoraBase):
         self._require(self.restart_every >= 1, "restart_every", "restarts are at least one optimizer step apart")
         self._require(0 <= self.prune_ratio <= 1, "prune_ratio", "give the share of moments to zero, in [0, 1]")
 
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return super().name.replace("LoRA", "ReLoRA", 1)
-
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Restarts:
+    def hooks(self, model: Any) -> Restarts:
         """Return the restarts; see `Method.hooks`."""
-        return Restarts(model, optimizer, self)
+        return Restarts(model, self)
 
 
 class Restarts(MergedWeights):
     """Merges and restarts the pairs of a model of `ReLoraMerge`, and lets the learning rate climb afterwards."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, method: ReLoraMerge) -> None:
-        super().__init__(layers_of(model, LoraLinear))
-        self._optimizer, self._method, self._rewarmup = optimizer, method, Rewarmup()
-        seed = torch.initial_seed() % 2**31 if method.seed is None else method.seed
-        self._restarts, self._last_restart, self._seed = 0, 0, seed
+    def __init__(self, model: nn.Module, method: ReLoraMerge) -> None:
+        super().__init__(model)
+        self._method, self._rewarmup = method, Rewarmup()
+        self._restarts, self._last_restart, self._seed = 0, 0, -1 if method.seed is None else method.seed
+
+    def begin(self, optimizer: Any, planned_steps: int) -> Self:
+        """Begin; a seed that the method leaves open is that of the run; see `Hooks.begin`."""
+        if self._seed < 0:
+            self._seed = torch.initial_seed() % 2**31
+        return super().begin(optimizer, planned_steps)
 
     def before_step(self, step: int) -> None:
         """Scale the learning rate for this step."""
         climb = self._method.rewarmup_steps if self._restarts else 0  # the schedule has a first warm-up of its own
-        self._rewarmup.begin(self._optimizer, min(1.0, (step - 1 - self._last_restart) / climb) if climb else 1.0)
+        self._rewarmup.begin(self.optimizer, min(1.0, (step - 1 - self._last_restart) / climb) if climb else 1.0)
 
     def after_step(self, step: int) -> None:
         """Restore the learning rate; restart if it is time."""
-        self._rewarmup.end(self._optimizer, None)
+        self._rewarmup.end(self.optimizer, None)
         if step % self._method.restart_every == 0:
             self.restart()
             self._last_restart = step
@@ -118,8 +112,8 @@ class Restarts(MergedWeights):
         for index, layer in enumerate(self._layers.values()):
             # One generator a layer, so that the fresh pairs depend on the seed alone.
             generator = component_generator(self._seed, self._restarts, index, "relora")
+            layer.merged_products = update_of(layer)
             # Added in float32, so that a weight of lower precision is rounded once.
-            note_merged(layer, pair_of(layer))
             weight = layer.get_base_layer().weight
             weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
             # B is 0 and A uniform in ±1/√n, as PEFT starts.
@@ -128,7 +122,7 @@ class Restarts(MergedWeights):
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
             b.zero_()
             for parameter in (a, b):
-                reset_state(self._optimizer, parameter, "prune", self._method.prune_ratio, generator)
+                reset_state(self.optimizer, parameter, "prune", self._method.prune_ratio, generator)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return counters, seed, and the weight and merged products of every layer; see `Hooks.state_dict`."""
@@ -137,7 +131,5 @@ class Restarts(MergedWeights):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`, and with it the merged backbone; see `Hooks.load_state_dict`."""
-        if _COUNTERS not in state:
-            raise CheckpointError("hooks: the saved state has no restarts; use a checkpoint of this very run")
-        super().load_state_dict({key: tensor for key, tensor in state.items() if key != _COUNTERS})
+        super().load_state_dict(state)
         self._restarts, self._last_restart, self._seed = state[_COUNTERS].tolist()

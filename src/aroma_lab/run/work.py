@@ -9,14 +9,13 @@ from pathlib import Path
 from aroma.errors import DataError, bad_value
 
 from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
-from ..tasks import memory, planted
+from ..tasks import memory, planted, planted_encoder
 from ..tasks.classification import ClassifierJob
-from ..tasks.data import load_splits, load_task, names_of
-from ..tasks.metrics import CHOICE_METRIC, language_metric
+from ..tasks.data import load_splits, load_task
+from ..tasks.metrics import language_metric
 from ..tasks.model import packaged_encoder
 from ..tasks.sources import read_file, read_hub
 from ..tasks.spec import HELD_OUT, LANGUAGE_KINDS, TaskSpec
-from ..tasks.task import Task
 from ..training.job import Job, Objective
 from .trial import Trial
 
@@ -73,9 +72,7 @@ def work_of(trial: Trial) -> Work:
             raise bad_value("training.train_pooler", trial.training.train_pooler, remedy)
         return _work_of_language(trial, model, reported)
     data = load_task(trial.task, reported=reported)
-    task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
-    parts = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
-    job = ClassifierJob.make(model, task, parts, trial.training.train_pooler)
+    job = ClassifierJob.make(model, data.task, data.parts, trial.training.train_pooler)
     return Work(job, data.metric, HELD_OUT, data.metric, job.evaluated)
 
 
@@ -96,10 +93,9 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
 
         job: Job = LanguageJob.make(model, trial.language, data.max_length, read_parts(data, trial.language))
         return Work(job, "loss", _VALIDATION, "loss", (_VALIDATION,))
-    parts = load_splits(data)
-    job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts, trial.training.train_pooler)
-    metric = CHOICE_METRIC[data.task]
-    return Work(job, metric, _VALIDATION, metric, (_VALIDATION,))
+    found = load_splits(data)
+    job = ClassifierJob.make(model, found.task, found.parts, trial.training.train_pooler)
+    return Work(job, found.metric, _VALIDATION, found.metric, (_VALIDATION,))
 
 
 def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, encoder: str) -> Work:
@@ -110,18 +106,15 @@ def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: 
     seed = trial.training.seed if spec.seed is None else spec.seed
     if kind == "planted_encoder":
         texts = _split_texts_of(spec, held_out)
-        job = planted.PlantedJob.of_encoder(spec, held_out, seed, encoder, texts, spec.max_length)
-        return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+        job = planted_encoder.encoder_job(spec, held_out, seed, encoder, texts, spec.max_length)
+        return Work(job, job.metric, held_out, job.metric, job.evaluated, job.planted)
     if trial.model != MADE:
         raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
     if trial.training.group_by_length:
         remedy = f"examples of a task of kind {kind} are of one length; leave it out"
         raise bad_value("training.group_by_length", True, remedy)
-    if kind == "memory":
-        # What was trained on is what is asked for: a pair that was held out could not be known.
-        return Work(memory.MemoryJob.make(spec, seed), memory.METRIC, memory.PAIRS, memory.METRIC, (memory.PAIRS,))
-    job = planted.PlantedJob.of_net(spec, held_out, seed)
-    return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+    job = memory.memory_job(spec, seed) if kind == "memory" else planted.planted_job(spec, held_out, seed)
+    return Work(job, job.metric, job.evaluated[0], job.metric, job.evaluated, job.planted)
 
 
 def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:
@@ -137,7 +130,7 @@ def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[
         _, columns = read_file(where, str(file), [[column]])
     else:
         _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]])
-    texts = planted.split_texts(columns[column], share, spec.split_seed, held_out, spec.field(of_share))
+    texts = planted_encoder.split_texts(columns[column], share, spec.split_seed, held_out, spec.field(of_share))
     if wanted is not None:
         if wanted > len(texts["train"]):
             remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"

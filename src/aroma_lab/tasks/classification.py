@@ -17,7 +17,7 @@ from aroma.errors import bad_value
 from ..methods.head import TrainPooler
 from ..specs import ModelSpec
 from ..training.job import Objective, Prediction
-from .metrics import CHOICE_METRIC, loss_of, metrics_of
+from .metrics import METRICS, loss_of, metrics_of
 from .model import load_classifier
 from .task import Task, save_task
 
@@ -103,6 +103,7 @@ class ClassifierJob:
     parts: Mapping[str, Dataset]
     tokenizer: Any
     train_pooler: TrainPooler = "auto"
+    notes = ()
 
     @classmethod
     def make(
@@ -122,7 +123,7 @@ class ClassifierJob:
             return metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
 
         collator = DataCollatorWithPadding(self.tokenizer)
-        return Objective(collator, self.tokenizer, metrics, CHOICE_METRIC[self.task.kind])
+        return Objective(collator, self.tokenizer, metrics, METRICS[self.task.kind][0])
 
     @cached_property
     def train(self) -> Dataset:
@@ -144,11 +145,6 @@ class ClassifierJob:
         """Numbers of examples by split."""
         return {split: len(part) for split, part in self.parts.items()}
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing: a classifier's texts are cut if they are too long, as usual."""
-        return ()
-
     def load_model(self) -> Any:
         """Return the pretrained model with a fresh head."""
         return load_classifier(self.model, self.task.label_names, self.tokenizer.pad_token_id, self.train_pooler)
@@ -161,12 +157,12 @@ class ClassifierJob:
 
     def guess(self, split: str) -> dict[str, float]:
         """Return the metrics of a split for a constant answer: the training set's commonest label, or its mean."""
-        learnt, asked = (np.array(self.parts[name]["labels"]) for name in ("train", split))
+        learned, expected = (np.array(self.parts[name]["labels"]) for name in ("train", split))
         if self.task.kind == "regression":
-            answers = np.full((len(asked), 1), learnt.astype("float64").mean())
+            answers = np.full((len(expected), 1), learned.astype("float64").mean())
         else:
-            answers = np.tile(np.bincount(learnt, minlength=len(self.task.label_names or ())), (len(asked), 1))
-        return metrics_of(self.task.kind, answers, asked)
+            answers = np.tile(np.bincount(learned, minlength=len(self.task.label_names or ())), (len(expected), 1))
+        return metrics_of(self.task.kind, answers, expected)
 
     def describe(self, model: Any, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""

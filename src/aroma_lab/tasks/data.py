@@ -10,18 +10,19 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aroma.errors import DataError, bad_value
 
 from ..specs import DataSpec
-from .articles import BBC_NEWS, TOPICS, Article, columns_of, load_articles, split_articles
+from .articles import BBC_NEWS, TOPICS, Article, load_articles, split_articles
 from .glue import GLUE, HUB, GlueTask, glue_key
-from .metrics import resolve_metric
+from .metrics import METRICS, resolve_metric
 from .sources import FORMATS, Columns, hub_splits, read_file, read_hub
-from .spec import Layout, TaskSpec
+from .spec import HELD_OUT, Layout, TaskSpec
+from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,16 +31,22 @@ _ENDINGS = ("", *FORMATS, "-00000-of-00001.parquet")
 """Endings of the name of a split's file; the last one is that of a copy of the hub."""
 
 
+class TaskData(NamedTuple):
+    """A task, the metric that is its score, and its examples by split: `train`, those held out, those reported."""
+
+    task: Task
+    metric: str
+    parts: dict[str, Dataset]
+
+
 # The data of a recipe ------------------------------------------------------------------------------------------------
 
 
-def load_splits(spec: DataSpec) -> dict[str, Dataset]:
+def load_splits(spec: DataSpec) -> TaskData:
     """Read, check and number all examples of a recipe; DataError if they cannot be used.
 
-    Labels are compared as texts, and numbered in sorted order (numbers by value).
-
-    Returns:
-        `train`, `validation` (given, or drawn from the training examples) and, if the recipe names it, `test`.
+    Labels are compared as texts, and numbered in sorted order (numbers by value). The splits are `train`, `validation`
+    (given, or drawn from the training examples) and, if the recipe names it, `test`.
     """
     layout = Layout(spec.text, spec.text_pair, spec.label)
     raw: dict[str, Columns] = {}
@@ -53,9 +60,11 @@ def load_splits(spec: DataSpec) -> dict[str, Dataset]:
         names = class_names("data.train", spec.label, raw["train"][spec.label])
     splits = {split: make_examples(f"data.{split}", layout, columns, names) for split, columns in raw.items()}
     if "validation" not in splits:
-        train, validation = split_examples(splits["train"], spec.validation_fraction, spec.split_seed)
-        splits = {**splits, "train": train, "validation": validation}
-    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+        drawn = split_examples(splits["train"], spec.validation_fraction, spec.split_seed, "data.validation_fraction")
+        splits |= dict(zip(("train", "validation"), drawn, strict=True))
+    task = Task.of(spec.task, names, layout, spec.max_length)
+    order = [split for split in ("train", "validation", "test") if split in splits]
+    return TaskData(task, METRICS[spec.task][0], {split: splits[split] for split in order})
 
 
 def recipe_sources(spec: DataSpec) -> dict[str, str]:
@@ -73,29 +82,6 @@ def recipe_sources(spec: DataSpec) -> dict[str, str]:
 
 
 # The data of an experiment's task ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """The examples of a task.
-
-    Args:
-        train: Training examples.
-        held_out: Examples of the training data that are not trained on; models are selected by them.
-        reported: Reported examples by label; empty if they were not asked for.
-        label_names: Names of the classes by index; None for a regression.
-        kind: `"classification"` or `"regression"`.
-        metric: Name of the metric that is the score.
-        layout: Which columns of the training examples mean what.
-    """
-
-    train: Dataset
-    held_out: Dataset
-    reported: dict[str, Dataset]
-    label_names: tuple[str, ...] | None
-    kind: str
-    metric: str
-    layout: Layout = field(compare=False)
 
 
 def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
@@ -122,20 +108,20 @@ def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
         return make_examples(spec.field(key), layout, columns, names)
 
     everything = checked("train", columns)
-    parts = {}
-    for label, split in reported_splits(spec, source).items() if reported else ():
-        key = f"reported.{label}"
-        parts[label] = part = checked(key, source.read(key, split, layout))
-        if _rows(part) <= _rows(everything):
-            remedy = "every example of it is a training example too; report examples that are not trained on"
-            raise spec.bad(key, split, remedy, DataError)
     train, held_out = split_examples(everything, spec.held_out, spec.split_seed, spec.field("held_out"))
     if (wanted := spec.train_examples) is not None:
         if wanted > len(train):
             remedy = f"{len(train)} are left beside the held-out ones; give at most so many, or null"
             raise spec.bad("train_examples", wanted, remedy, DataError)
         train = train.select(sorted(random.Random(spec.split_seed).sample(range(len(train)), wanted)))
-    return TaskData(train, held_out, parts, names, kind, metric, layout)
+    parts = {"train": train, HELD_OUT: held_out}
+    for label, split in reported_splits(spec, source).items() if reported else ():
+        key = f"reported.{label}"
+        parts[label] = checked(key, source.read(key, split, layout))
+        if _rows(parts[label]) <= _rows(everything):
+            remedy = "every example of it is a training example too; report examples that are not trained on"
+            raise spec.bad(key, split, remedy, DataError)
+    return TaskData(Task.of(kind, names, layout, spec.max_length), metric, parts)
 
 
 def _layout(spec: TaskSpec, glue: GlueTask | None) -> Layout:
@@ -219,7 +205,8 @@ class Articles(Source):
 
     def read(self, key: str, split: str, layout: Layout) -> Columns:
         """Return text and topic of the articles of a split."""
-        return columns_of(self.articles(key, split))
+        articles = self.articles(key, split)
+        return {"text": [one.text for one in articles], "label": [one.topic for one in articles]}
 
 
 def find_source(spec: TaskSpec, glue: GlueTask | None) -> Source:
@@ -228,9 +215,7 @@ def find_source(spec: TaskSpec, glue: GlueTask | None) -> Source:
     if spec.source is None and spec.train is not None and Path(spec.train).suffix.lower() in FORMATS:
         return Source(spec, Path(), reported=reported)
     if spec.source is None and glue is None:
-        remedy = (
-            f"{spec.name!r} is no GLUE task (they are {', '.join(GLUE)}); give a folder of data files or a hub name"
-        )
+        remedy = f"{spec.name!r} is no GLUE task (they are {', '.join(GLUE)}); give a folder of data files, a hub name"
         raise spec.bad("source", None, f"{remedy}, or the file names as train and reported")
     source = spec.source or HUB
     if Path(source).is_dir():
@@ -259,16 +244,7 @@ def reported_splits(spec: TaskSpec, source: Source) -> dict[str, str]:
 
 
 def make_examples(field: str, layout: Layout, columns: Columns, label_names: Sequence[str] | None) -> Dataset:
-    """Return checked examples.
-
-    Args:
-        field: The recipe's key of the split, for errors.
-        layout: Which columns mean what.
-        label_names: Names of the classes by index; None for a regression.
-
-    Raises:
-        DataError: A missing text or label, a label that is none of `label_names`, or an invalid number.
-    """
+    """Return checked examples; see `checked_values`."""
     from datasets import ClassLabel, Dataset, Features, Value
 
     values = checked_values(field, layout, columns, label_names)
@@ -280,10 +256,18 @@ def make_examples(field: str, layout: Layout, columns: Columns, label_names: Seq
 def checked_values(
     field: str, layout: Layout, columns: Columns, label_names: Sequence[str] | None
 ) -> dict[str, list[Any]]:
-    """Return the columns of `make_examples` as lists; see there."""
+    """Return the columns of examples as lists.
+
+    Args:
+        field: The recipe's key of the split, for errors.
+        layout: Which columns mean what.
+        label_names: Names of the classes by index; None for a regression.
+
+    Raises:
+        DataError: A missing text or label, a label that is none of `label_names`, or an invalid number.
+    """
     for column in layout.columns():
-        missing = [row for row, value in enumerate(columns[column], start=1) if value is None]
-        if missing:
+        if missing := [row for row, value in enumerate(columns[column], start=1) if value is None]:
             where = f"{field} (column {column!r}, row {', '.join(map(str, missing[:5]))})"
             remedy = "a text is missing; fill it in or leave the row out"
             if column == layout.label:
@@ -335,39 +319,23 @@ def _class_indices(where: str, values: Sequence[Any], label_names: Sequence[str]
     return [index[str(label)] for label in values]
 
 
-# Splits --------------------------------------------------------------------------------------------------------------
-
-
-def names_of(examples: Dataset) -> tuple[str, ...] | None:
-    """Return the names of the classes of examples by index; None for a regression."""
-    names = getattr(examples.features["labels"], "names", None)
-    return None if names is None else tuple(names)
-
-
-def split_examples(
-    examples: Dataset, fraction: float, seed: int, field: str = "data.validation_fraction"
-) -> tuple[Dataset, Dataset]:
+def split_examples(examples: Dataset, fraction: float, seed: int, field: str) -> tuple[Dataset, Dataset]:
     """Split examples in two, each class in proportion; the same seed gives the same split.
 
     Args:
         fraction: Share of the second part, in (0, 1).
-        field: The recipe's key of the fraction, for errors.
+        field: The key of the fraction, for errors.
 
     Raises:
         DataError: There are too few examples, or only one of a class.
     """
-    from numpy.random import RandomState
+    from sklearn.model_selection import train_test_split
 
-    names = names_of(examples)
-    rows = examples.select_columns("labels").add_column("row", list(range(len(examples))))
+    classes = list(examples["labels"]) if hasattr(examples.features["labels"], "names") else None
     try:
-        parts = rows.train_test_split(
-            test_size=fraction,
-            stratify_by_column=None if names is None else "labels",
-            # With the generator of `seed=` other examples would be held out than by scikit-learn, as in earlier runs.
-            generator=RandomState(seed),
-        )
+        parts = train_test_split(range(len(examples)), test_size=fraction, random_state=seed, stratify=classes)
     except ValueError as error:
         reason = f"{len(examples)} training examples cannot be split so ({error}); give another share"
         raise bad_value(field, fraction, reason, DataError) from error
-    return examples.select(sorted(parts["train"]["row"])), examples.select(sorted(parts["test"]["row"]))
+    kept, held_out = (examples.select(sorted(part)) for part in parts)
+    return kept, held_out

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..specs import MadeTask
-from ..training.job import Objective, Prediction
+from .made import Made, MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,86 +59,36 @@ def make_language_model(layers: int, width: int, seed: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-@dataclass(frozen=True)
-class MemoryJob:
-    """Pairs that a language model learns by heart; it implements `Job`.
+def memory_job(spec: MadeTask, seed: int) -> MadeJob:
+    """Return the job of a task; ConfigError for more pairs than keys, or a width that attention cannot divide."""
+    count, width = spec.pairs or _PAIRS, spec.width or _WIDTH
+    if count > VOCABULARY**KEY_TOKENS:
+        raise spec.bad("pairs", count, f"there are {VOCABULARY**KEY_TOKENS} different keys; give at most so many")
+    if width % (2 * _HEADS):
+        remedy = f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
+        raise spec.bad("width", width, remedy)
 
-    Args:
-        pairs: Tokens, see `make_pairs`.
-        layers: Layers of the model.
-        seed: Draws its weights.
-    """
-
-    pairs: Tensor
-    layers: int
-    width: int
-    seed: int
-
-    @classmethod
-    def make(cls, spec: MadeTask, seed: int) -> MemoryJob:
-        """Return the job of a task; ConfigError for more pairs than keys, or a width that attention cannot divide."""
-        count, width = spec.pairs or _PAIRS, spec.width or _WIDTH
-        if count > VOCABULARY**KEY_TOKENS:
-            raise spec.bad("pairs", count, f"there are {VOCABULARY**KEY_TOKENS} different keys; give at most so many")
-        if width % (2 * _HEADS):
-            remedy = f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
-            raise spec.bad("width", width, remedy)
-        return cls(make_pairs(count, seed), spec.layers or _LAYERS, width, seed)
-
-    @cached_property
-    def objective(self) -> Objective:
-        """The mean loss of the tokens of a step's values."""
-        return Objective(_collate, None, None, METRIC, counts_items=True, evaluate=self._evaluate)
-
-    @cached_property
-    def train(self) -> Dataset:
-        """The pairs."""
+    def make() -> Made:
         from datasets import Dataset
 
-        labels = self.pairs.clone()
+        pairs = make_pairs(count, seed)
+        labels = pairs.clone()
         labels[:, :KEY_TOKENS] = _NOT_LEARNED
-        return Dataset.from_dict({"input_ids": self.pairs.tolist(), "labels": labels.tolist()})
+        rows = Dataset.from_dict({"input_ids": pairs.tolist(), "labels": labels.tolist()})
+        load = partial(make_language_model, spec.layers or _LAYERS, width, seed)
+        return Made(load, _collate, dict.fromkeys(("train", PAIRS), rows), _evaluate)
 
-    @property
-    def eval_sets(self) -> dict[str, Dataset]:
-        """The pairs again: what is asked is whether they are remembered."""
-        return {PAIRS: self.train}
+    # What was trained on is evaluated: a pair that was held out could not be known.
+    return MadeJob(dict.fromkeys(("train", PAIRS), count), (PAIRS,), METRIC, make, counts_items=True)
 
-    @property
-    def evaluated(self) -> tuple[str, ...]:
-        """The pairs."""
-        return (PAIRS,)
 
-    @property
-    def examples(self) -> dict[str, int]:
-        """Numbers of pairs."""
-        return dict.fromkeys(("train", PAIRS), len(self.pairs))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
-
-    def load_model(self) -> Any:
-        """Return the model; the same at every call."""
-        return make_language_model(self.layers, self.width, self.seed)
-
-    def predict(self, trainer: Any, split: str) -> Prediction:
-        """Return what is recalled, see `recall`, and the loss of a value's token."""
-        measured = self._evaluate(trainer.model, self.train, trainer.args.per_device_eval_batch_size)
-        loss = measured.pop("loss")
-        return Prediction(measured, loss)
-
-    def describe(self, model: Any, adapter: Path) -> None:
-        """Write nothing: what the adapter is an update of is made from the seed."""
-
-    @torch.no_grad()
-    def _evaluate(self, model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
-        model.eval()
-        tokens = torch.tensor(data["input_ids"])
-        logits = [model(input_ids=part.to(model.device)).logits.float().cpu() for part in tokens.split(batch_size)]
-        # The token before gives the logits of the next.
-        return recall(torch.cat(logits)[:, KEY_TOKENS - 1 : -1], tokens[:, KEY_TOKENS:])
+@torch.no_grad()
+def _evaluate(model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
+    model.eval()
+    tokens = torch.tensor(data["input_ids"])
+    logits = [model(input_ids=part.to(model.device)).logits.float().cpu() for part in tokens.split(batch_size)]
+    # The token before gives the logits of the next.
+    return recall(torch.cat(logits)[:, KEY_TOKENS - 1 : -1], tokens[:, KEY_TOKENS:])
 
 
 def recall(logits: Tensor, values: Tensor) -> dict[str, float]:

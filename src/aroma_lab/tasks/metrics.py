@@ -22,9 +22,6 @@ METRICS = {
 }
 """Metrics that can be the score of a task, by kind, the usual one first; 1 is perfect in all of them."""
 
-CHOICE_METRIC = {kind: METRICS[kind][0] for kind in ("classification", "regression")}
-"""Metric that a checkpoint is chosen by, by kind, unless another is given."""
-
 
 def score(metric: str, by_split: Mapping[str, Mapping[str, float]]) -> float:
     """Return a task's score: its metric, averaged over splits of equal weight (MNLI: matched and mismatched)."""

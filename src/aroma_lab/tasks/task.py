@@ -10,7 +10,6 @@ from typing import Any, Literal
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from ..specs import DataSpec
 from .spec import Layout
 
 TASK_FILE = "aroma_task.json"
@@ -28,15 +27,14 @@ class Task:
     max_length: int
 
     @classmethod
-    def of(cls, data: DataSpec, label_names: tuple[str, ...] | None) -> Task:
-        """Return the task of a recipe's data."""
-        assert data.task in ("classification", "regression"), "others have another task file, or none"
-        return cls(data.task, label_names, data.text, data.text_pair, data.label, data.max_length)
-
-    @classmethod
-    def of_layout(cls, kind: Any, label_names: tuple[str, ...] | None, layout: Layout, max_length: int) -> Task:
+    def of(cls, kind: Any, label_names: tuple[str, ...] | None, layout: Layout, max_length: int) -> Task:
         """Return the task of examples whose columns are known."""
         return cls(kind, label_names, layout.text, layout.text_pair, layout.label, max_length)
+
+    @property
+    def layout(self) -> Layout:
+        """Which columns mean what."""
+        return Layout(self.text, self.text_pair, self.label)
 
 
 def save_task(task: Task, adapter: str | os.PathLike[str]) -> None:

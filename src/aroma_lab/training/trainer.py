@@ -23,8 +23,8 @@ from aroma.files import read_tensors, told_of, write_tensors
 from aroma.integrations.callback import AromaCallback
 
 from ..methods import Method
-from ..methods.base import TRAINED_FILE, Hooks, HooksCallback, trained_tensors
-from ..methods.head import head_of, require_new_trains
+from ..methods.base import TRAINED_FILE, Hooks, trained_tensors
+from ..methods.head import head_of
 from ..specs import TrainSpec
 from .job import Objective
 
@@ -90,7 +90,7 @@ def make_trainer(
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
     trainer = (objective.trainer.trainer_class or MethodTrainer)(
-        hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
+        hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
         counts_items=objective.counts_items,
         evaluate=objective.evaluate,
         describe=describe,
@@ -115,7 +115,6 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
     chosen = {id(parameter) for parameter in trained}
     named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
     head = head_of(model)
-    require_new_trains(head, named)
     adapter = [parameter for name, parameter in named.items() if not head.holds(name)]
     new = [parameter for name, parameter in named.items() if head.holds(name)]
     rates = (training.learning_rate, training.head_learning_rate or training.learning_rate)
@@ -202,7 +201,7 @@ class ExactResume:
     def __init__(
         self,
         *,
-        hooks: HooksCallback | None,
+        hooks: Hooks | None,
         counts_items: bool = False,
         evaluate: Callable[[Any, Dataset, int], dict[str, float]] | None = None,
         describe: Callable[[Any, Path], None] | None = None,
@@ -246,9 +245,8 @@ class ExactResume:
         if self._hooks is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
-        assert self._hooks.hooks is not None, "the Trainer calls on_train_begin first"
         write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
-        write_tensors(folder / HOOKS_FILE, self._hooks.hooks.state_dict())
+        write_tensors(folder / HOOKS_FILE, self._hooks.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._hooks is None:
@@ -260,10 +258,9 @@ class ExactResume:
         if self._hooks is None:
             super()._load_best_model()  # type: ignore[misc]
             return
-        assert self._hooks.hooks is not None, "it has trained"
-        self._restore(Path(self.state.best_model_checkpoint), self._hooks.hooks)
+        self._restore(Path(self.state.best_model_checkpoint), self._hooks)
 
-    def _restore(self, checkpoint: Path, hooks: Hooks | HooksCallback) -> None:
+    def _restore(self, checkpoint: Path, hooks: Hooks) -> None:
         load_trained(self.model, checkpoint / TRAINED_FILE)
         hooks.load_state_dict(read_tensors(checkpoint / HOOKS_FILE))
 

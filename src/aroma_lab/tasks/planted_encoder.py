@@ -1,0 +1,195 @@
+"""Planted ranks in a pretrained encoder: it learns the hidden states of itself with updates, on real sentences."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from aroma.errors import DataError, bad_value
+
+from ..methods.head import encoder_linears
+from ..specs import MadeTask
+from .classification import check_positions, load_tokenizer
+from .made import Made, MadeJob
+from .planted import FRESH, METRIC, GivenModel, deal_ranks, evaluate, planted_update, rows_of, squared_error
+
+_STRENGTH = 0.5
+
+
+class HiddenStates(GivenModel):
+    """An encoder that is trained on its last hidden states.
+
+    Args:
+        unit: Mean squared error that is a loss of 1.
+    """
+
+    _supports_sdpa = True  # whatever attention the encoder has chosen
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, encoder: Any, unit: float = 1.0) -> None:
+        super().__init__(encoder.config)
+        self.unit = unit
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # nothing of it reaches the hidden states
+        self.encoder = encoder
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        """Return hidden states (batch, tokens, width); the loss is the mean squared error over `unit`."""
+        h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if labels is None:
+            return SequenceClassifierOutput(logits=h)
+        squared, count = squared_error(h, labels, attention_mask)
+        return SequenceClassifierOutput(loss=squared / count / self.unit, logits=h)
+
+
+def load_encoder(name: str, unit: float = 1.0, *, meta: bool = False) -> HiddenStates:
+    """Return a pretrained encoder in float32 without dropout, whose loss is in this unit; `meta`: its shapes alone.
+
+    Dropout would move the hidden states further than the planted updates do.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        if not meta:
+            return HiddenStates(AutoModel.from_pretrained(name, config=config, dtype=torch.float32), unit)
+        with torch.device("meta"):
+            return HiddenStates(AutoModel.from_config(config))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value("model.name", name, f"cannot be loaded as an encoder ({reason}); check the name") from error
+
+
+@torch.no_grad()
+def plant(model: nn.Module, ranks: Mapping[str, int], strength: float, generator: torch.Generator) -> nn.Module:
+    """Return a copy of `model` with updates of these ranks, by module name.
+
+    The singular values of an update are `strength` times 0.7 to 1.3, in units of ‖W0‖_F / √min(m, n), the root mean
+    square of the singular values of its matrix.
+    """
+    teacher = copy.deepcopy(model)
+    for name, rank in ranks.items():
+        if rank:
+            weight = teacher.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            size = strength * float(weight.detach().norm()) / math.sqrt(min(weight.shape))
+            m, n = weight.shape
+            weight += size * planted_update(m, n, rank, generator)
+    return teacher
+
+
+def encoder_job(
+    spec: MadeTask, held_out: str, seed: int, model: str, texts: Mapping[str, list[str]], max_length: int
+) -> MadeJob:
+    """Return the job of a planted encoder.
+
+    Args:
+        held_out: Name of the held-out split.
+        seed: Of what is planted.
+        model: Hub name or folder of the encoder.
+        texts: Texts of the splits `train`, `held_out` and `FRESH`.
+        max_length: Most tokens of a text; the rest is cut off.
+
+    Raises:
+        ConfigError: No such encoder, a text longer than it takes, or a rank that is larger than its matrices.
+    """
+    tokenizer = load_tokenizer(model, max_length)
+    check_positions(model, max_length)
+    tokenizer.padding_side = "right"  # as the hidden states are padded
+    generator = torch.Generator().manual_seed(seed)
+    empty = load_encoder(model, meta=True)
+    shapes = {name: empty.get_submodule(name).weight.shape for name in encoder_linears(empty)}
+    ranks = deal_ranks(spec, shapes, generator)
+    make = partial(_made_encoder, spec, model, ranks, generator, texts, tokenizer, max_length)
+    counts = {split: len(some) for split, some in texts.items()}
+    return MadeJob(counts, (held_out, FRESH), METRIC, make, planted=ranks, tokenizer=tokenizer)
+
+
+def _made_encoder(
+    spec: MadeTask,
+    name: str,
+    ranks: Mapping[str, int],
+    generator: torch.Generator,
+    texts: Mapping[str, list[str]],
+    tokenizer: Any,
+    max_length: int,
+) -> Made:
+    base = load_encoder(name).eval()
+    teacher = plant(base, ranks, _STRENGTH if spec.strength is None else spec.strength, generator).eval()
+    targets: list[Tensor] = []
+    parts, squared, count = {}, 0.0, 0
+    for split, some in texts.items():
+        encoded = tokenizer(some, truncation=True, max_length=max_length)
+        inputs = [torch.tensor(ids) for ids in encoded["input_ids"]]
+        start, goals = len(targets), _hidden_states(teacher, inputs)
+        columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        if split == "train":
+            targets += [goal + (spec.noise or 0.0) * torch.randn(goal.shape, generator=generator) for goal in goals]
+            parts[split] = rows_of(start, len(goals), columns)
+        else:
+            own = _hidden_states(base, inputs)
+            errors = [float((h - goal).double().square().sum()) for h, goal in zip(own, goals, strict=True)]
+            targets += goals
+            squared, count = squared + math.fsum(errors), count + sum(goal.numel() for goal in goals)
+            parts[split] = rows_of(start, len(goals), {**columns, "base_error": errors})
+    # A loss of 1 is the base's, whatever the size of the hidden states.
+    unit = squared / count if any(ranks.values()) else 1.0
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = tokenizer.pad(
+            [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows], return_tensors="pt"
+        )
+        return {**batch, "labels": pad_sequence([targets[row["row"]] for row in rows], batch_first=True)}
+
+    measure = partial(evaluate, collate, any(ranks.values()))
+    return Made(partial(load_encoder, name, unit), collate, parts, measure)
+
+
+@torch.no_grad()
+def _hidden_states(model: nn.Module, inputs: Sequence[Tensor], batch_size: int = 64) -> list[Tensor]:
+    """Return the hidden states (tokens, width) of every text, in batches of like lengths."""
+    order = sorted(range(len(inputs)), key=lambda place: len(inputs[place]))
+    found: dict[int, Tensor] = {}
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        padded = pad_sequence([inputs[place] for place in chosen], batch_first=True)
+        mask = pad_sequence([torch.ones_like(inputs[place]) for place in chosen], batch_first=True)
+        states = model(padded, mask).logits
+        found |= {place: row[: len(inputs[place])].clone() for place, row in zip(chosen, states, strict=True)}
+    return [found[place] for place in range(len(inputs))]
+
+
+def split_texts(
+    texts: Sequence[str | None], share: float, seed: int, held_out: str, where: str
+) -> dict[str, list[str]]:
+    """Return different texts by split: `train`, `held_out`, and `FRESH`; the last two have a `share` of them each.
+
+    Raises:
+        DataError: There are too few.
+    """
+    different = list(dict.fromkeys(text for text in texts if text and text.strip()))
+    size = int(share * len(different))
+    if size < 1 or len(different) - 2 * size < 1:
+        remedy = f"{len(different)} different texts cannot be split so; give more, or another share"
+        raise bad_value(where, share, remedy, DataError)
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [different[place] for place in order]
+    return {"train": shuffled[2 * size :], held_out: shuffled[:size], FRESH: shuffled[size : 2 * size]}
