@@ -31,30 +31,32 @@ class Example:
     where: str = field(default="", compare=False)
 
 
-def load_examples(key: str, path: str, text: str | None = None) -> list[Example]:
+def load_examples(
+    key: str, path: str, text: str | None = None, hub: tuple[str, str | None] | None = None
+) -> list[Example]:
     """Read every row of a file, or of several joined by `+`: `messages`, `prompt` and `completion`, `text`, or
     LLM-Adapters' `instruction`, `input` and `output`. An empty response stays, as an empty message.
 
     Args:
         key: The recipe's key of the file, for errors.
+        path: The file, or the split of a data set on the hub.
         text: Column of plain text, whatever other columns there are; None: as above.
+        hub: Name and configuration of that data set; None: a file.
 
     Raises:
         DataError: No such file, no rows, or a damaged row, with its number.
     """
+    if hub is not None:
+        known = [["messages"], ["instruction", "input", "output"], *map(list, _PAIRS), ["text"]]
+        _, columns = read_hub(key, path, *hub, known if text is None else [[text]])
+        named = {hub[0]: [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]}
+    else:
+        named = {file: read_rows(key, file) for file in joined_files(path)}
     return [
         _example(f"{key} ({file}, row {number})", row, text)
-        for file in joined_files(path)
-        for number, row in enumerate(read_rows(key, file), start=1)
+        for file, rows in named.items()
+        for number, row in enumerate(rows, start=1)
     ]
-
-
-def load_hub_examples(key: str, split: str, name: str, config: str | None, text: str | None) -> list[Example]:
-    """Read every row of a split of a hub data set; see `load_examples`."""
-    known = [["messages"], ["instruction", "input", "output"], *map(list, _PAIRS), ["text"]]
-    _, columns = read_hub(key, split, name, config, known if text is None else [[text]])
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [_example(f"{key} ({name}, row {number})", row, text) for number, row in enumerate(rows, start=1)]
 
 
 def joined_files(path: str) -> list[str]:

@@ -17,7 +17,7 @@ from ..tasks.data import Articles, Source, find_source, recipe_sources, reported
 from ..tasks.metrics import language_metric
 from ..tasks.spec import HELD_OUT, TaskSpec
 from ..training.job import Objective, Prediction, TrainerKind
-from .data import Example, Question, load_examples, load_hub_examples, load_questions
+from .data import Example, Question, load_examples, load_questions
 from .encode import Encoded, encode_rows
 from .model import LanguageTask, LoadedModel, load_causal_lm, load_lm_tokenizer
 
@@ -32,32 +32,27 @@ class LanguageJob:
     Args:
         max_length: Most tokens of an example, and of a packed row.
         parts: Examples by split, `train` among them.
-        tokenizer: It has a chat template.
         packing: Whether a row has several examples.
         questions: Of a task of kind `commonsense`, questions by split: the held-out ones, then each set that is
             reported. During training the loss of the held-out examples is measured; answers are ranked at the end.
         metric: Name of the metric that is the score.
+
+    Raises:
+        ConfigError: The model has no tokenizer that the examples can be written with, or TRL is not installed.
     """
 
     model: ModelSpec
     max_length: int
     parts: Mapping[str, Sequence[Example]]
-    tokenizer: Any
     packing: bool = False
     questions: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     metric: str = "loss"
 
-    @classmethod
-    def make(
-        cls, model: ModelSpec, max_length: int, parts: Mapping[str, Sequence[Example]], **options: Any
-    ) -> LanguageJob:
-        """Return the job, with the model's tokenizer.
+    tokenizer: Any = field(init=False)
 
-        Raises:
-            ConfigError: There is no such tokenizer, it lacks what the examples need, or TRL is not installed.
-        """
+    def __post_init__(self) -> None:
         require_extra("language")
-        return cls(model, max_length, parts, load_lm_tokenizer(model, max_length), **options)
+        self.tokenizer = load_lm_tokenizer(self.model, self.max_length)
 
     @cached_property
     def objective(self) -> Objective:
@@ -89,7 +84,7 @@ class LanguageJob:
     @property
     def evaluated(self) -> tuple[str, ...]:
         """All splits but that of training."""
-        return tuple(self.questions) or tuple(split for split in self.parts if split != "train")
+        return tuple(self.questions or self.eval_sets)
 
     @property
     def examples(self) -> dict[str, int]:
@@ -156,21 +151,19 @@ def recipe_job(data: DataSpec, model: ModelSpec, packing: bool) -> LanguageJob:
     """Return the job of a recipe; without validation examples some of training's are held out.
 
     Raises:
-        ConfigError: See `LanguageJob.make`.
+        ConfigError: See `LanguageJob`.
         DataError: Data that cannot be used as described, or too few for a validation split.
     """
     text = None if data.text == "text" else data.text
     parts = {}
     for split, source in recipe_sources(data).items():
-        if data.name is not None:
-            parts[split] = load_hub_examples(f"data.{split}", source, data.name, data.config, text)
-        else:
-            parts[split] = load_examples(f"data.{split}", source, text)
+        hub = None if data.name is None else (data.name, data.config)
+        parts[split] = load_examples(f"data.{split}", source, text, hub)
     if "validation" not in parts:
         key = "data.validation_fraction"
         train, held_out = hold_out(parts.pop("train"), data.validation_fraction, data.split_seed, key)
         parts = {"train": train, "validation": held_out, **parts}
-    return LanguageJob.make(model, data.max_length, parts, packing=packing)
+    return LanguageJob(model, data.max_length, parts, packing=packing)
 
 
 def task_job(spec: TaskSpec, model: ModelSpec, packing: bool, *, reported: bool = True) -> LanguageJob:
@@ -180,7 +173,7 @@ def task_job(spec: TaskSpec, model: ModelSpec, packing: bool, *, reported: bool 
         reported: Whether the reported sets are read; False: none of their files is opened.
 
     Raises:
-        ConfigError: See `LanguageJob.make`.
+        ConfigError: See `LanguageJob`.
         DataError: Examples that cannot be used, or reported ones that are all trained on.
     """
     metric, source = language_metric(spec), find_source(spec, None)
@@ -193,10 +186,10 @@ def task_job(spec: TaskSpec, model: ModelSpec, packing: bool, *, reported: bool 
             remedy = "every example of it is a training example too; report examples that are not trained on"
             raise spec.bad(f"reported.{label}", split, remedy, DataError)
     if spec.kind == "causal_lm":
-        return LanguageJob.make(model, spec.max_length, parts, packing=packing)
+        return LanguageJob(model, spec.max_length, parts, packing=packing)
     questions = {split: parts[split] for split in parts if split != "train"}
     learnt = {split: [one.example for one in parts[split]] for split in ("train", HELD_OUT)}
-    return LanguageJob.make(model, spec.max_length, learnt, packing=packing, questions=questions, metric=metric)
+    return LanguageJob(model, spec.max_length, learnt, packing=packing, questions=questions, metric=metric)
 
 
 def hold_out(examples: Sequence[Any], fraction: float, seed: int, key: str) -> tuple[list[Any], list[Any]]:
@@ -222,7 +215,7 @@ def _examples_of(source: Source, key: str, split: str) -> list[Any]:
     if isinstance(source, Articles):
         return [Example(article.text, article.name) for article in source.articles(key, split)]
     if source.folder is None:
-        return load_hub_examples(where, split, source.name, source.config, text)
+        return load_examples(where, split, text, (source.name, source.config))
     files = "+".join(source.locate(key, one) for one in split.split("+"))
     return load_questions(where, files) if spec.kind == "commonsense" else load_examples(where, files, text)
 
