@@ -244,6 +244,7 @@ class Recipe:
             raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1")
         if data.max_length < 3:
             raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two")
+        data.check_made(data.task)
         check_training(self.training)
 
 
