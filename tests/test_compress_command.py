@@ -19,7 +19,6 @@ import aroma_lab.compressing as compressing
 from aroma.cli import main
 from aroma.evidence.checkup import model_loss
 from aroma.evidence.checkups import compress
-from aroma_lab.compressing import split_evenly
 from aroma_lab.tasks.task import Task, load_task, save_task
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 from tiny_lm import save_tiny_lm, tiny_tokenizer
@@ -267,11 +266,6 @@ def few(home: Path, folder: Path) -> list[str]:
     return [str(home / "adapter"), "--data", str(data)]
 
 
-def other_columns(home: Path, folder: Path) -> list[str]:
-    data = write_json_lines(folder / "rows.jsonl", [{"said": "w1", "label": "low"}] * 20)
-    return [str(home / "adapter"), "--data", str(data)]
-
-
 def other_labels(home: Path, folder: Path) -> list[str]:
     data = write_json_lines(folder / "rows.jsonl", [{"text": "w1", "label": "medium"}] * 20)
     return [str(home / "adapter"), "--data", str(data)]
@@ -286,10 +280,6 @@ def another_method(home: Path, folder: Path) -> list[str]:
 
 def another_task(home: Path, folder: Path) -> list[str]:
     return [*edited(home, folder, task_type="TOKEN_CLS"), "--data", str(home / "held-out.jsonl")]
-
-
-def no_base(home: Path, folder: Path) -> list[str]:
-    return [*edited(home, folder, base_model_name_or_path=None), "--data", str(home / "held-out.jsonl")]
 
 
 def lost_base(home: Path, folder: Path) -> list[str]:
@@ -310,11 +300,9 @@ def edited(home: Path, folder: Path, **fields: Any) -> list[str]:
     ("make", "words"),
     [
         (few, ("--data=", "7 examples", "8")),
-        (other_columns, ("--data=", "'text'", "'said'", "'label'")),
         (other_labels, ("column 'label'", "medium", "low, high")),
         (another_method, ("peft_type='IA3'", "LoRA")),
         (another_task, ("task_type='TOKEN_CLS'", "SEQ_CLS", "CAUSAL_LM")),
-        (no_base, ("--base=None", "does not name its base model")),
         (lost_base, ("--base='/gone/base'", "no such folder")),
     ],
 )
@@ -362,21 +350,7 @@ def test_a_failure_leaves_nothing_behind(home: Path, tmp_path: Path, monkeypatch
     assert not [*tmp_path.iterdir()]
 
 
-# Batches, and what is not installed ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "most", "parts"), [(8, 16, 8), (17, 16, 16), (120, 16, 16), (1000, 16, 63), (9, 1, 9)]
-)
-def test_batches_are_even_small_and_many(count: int, most: int, parts: int) -> None:
-    split = split_evenly([*range(count)], most)
-    sizes = [len(part) for part in split]
-    assert len(split) == parts
-    assert max(sizes) <= most
-    assert max(sizes) - min(sizes) <= 1
-    assert sorted(place for part in split for place in part) == [*range(count)]
-    assert split == split_evenly([*range(count)], most)
-    assert [place for part in split for place in part] != [*range(count)]
+# What is not installed ----------------------------------------------------------------------------------
 
 
 WITHOUT_EXTRAS = """

@@ -35,7 +35,6 @@ FILES: dict[str, tuple[list[str], str]] = {
     "eval --predictions": (["eval", "a", "--data", "x.csv", "--predictions", "OUT"], ".jsonl"),
     "predict --out": (["predict", "a", "x.csv", "--out", "OUT"], ".csv"),
     "report --out": (["report", "r", "--out", "OUT"], ".html"),
-    "generate --out": (["generate", "a", "x.jsonl", "--out", "OUT"], ".jsonl"),
     "bench --out": (["bench", "--out", "OUT"], ".json"),
     "lab table --out": (["lab", "table", "r", "--out", "OUT"], ".csv"),
     "lab figure --out": (["lab", "figure", "ranks", "r", "--out", "OUT"], ".png"),

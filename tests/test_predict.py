@@ -179,7 +179,7 @@ def test_a_language_model_writes_what_plain_peft_writes(
     assert len({row["prediction"] for row in answered}) > 1
     # Before the first answer, not after all those before it.
     write_json_lines(tmp_path / "rows.jsonl", [*rows, {"question": " ".join(["king"] * 500), "id": 4}])
-    monkeypatch.setattr("aroma_lab.language.generate.generate_batch", None)
+    monkeypatch.setattr("aroma_lab.language.generate._generate", None)
     assert main([*arguments, "--text", "question", "--max-new-tokens", "5", "--force"]) == 2
     assert "data (row 4)" in capsys.readouterr().err
 

@@ -15,10 +15,9 @@ from aroma.errors import ConfigError
 from aroma_lab.language.data import load_questions
 from aroma_lab.language.evaluate import evaluate_questions
 from aroma_lab.language.model import LoadedModel
-from aroma_lab.language.template import Template
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.specs import LanguageSpec, TrainSpec
+from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.spec import TaskSpec
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 from trial_runs import read, save_material
@@ -61,9 +60,9 @@ def classify(words: Path, model: str, **changes: Any) -> Trial:
 
 def metrics_by_hand(files: Path, autocast: bool = False) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
-    asked = load_questions("data", str(files / "test.jsonl"), LanguageSpec())
+    asked = load_questions("data", str(files / "test.jsonl"))
     model = AutoModelForCausalLM.from_pretrained(files / "model")
-    loaded = LoadedModel(model, Template(tokenizer, LanguageSpec()))
+    loaded = LoadedModel(model, tokenizer)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = evaluate_questions(loaded, asked, batch_size=8, max_length=64)
     assert found.loss is not None

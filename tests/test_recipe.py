@@ -13,7 +13,7 @@ from aroma_lab.methods import make_method
 from aroma_lab.run.recipe import load_recipe, make_recipe, recipe_help, run_recipe, save_recipe, trial_of
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.specs import DataSpec, LanguageSpec, ModelSpec, TrainSpec, adapter_keys
+from aroma_lab.specs import DataSpec, ModelSpec, TrainSpec, adapter_keys
 from aroma_lab.study.grid import expand, load_grid
 from trial_runs import GROWING, read, save_material
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
 
 def test_every_key_is_documented():
     helped = {key: meaning for key, _, meaning in recipe_help()}
-    sections = {"model": ModelSpec, "data": DataSpec, "training": TrainSpec, "language": LanguageSpec}
+    sections = {"model": ModelSpec, "data": DataSpec, "training": TrainSpec}
     keys = {f"{section}.{name}" for section, kind in sections.items() for name in kind.__dataclass_fields__}
     assert set(helped) == keys | {f"adapter.{name}" for name in adapter_keys()} | {"output"}
     assert all(helped.values())
@@ -114,7 +114,7 @@ def test_the_adapter_section_is_the_config_with_its_defaults():
 
 
 def test_a_resolved_recipe_and_its_trial_come_back_equal(tmp_path):
-    values = {"data.task": "causal_lm", "language.template": "plain", "model.gguf_file": "m.gguf"}
+    values = {"data.task": "causal_lm", "training.packing": True, "model.gguf_file": "m.gguf"}
     values |= {"adapter.target_modules": ["query"], "data.name": "org/chats", "training.seed": 3}
     recipe = make_recipe({**MINIMAL, **values})
     save_recipe(recipe, tmp_path / "recipe.yaml")

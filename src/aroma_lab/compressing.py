@@ -26,7 +26,8 @@ from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folde
 from aroma.pictures import kept_picture
 from aroma.saved import read_config
 
-from .language.data import NOT_LEARNED, encode_rows, load_examples
+from .language.data import load_examples
+from .language.encode import NOT_LEARNED, encode_rows
 from .language.model import load_for_inference, load_language_task, model_source, placed, positions_of, with_adapter
 from .preflight import require_model
 from .progress import Progress
@@ -169,18 +170,18 @@ def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) 
     task = load_language_task(folder)
     spec = task.model if want.base is None else ModelSpec(want.base)
     _base_name(spec.name)
-    examples = load_examples("--data", data, task.language)
+    examples = load_examples("--data", data, want.text)
     known = AutoConfig.from_pretrained(model_source(spec))
     length = want.max_length or task.max_length or min(_TOKENS, positions_of(known) or _TOKENS)
     is_free = not (folder / TASK_FILE).exists() and torch.accelerator.is_available()
     halved = is_free and known.dtype in (torch.float16, torch.bfloat16)
-    model, template = load_for_inference(folder, want.base, "bfloat16" if halved else None)
-    rows, encoded = encode_rows(examples, template, length, "--data")
+    model, tokenizer = load_for_inference(folder, want.base, "bfloat16" if halved else None)
+    rows, _, note = encode_rows(examples, tokenizer, length, "--data")
     learned = [{*labels} != {NOT_LEARNED} for labels in rows["labels"]]  # of a single token nothing is
     rows = {name: [*chosen(values, learned)] for name, values in rows.items()}
-    template.tokenizer.padding_side = "right"  # where no token sees it
-    collate = DataCollatorForSeq2Seq(template.tokenizer, label_pad_token_id=NOT_LEARNED)
-    return _Asked(model, _batches(data, rows, collate, want.batch_size or 8), note=str(encoded))
+    tokenizer.padding_side = "right"  # where no token sees it
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_LEARNED)
+    return _Asked(model, _batches(data, rows, collate, want.batch_size or 8), note=note)
 
 
 def _report(asked: _Asked, found: Checkup) -> dict[str, Any]:

@@ -86,33 +86,23 @@ def respond(
 
     Args:
         folder: The adapter, or a whole model.
-        text: Column of the prompt; None: `prompt`, or the columns of the training.
+        text: Column of the prompt; None: `prompt`, `messages`, or `instruction` and perhaps `input`.
 
     Raises:
         DataError: A row has no prompt, or one that leaves no room for an answer.
         AromaError: The adapter or its base model cannot be loaded.
     """
-    from .language.generate import generate_batch, require_room, turns_of_row
-    from .language.model import load_for_inference, load_language_task
+    from .language.data import messages_of
+    from .language.generate import generate_batch
+    from .language.model import load_for_inference
 
     if max_new_tokens < 1:
         raise bad_value("--max-new-tokens", max_new_tokens, "give 1 or more")
-    spec = load_language_task(folder).language
-    wheres = [f"data (row {number})" for number in range(1, len(rows) + 1)]
     asked = rows if text is None else [{"prompt": prompt} for prompt in _texts(rows, "--text", text)]
-    turns = [turns_of_row(where, row, spec) for where, row in zip(wheres, asked, strict=True)]
+    chats = [messages_of(f"data (row {number})", row) for number, row in enumerate(asked, start=1)]
     loaded = load_for_inference(folder, base_model)
-    template, prompts = loaded.template, []
-    for where, some in zip(wheres, turns, strict=True):
-        prompts.append(template.prompt(some, where))
-        require_room(loaded.model, [*prompts[-1], *template.lead], max_new_tokens, where)
-    answers: list[Row] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        found = generate_batch(loaded, batch, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        answers += [{PREDICTION: answer.text, FINISHED: answer.finished} for answer in found]
-        on_batch(len(batch))
-    return answers
+    found = generate_batch(loaded, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, on_batch=on_batch)
+    return [{PREDICTION: answer.text, FINISHED: answer.finished} for answer in found]
 
 
 def write_answers(path: Path, rows: Sequence[Row], answers: Sequence[Row]) -> None:

@@ -94,7 +94,7 @@ class DataSpec(MadeTask):
         "classification"
     )
     """`classification` (one label a text), `regression` (one number a text), or `causal_lm` (a language model that
-    learns to answer; the section `language` says how its examples look). Three whose right answer is known:
+    learns to answer, from messages, prompts and completions, or text). Three whose right answer is known:
     `planted_net` (a made net learns updates of known ranks), `planted_encoder` (an encoder learns the hidden states of
     itself with such updates, on the texts of `train`), and `memory` (a made language model learns random pairs)."""
     name: str | None = None
@@ -110,7 +110,7 @@ class DataSpec(MadeTask):
     test: str | None = None
     """Test examples, evaluated once, after training: a file or split; null: none."""
     text: str = "text"
-    """Column of the text."""
+    """Column of the text; of a language model's plain text."""
     text_pair: str | None = None
     """Column of the second text of a pair; null: single texts."""
     label: str = "label"
@@ -172,9 +172,6 @@ class TrainSpec:
     """Stop when every module has finished growing; false: the head trains on to the end."""
     seed: int = 0
     """Seed of the head, the order of examples, dropout, and the components."""
-    loop: Literal["trainer", "sft"] = "trainer"
-    """Accepted from older recipes: a language model always trains with TRL's SFTTrainer, anything else with
-    transformers' Trainer."""
     gradient_checkpointing: bool = False
     """Compute the layers' activations anew in backward instead of keeping them: less memory, a third more time."""
     threads: int | None = None
@@ -183,34 +180,8 @@ class TrainSpec:
     """Mixed precision in bfloat16; adapters and head stay in float32."""
     group_by_length: bool = False
     """Batches of examples of similar lengths, which have less padding; in training and evaluation."""
-
-
-@dataclass(frozen=True)
-class LanguageSpec:
-    """Instruction data, chats or plain text, and the one way in which they become tokens."""
-
-    format: Literal["auto", "instruction", "messages", "text"] = "auto"
-    """`instruction` (columns of instruction, input and output), `messages` (a list of turns with role and content),
-    `text` (plain text); `auto`: the first of them whose columns the file has."""
-    instruction: str = "instruction"
-    """Column of the instruction."""
-    input: str = "input"
-    """Column of what the instruction is about; a file may lack it, and a row may leave it empty."""
-    output: str = "output"
-    """Column of the response."""
-    messages: str = "messages"
-    """Column of the turns."""
-    text: str = "text"
-    """Column of the plain text."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """How turns become text: the tokenizer's own `chat` template, or AROMA's `plain` one; `auto`: chat where the
-    tokenizer has a template."""
-    system: str | None = None
-    """System turn put before every conversation that has none; null: none."""
-    learn: Literal["response", "all"] = "response"
-    """What the loss is taken of: every response with its end, or prompts too; plain text is learned whole."""
     packing: bool = False
-    """Several examples a row of `max_length` tokens, each attending to itself only."""
+    """Of a language model: several examples a row of `data.max_length` tokens, each attending to itself only."""
 
 
 class AdapterKey(NamedTuple):
@@ -256,7 +227,6 @@ class Recipe:
     adapter: dict[str, Any] = field(default_factory=dict)
     """Fields of `aroma.AromaConfig`, which explains and checks them; what is left out has its default."""
     training: TrainSpec = field(default_factory=TrainSpec)
-    language: LanguageSpec = field(default_factory=LanguageSpec)
     output: str = "runs/aroma"
     """Folder of the run; must be new or empty, or hold this very run when it is resumed."""
 
@@ -274,8 +244,6 @@ class Recipe:
             raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1")
         if data.max_length < 3:
             raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two")
-        if data.task == "causal_lm" and (data.text, data.text_pair, data.label) != ("text", None, "label"):
-            raise bad_value("data.text", data.text, "columns of a language model are keys of the section language")
         data.check_made(data.task)
         check_training(self.training)
 

@@ -83,9 +83,9 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
-    from ..language.model import LANGUAGE_KIND, task_kind
+    from ..language.model import is_language_model
 
-    if task_kind(arguments.adapter) == LANGUAGE_KIND:
+    if is_language_model(arguments.adapter):
         from .eval_language import run_language
 
         refuse_options(arguments, _CLASSIFIER_OPTIONS, "only classifiers and regressions have it, and this is none")

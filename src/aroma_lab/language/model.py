@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import datetime
 import os
-import warnings
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,16 +15,15 @@ from aroma.errors import AromaError, CheckpointError, bad_value
 from aroma.export import put_into
 from aroma.files import read_json, require_adapter_folder, write_json
 from aroma.saved import is_plain, read_adapter, read_config
-from aroma.tuner.layout import PEFT_PREFIX
 
-from ..specs import LanguageSpec, ModelSpec
+from ..specs import ModelSpec
 from ..tasks.model import loading_options
-from ..tasks.task import TASK_FILE, load_task
+from ..tasks.task import TASK_FILE
+from .encode import PLAIN_TEMPLATE, begins_with
 from .gguf_source import PACKAGED, packaged_gguf, resolve_gguf
-from .template import Template
 
-LANGUAGE_KIND: Literal["causal_lm"] = "causal_lm"
-_CONFIG_FILE = "adapter_config.json"
+LANGUAGE_KIND = "causal_lm"
+"""Kind of task that aroma_task.json tells of a language model."""
 
 
 # Pretrained models ---------------------------------------------------------------------------------------------------
@@ -37,29 +36,24 @@ def load_causal_lm(spec: ModelSpec) -> Any:
         ConfigError: There is no such model, or it is not a whole causal language model.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     source, options = model_source(spec), loading_options(spec)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise _cannot_load(spec, error) from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
+    if missing := sorted(loading["missing_keys"]):
         remedy = f"its checkpoint lacks {', '.join(missing[:3])}, so it is no trained causal language model; give one"
-        raise bad_value("model.name", spec.name, remedy)
-    encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if encoder and not getattr(model.config, "is_decoder", False):
-        remedy = "an encoder: each token sees the later ones; give a decoder-only model"
         raise bad_value("model.name", spec.name, remedy)
     return model
 
 
-def load_lm_tokenizer(spec: ModelSpec, max_length: int | None) -> Any:
-    """Return the tokenizer of a causal language model; it can pad.
+def load_lm_tokenizer(spec: ModelSpec, max_length: int | None, folder: Path | None = None) -> Any:
+    """Return the tokenizer of a causal language model; it can pad, and has a chat template.
 
     Args:
         max_length: Tokens of the longest example, its response included; None: not known.
+        folder: Where the tokenizer is, if not with the model.
 
     Raises:
         ConfigError: There is no such tokenizer, it has no eos token, or the model takes fewer tokens than
@@ -69,7 +63,7 @@ def load_lm_tokenizer(spec: ModelSpec, max_length: int | None) -> Any:
 
     source = model_source(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(folder or source)
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise _cannot_load(spec, error, "its tokenizer ") from error
@@ -83,6 +77,13 @@ def load_lm_tokenizer(spec: ModelSpec, max_length: int | None) -> Any:
     positions = positions_of(config)
     if max_length is not None and positions is not None and max_length > positions:
         raise bad_value("data.max_length", max_length, f"{spec.name} takes at most {positions} tokens")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = ("{{ bos_token }}" if begins_with(tokenizer) else "") + PLAIN_TEMPLATE
+    # A template that writes today's date must ask tomorrow as in training. Llama 3's fall back on this day.
+    day = datetime.date(2024, 7, 26)
+    tokenizer.chat_template = re.sub(
+        r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(day.strftime(call[2])), tokenizer.get_chat_template()
+    )
     return tokenizer
 
 
@@ -119,28 +120,20 @@ def _cannot_load(spec: ModelSpec, error: Exception, what: str = "") -> AromaErro
 
 @dataclass(frozen=True)
 class LanguageTask:
-    """How an adapter's prompts were made, and which model it belongs to."""
+    """How an adapter's examples were cut, and which model it belongs to."""
 
-    language: LanguageSpec
-    """Template, system turn and columns."""
     max_length: int | None
     """Most tokens of an example in training; None: not known."""
     model: ModelSpec
     """The pretrained model, loaded as in training."""
-    fingerprint: str | None = None
-    """Of the model's weights, see `fingerprint_of`; None: not known."""
-    kind: Literal["causal_lm"] = LANGUAGE_KIND
-    """Tells this task from a classifier's."""
 
     def save(self, adapter: str | os.PathLike[str]) -> None:
         """Write the task into the folder of an adapter."""
-        write_json(Path(adapter) / TASK_FILE, asdict(self))
+        write_json(Path(adapter) / TASK_FILE, {"kind": LANGUAGE_KIND, **asdict(self)})
 
 
 def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
     """Read the task of a language model's adapter, or of a whole model: a merged export has that of its adapter.
-
-    For what AROMA did not train: the base model that PEFT recorded, and the prompts of default settings.
 
     Raises:
         CheckpointError: The folder is no adapter, or the task is another kind's, or was edited.
@@ -148,39 +141,27 @@ def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
     path, whole = Path(folder) / TASK_FILE, _is_whole_model(folder)
     if not path.exists():
         name = str(folder) if whole else read_config(folder).get("base_model_name_or_path")
-        return LanguageTask(LanguageSpec(), None, ModelSpec(name))
+        return LanguageTask(None, ModelSpec(name))
     content = read_json(path)
     try:
-        if content["kind"] != LANGUAGE_KIND:
-            raise CheckpointError(f"{path}: its kind is {content['kind']!r}, not a language model's; use `aroma eval`")
-        sections = {"language": LanguageSpec(**content["language"]), "model": ModelSpec(**content["model"])}
-        task = LanguageTask(**{**content, **sections})
-        if not (task.model.name and isinstance(task.model.name, str) and isinstance(task.model.gguf_file, str | None)):
-            raise TypeError("model: its name or gguf_file is no name")
+        task = LanguageTask(content["max_length"], ModelSpec(**content["model"]))
+        if content["kind"] != LANGUAGE_KIND or not isinstance(task.model.name, str):
+            raise TypeError("it is no language model's")
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error
-    return replace(task, model=ModelSpec(str(folder)), fingerprint=None) if whole else task
+    return replace(task, model=ModelSpec(str(folder))) if whole else task
 
 
-def task_kind(folder: str | os.PathLike[str]) -> Literal["classification", "regression", "causal_lm", "unknown"]:
-    """Return what a folder is for: `"classification"`, `"regression"`, `"causal_lm"`, or `"unknown"`.
-
-    A folder without a task is a language model's if PEFT says so, or if it holds a model and no adapter. Another
-    adapter without one is unknown: `tasks.saved.open_classifier` tells by its head whether it is a classifier's.
+def is_language_model(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is a language model's: by its task, by PEFT's word, or for it holds a whole model.
 
     Raises:
-        CheckpointError: It is no adapter, or the task was edited.
+        CheckpointError: It is no adapter.
     """
-    path = Path(folder)
-    if (path / TASK_FILE).exists():
-        content = read_json(path / TASK_FILE)
-        if isinstance(content, dict) and content.get("kind") == LANGUAGE_KIND:
-            return LANGUAGE_KIND
-    elif _is_whole_model(folder) or _is_language_adapter(path):
-        return LANGUAGE_KIND
-    elif read_config(folder):
-        return "unknown"
-    return load_task(folder).kind
+    if (path := Path(folder) / TASK_FILE).exists():
+        content = read_json(path)
+        return isinstance(content, dict) and content.get("kind") == LANGUAGE_KIND
+    return _is_whole_model(folder) or read_config(folder).get("task_type") == "CAUSAL_LM"
 
 
 def base_model_of(adapter: str, name: str | None) -> str | None:
@@ -193,7 +174,7 @@ def base_model_of(adapter: str, name: str | None) -> str | None:
     """
     if name is not None:
         return model_source(ModelSpec(name))
-    if (Path(adapter) / TASK_FILE).exists() and task_kind(adapter) == LANGUAGE_KIND:
+    if (Path(adapter) / TASK_FILE).exists() and is_language_model(adapter):
         return model_source(load_language_task(adapter).model)
     return None
 
@@ -201,23 +182,19 @@ def base_model_of(adapter: str, name: str | None) -> str | None:
 def _is_whole_model(folder: str | os.PathLike[str]) -> bool:
     """Return whether `folder` holds a model without an adapter, or is the name of the packaged model."""
     path = Path(folder)
-    if (path / _CONFIG_FILE).exists():
-        return False
-    return (path / "config.json").exists() or (str(folder) == PACKAGED and not path.exists())
-
-
-def _is_language_adapter(path: Path) -> bool:
-    return (path / _CONFIG_FILE).exists() and read_config(path).get("task_type") == "CAUSAL_LM"
+    if not path.exists():
+        return str(folder) == PACKAGED
+    return (path / "config.json").exists() and not (path / "adapter_config.json").exists()
 
 
 # Loading for inference -----------------------------------------------------------------------------------------------
 
 
 class LoadedModel(NamedTuple):
-    """A language model, and the template that makes its prompts and holds its tokenizer."""
+    """A language model, and its tokenizer with the chat template of the training."""
 
     model: Any
-    template: Template
+    tokenizer: Any
 
 
 def load_for_inference(
@@ -240,43 +217,21 @@ def load_for_inference(
     if _is_whole_model(folder):
         if base_model is not None:
             raise bad_value("base_model", base_model, f"{folder} is a whole model and no adapter; leave it out")
-        task = load_language_task(folder)
-        template = Template(load_lm_tokenizer(task.model, None), task.language)
-        return LoadedModel(placed(load_causal_lm(task.model)), template)
+        spec = load_language_task(folder).model
+        return LoadedModel(placed(load_causal_lm(spec)), load_lm_tokenizer(spec, None))
     path = require_adapter_folder(folder)
-    if not _is_language_adapter(path):
-        task_type = read_config(path).get("task_type")
-        remedy = f"its task_type is {task_type}, not CAUSAL_LM; give a language model's adapter"
+    if read_config(path).get("task_type") != "CAUSAL_LM":
+        remedy = "its task_type is not CAUSAL_LM; give a language model's adapter"
         raise bad_value("adapter", str(path), remedy)
-    task = load_language_task(path)
-    spec = task.model if base_model is None else replace(task.model, name=base_model, gguf_file=None)
+    spec = load_language_task(path).model
+    if base_model is not None:
+        spec = replace(spec, name=base_model, gguf_file=None)
     if dtype is not None:
         spec = replace(spec, dtype=dtype)
     if not spec.name:
         raise bad_value("base_model", spec.name, "the adapter does not name its base model; give its folder or name")
-    template = Template(_tokenizer_of(path, spec), task.language)
-    base = load_causal_lm(spec)
-    now = None if task.fingerprint is None else fingerprint_of(base)
-    if now is not None and now != task.fingerprint:
-        warnings.warn(
-            f"base_model={spec.name!r}: its weights are not those that the adapter {path} was trained on "
-            f"({task.model.name!r}), so its answers mean little; give that model",
-            stacklevel=2,
-        )
-    return LoadedModel(placed(with_adapter(base, path, spec)), template)
-
-
-def _tokenizer_of(path: Path, spec: ModelSpec) -> Any:
-    """Return the adapter's tokenizer, else the base model's; where there are both, they number the same tokens."""
-    of_base = load_lm_tokenizer(spec, None)
-    if not (path / "tokenizer_config.json").exists():
-        return of_base
-    from transformers import AutoTokenizer
-
-    own = AutoTokenizer.from_pretrained(path)
-    if own.get_vocab() != of_base.get_vocab():
-        raise _does_not_fit(path, spec, "its vocabulary is another")
-    return own
+    tokenizer = load_lm_tokenizer(spec, None, path if (path / "tokenizer_config.json").exists() else None)
+    return LoadedModel(placed(with_adapter(load_causal_lm(spec), path, spec)), tokenizer)
 
 
 def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
@@ -286,27 +241,17 @@ def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
         CheckpointError: The adapter is damaged.
         ConfigError: The base model is not the one that the adapter was trained on.
     """
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from peft import PeftModel
 
     config = read_config(path)
     if is_plain(config):
         return put_into(base, read_adapter(path), spec.name or "")
     try:
-        model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.get("task_type"), PeftModel)
-        model = model_class(base, PeftConfig.from_pretrained(str(path), inference_mode=True))
-        surplus = model.load_adapter(str(path), "default").unexpected_keys
+        return PeftModel.from_pretrained(base, str(path)).eval()
     except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise _does_not_fit(path, spec, f"PEFT cannot put the one into the other: {reason[:300]}") from error
-    if surplus:
-        raise _does_not_fit(path, spec, f"it has no place for {surplus[0]}")
-    return model.eval()
-
-
-def _does_not_fit(path: Path, spec: ModelSpec, reason: str) -> AromaError:
-    trained_on = read_config(path).get("base_model_name_or_path")
-    remedy = f"not the model of the adapter {path}, trained on {trained_on}: {reason}; give that"
-    return bad_value("base_model", spec.name, remedy)
+        reason = " ".join(str(error).split())[:300]
+        remedy = f"not the model of the adapter {path}: PEFT cannot put the one into the other: {reason}; give that"
+        raise bad_value("base_model", spec.name, remedy) from error
 
 
 def placed(model: Any) -> Any:
@@ -314,31 +259,3 @@ def placed(model: Any) -> Any:
     if getattr(model, "quantization_method", None) is not None or not torch.accelerator.is_available():
         return model  # quantized weights are where they were loaded
     return model.to(torch.accelerator.current_accelerator())
-
-
-@torch.no_grad()
-def fingerprint_of(model: Any) -> str | None:
-    """Return a digest of 64 weights of each tensor of a base model, the same in float32 and in bfloat16.
-
-    Args:
-        model: The base model, or a `PeftModel` around it; adapters do not count.
-
-    Returns:
-        A digest; None where weights are held in another precision, in which they are not comparable.
-    """
-    digest = hashlib.sha256()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    named = {
-        name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): parameter
-        for name, parameter in base.named_parameters()
-        if ".lora_" not in name
-    }
-    for name, parameter in sorted(named.items()):
-        if parameter.dtype not in (torch.float32, torch.bfloat16) or parameter.is_meta:
-            return None
-        flat = parameter.detach().reshape(-1)
-        count = min(64, flat.numel())
-        offsets = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)  # integers: float32 cannot count all
-        digest.update(name.encode())
-        digest.update(flat[offsets.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -95,7 +95,6 @@ def trial_of(recipe: Recipe) -> Trial:
         quantization=model.quantization,
         gguf_file=model.gguf_file,
         data=recipe.data,
-        language=recipe.language,
     )
 
 

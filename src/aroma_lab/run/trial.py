@@ -11,7 +11,7 @@ from typing import Any, Literal
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from ..specs import DataSpec, LanguageSpec, TrainSpec, check_training
+from ..specs import DataSpec, TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
 
@@ -34,7 +34,6 @@ class Trial:
         gguf_file: GGUF file of the pretrained model; see `ModelSpec`.
         data: The data as a recipe names them, in place of the task's: validation examples are the held-out ones, test
             examples are reported, and they alone are not evaluated during training. None: the task's.
-        language: How the examples of a language model become tokens; of `data` with the task `causal_lm`.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Trial:
     quantization: Literal["nf4", "int8"] | None = None
     gguf_file: str | None = None
     data: DataSpec | None = None
-    language: LanguageSpec = field(default_factory=LanguageSpec)
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.name)
@@ -74,7 +72,6 @@ class Trial:
             # A record from before there was the choice: the pooler that the checkpoint had was frozen.
             "training": TrainSpec(**{"train_pooler": False, **values["training"]}),
             "data": None if data is None else DataSpec(**data),
-            "language": LanguageSpec(**values.get("language", {})),
         }
         return cls(**{**values, **sections})
 

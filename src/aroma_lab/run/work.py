@@ -77,21 +77,17 @@ def work_of(trial: Trial) -> Work:
 
 
 def _work_of_language(trial: Trial, model: ModelSpec, reported: bool) -> Work:
-    from ..language.job import LanguageJob, QuestionsJob
+    from ..language.job import task_job
 
-    metric = language_metric(trial.task)
-    if trial.task.kind == "causal_lm":
-        job = LanguageJob.of_texts(trial.task, model, reported=reported)
-    else:
-        job = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
-    return Work(job, metric, HELD_OUT, "loss", (HELD_OUT,))
+    job = task_job(trial.task, model, trial.training.packing, reported=reported)
+    return Work(job, language_metric(trial.task), HELD_OUT, "loss", (HELD_OUT,))
 
 
 def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
     if data.task == "causal_lm":
-        from ..language.job import LanguageJob, read_parts
+        from ..language.job import recipe_job
 
-        job: Job = LanguageJob.make(model, trial.language, data.max_length, read_parts(data, trial.language))
+        job: Job = recipe_job(data, model, trial.training.packing)
         return Work(job, "loss", _VALIDATION, "loss", (_VALIDATION,))
     found = load_splits(data)
     job = ClassifierJob.make(model, found.task, found.parts, trial.training.train_pooler)

@@ -14,7 +14,7 @@ from typing import Any
 
 from aroma.errors import DataError, bad_value
 
-FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 Row = dict[str, Any]
 """Values by column name; a missing value is None."""
@@ -37,7 +37,7 @@ def read_rows(field: str, path: str) -> list[Row]:
     """Return all rows of a local file; its suffix gives the format.
 
     CSV and TSV have a header line, their values are texts, and an empty field is a missing value. CSV is quoted as
-    usual; in TSV a quotation mark is an ordinary character. JSONL has one object a line.
+    usual; in TSV a quotation mark is an ordinary character. JSONL has one object a line, JSON a list of them.
 
     Args:
         field: The recipe's key, for errors.
@@ -49,7 +49,8 @@ def read_rows(field: str, path: str) -> list[Row]:
     suffix = file.suffix.lower()
     if suffix not in FORMATS:
         raise bad_value(field, path, f"unknown format; its name must end in {', '.join(FORMATS)}", DataError)
-    read = {".csv": _read_table, ".tsv": _read_table, ".parquet": _read_parquet}.get(suffix, _read_json_lines)
+    tables = {".csv": _read_table, ".tsv": _read_table, ".parquet": _read_parquet, ".json": _read_json}
+    read = tables.get(suffix, _read_json_lines)
     try:
         rows = read(file)
     except UnicodeDecodeError as error:
@@ -136,6 +137,13 @@ def _read_json_lines(file: Path) -> list[Row]:
     return rows
 
 
+def _read_json(file: Path) -> list[Row]:
+    rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it is no list of objects")
+    return rows
+
+
 def _read_parquet(file: Path) -> list[Row]:
     from pyarrow.parquet import read_table
 
@@ -152,7 +160,7 @@ def _fitting(field: str, source: str, names: Sequence[str], choices: Choices) ->
     if nearest := min(lacking, key=len):
         missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
         remedy = (
-            "name them by text, text_pair and label, or, for a language model, by the keys of the section language"
+            "name them by text, text_pair and label; a language model's are messages, prompt and completion, or text"
         )
         raise bad_value(field, source, f"it has no column {missing}; its columns are {there}; {remedy}", DataError)
     return lacking.index([])

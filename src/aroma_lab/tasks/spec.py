@@ -73,8 +73,7 @@ class TaskSpec(MadeTask):
     metric: str | None = None
     """What the score is: `accuracy`, `f1` (of the second of two classes), `macro_f1`, `mcc`, `pearson` or `spearman`;
     null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy` (by likelihood),
-    `accuracy_normalised` (by likelihood a token), or `generated` (of what the model writes). Of causal_lm:
-    `token_probability`, 1 / perplexity."""
+    or `generated` (of what the model writes). Of causal_lm: `token_probability`, 1 / perplexity."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
     held_out: float = 0.1
@@ -85,9 +84,6 @@ class TaskSpec(MadeTask):
     data."""
     train_examples: int | None = None
     """Train on so many of the examples that are left, drawn at random; null: all."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """How a language model's prompt is written: by the tokenizer's `chat` template, `plain`, or `auto`: chat where
-    there is a template."""
     held_out_examples: int | None = None
     """Of a task for a language model, keep so many of the held-out examples at most; null: all. What is reported is
     whole."""
