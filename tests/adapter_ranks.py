@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
+from aroma.sharding import sharding_of_model
 from distributed_runs import TIMEOUT, whole
 from small_nets import STEPS, Net, copied, loss_of, rows, share, trainable
 
@@ -75,7 +76,7 @@ class Adapter:
         self.optimizer.step()
 
     def save(self, folder: Path) -> Saved:
-        write(type(self), self.model, folder, self.name)
+        write(self.model, folder, self.name)
         # Without the tensors that the next steps change in place.
         return Saved(folder, copied(get_optimizer_state_dict(self.model, self.optimizer)), self.done)
 
@@ -132,9 +133,9 @@ class Sharded(Adapter):
 WAYS: dict[str, type[Adapter]] = {"ddp": Replicated, "fsdp2": Sharded}
 
 
-def write(way: type[Adapter], model: Any, folder: Path, name: str) -> None:
+def write(model: Any, folder: Path, name: str) -> None:
     """Save an adapter as the documentation says: on all ranks where parameters are sharded, else on rank 0."""
-    if way is Sharded or dist.get_rank() == 0:
+    if sharding_of_model(model).must_gather(model.parameters()) or dist.get_rank() == 0:
         save_adapter(model, folder, name)
     dist.barrier()
 
@@ -152,7 +153,7 @@ def came_to(order: str, way: type[Adapter] = Adapter, out: Path | None = None, *
     found = {}
     for one in both:
         if out is not None:
-            write(way, model, Path(f"{out}-{one.name}"), one.name)
+            write(model, Path(f"{out}-{one.name}"), one.name)
         layers = aroma_layers(model, one.name)
         updates = {name: layer.components(one.name) for name, layer in layers.items()}
         found[one.name] = {
@@ -169,7 +170,7 @@ def resumed(way: type[Adapter], out: Path) -> list[dict[str, Any]]:
     first = way(model, "default", 0.01, 0)
     for _ in range(HALF):
         first.step()
-    write(way, model, Path(f"{out}-default"), "default")
+    write(model, Path(f"{out}-default"), "default")
     second = way(model, "other", 0.02, 1)
     for _ in range(SAVED_AT):
         second.step()
