@@ -42,7 +42,6 @@ LONGEST = (
     "test_language_train",
     "test_integrations",
     "test_several_adapters",
-    "test_search",
     "test_fuzz",
     "test_learning_rate",
     "test_push",

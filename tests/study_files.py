@@ -1,4 +1,4 @@
-"""Grids and searches for the tests: their files, and commands that run them.
+"""Grids for the tests: their files, and commands that run them.
 
 `python study_files.py FILE` is such a command; its trials are stand-ins.
 """
@@ -48,14 +48,6 @@ def whole_grid(**changes: Any) -> Any:
     return make_grid({**grid_values(Path("out"), tasks=tasks, methods=methods), **changes})
 
 
-def search_values(output: Path, **changes: Any) -> dict[str, Any]:
-    """Return a search over the learning rate, with `changes` by key; None removes a key."""
-    missing = {"train": "absent.jsonl", "reported": {"test": "absent.jsonl"}}
-    search = {"space": {RATE: {"low": 1e-5, "high": 1e-1, "log": True}}, "trials": 4}
-    lora = {"lora-r8": {"kind": "lora", "r": 8}}
-    return grid_values(output, **{"tasks": {"mine": missing}, "methods": lora, "seeds": [0], **search, **changes})
-
-
 def real_grid(folder: Path, output: str, **changes: Any) -> Path:
     """Write the grid `output`.yaml, which really trains a tiny BERT with two methods."""
     from tiny_classifier import save_tiny_bert, sentences, write_json_lines
@@ -78,13 +70,13 @@ def real_grid(folder: Path, output: str, **changes: Any) -> Path:
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> Path:
-    """Write a grid or search file."""
+    """Write a grid file."""
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 
 def start_command(file: Path, log: Path, seconds: float = 0) -> subprocess.Popen[str]:
-    """Run a grid or search file with stand-ins in a process of its own; they take so long and write to `log`."""
+    """Run a grid file with stand-ins in a process of its own; they take so long and write to `log`."""
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, str(TESTS / "study_files.py"), str(file)],
@@ -118,13 +110,9 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
 def main(file: str) -> None:
     from aroma_lab.study.grid import load_grid
     from aroma_lab.study.run import run_grid
-    from aroma_lab.study.search import Search, run_search
 
-    if "space" in yaml.safe_load(Path(file).read_text()):
-        run_search(load_grid(file, kind=Search), attempt=fake_trial.attempt)
-    else:
-        outcome = run_grid(load_grid(file), attempt=fake_trial.attempt)
-        print(len(outcome.finished), len(outcome.skipped), len(outcome.failed))
+    outcome = run_grid(load_grid(file), attempt=fake_trial.attempt)
+    print(len(outcome.finished), len(outcome.skipped), len(outcome.failed))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ COMMANDS = (
     *("demo", "train", "report", "eval", "predict", "generate", "inspect", "export"),
     *("bench", "lab"),
 )
-LAB_COMMANDS = ("run", "search", "table", "figure", "collect")
+LAB_COMMANDS = ("run", "table", "figure", "collect")
 
 
 def test_help_imports_nothing_heavy():

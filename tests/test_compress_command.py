@@ -355,7 +355,7 @@ def test_a_failure_leaves_nothing_behind(home: Path, tmp_path: Path, monkeypatch
 
 WITHOUT_EXTRAS = """
 import importlib.machinery, sys
-extras = {"datasets", "jsonargparse", "matplotlib", "optuna", "pandas", "PIL", "pyarrow", "scipy", "seaborn",
+extras = {"datasets", "jsonargparse", "matplotlib", "pandas", "PIL", "pyarrow", "scipy", "seaborn",
           "sklearn", "tabulate", "threadpoolctl", "trl", "gguf", "lm_eval", "bitsandbytes"}
 find = importlib.machinery.PathFinder.find_spec
 importlib.machinery.PathFinder.find_spec = classmethod(

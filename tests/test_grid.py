@@ -22,11 +22,7 @@ from aroma_lab.study.selection import select
 from fake_trial import attempt, score_of
 from study_files import DECAY, RATE, TESTS, grid_values, runs_in, whole_grid, write_yaml
 
-EXAMPLES = [
-    path
-    for path in sorted((TESTS.parent / "examples" / "lab").glob("*.yaml"))
-    if "space" not in yaml.safe_load(path.read_text())  # a search
-]
+EXAMPLES = sorted((TESTS.parent / "examples" / "lab").glob("*.yaml"))
 BAD = {"kind": "x", "fail": "raise", "until": "absent"}
 
 

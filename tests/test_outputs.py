@@ -25,7 +25,6 @@ from models import saved_base
 
 ROOT = Path(__file__).parent.parent
 LAB = str(ROOT / "examples" / "lab" / "minilm-tiny.yaml")
-SEARCH = str(ROOT / "examples" / "lab" / "search-messages.yaml")
 RECIPE = str(ROOT / "examples" / "recipes" / "own-files.yaml")
 
 FILES: dict[str, tuple[list[str], str]] = {
@@ -48,11 +47,10 @@ FOLDERS: dict[str, list[str]] = {
     "demo --out": ["demo", "--out", "OUT"],
     "train output": ["train", RECIPE, "output=OUT"],
     "lab run output": ["lab", "run", LAB, "output=OUT"],
-    "lab search output": ["lab", "search", SEARCH, "output=OUT"],
 }
 """Every folder that a command fills."""
 
-OPEN_FOLDERS = ("lab run output", "lab search output")
+OPEN_FOLDERS = ("lab run output",)
 """Those that may hold something: what is there is not overwritten, but added to."""
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from aroma.cli.texts import add_command
 
-from . import lab_report, lab_run, lab_search
+from . import lab_report, lab_run
 
-_COMMANDS = (lab_run, lab_search, lab_report)
+_COMMANDS = (lab_run, lab_report)
 
 
 def add_parser(commands: Any) -> None:
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "run methods × tasks × seeds, and make the paper's tables and figures of them",
         (
             "Experiments under one protocol: every method in the same training loop, evaluated on whole sets, with\n"
-            "settings chosen on held-out training data. `run` and `search` fill a folder, on one machine or several;\n"
+            "settings chosen on held-out training data. `run` fills a folder, on one machine or several;\n"
             "`table` and `figure` read it."
         ),
         "aroma lab run examples/lab/minilm-tiny.yaml",

@@ -37,18 +37,13 @@ def add_parser(commands: Any) -> None:
         "aroma lab run examples/lab/minilm-tiny.yaml --retry-failed --workers 1",
     )
     parser.add_argument("grid", metavar="GRID.yaml", help="model, tasks, methods, training, seeds")
-    add_study_options(parser)
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file, such as seeds=[0,1]")
+    parser.add_argument("--workers", "--processes", type=int, metavar="N", help="trials at a time (the file's)")
     parser.add_argument("--tasks", metavar="TASK", nargs="+", help="run these tasks only (all)")
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="run these methods only (all)")
     parser.add_argument("--list", action="store_true", help="list the trials and their states, and run nothing")
     parser.add_argument("--retry-failed", action="store_true", help="run trials again that failed earlier")
     parser.set_defaults(run=run)
-
-
-def add_study_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a grid and a search take: overrides, workers."""
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file, such as seeds=[0,1]")
-    parser.add_argument("--workers", "--processes", type=int, metavar="N", help="trials at a time (the file's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from aroma.cli.quiet import quiet
 
     quiet()
-    done = run_grid(grid, tasks=tasks, methods=methods, retry_failed=arguments.retry_failed, watch=progress())
+    done = run_grid(grid, tasks=tasks, methods=methods, retry_failed=arguments.retry_failed, watch=_progress())
     ended = f"{len(done.finished)} now, {len(done.skipped)} earlier; failed: {len(done.failed)}"
     files = f"runs/, grid.yaml{', selection.json' if grid.select else ''}"
     print(f"Trials finished: {ended}. Results are in {grid.output}: {files}.")
@@ -80,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if done.failed else 0
 
 
-def progress() -> Callable[[str, Ended, int, int], None]:
+def _progress() -> Callable[[str, Ended, int, int], None]:
     """Return what prints a line for each trial that has ended."""
     began = time.monotonic()
 

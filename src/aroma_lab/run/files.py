@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 RUNS = "runs"
-"""Folder, in the output of a grid or a search, of the trials' folders."""
+"""Folder, in the output of a grid, of the trials' folders."""
 
 REPORT = "report.html"
 """Name of the page to look at, in the folder of a run or of a grid."""

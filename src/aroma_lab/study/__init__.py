@@ -1,1 +1,1 @@
-"""Grids and searches. Importing this is light."""
+"""Grids of trials. Importing this is light."""

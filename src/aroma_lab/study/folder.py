@@ -1,4 +1,4 @@
-"""The output folder of a grid or a search: how its trials ended, and which process may run one."""
+"""The output folder of a grid: how its trials ended, and which process may run one."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from aroma.errors import AromaError, bad_value
 
@@ -124,24 +124,15 @@ class Grid:
         return content
 
 
-G = TypeVar("G", bound=Grid)
-
-
 # Reading a file -----------------------------------------------------------------------------------------------------
 
 
-def load_grid(
-    path: str | os.PathLike[str],
-    overrides: Iterable[str] = (),
-    kind: type[G] = Grid,  # type: ignore[assignment]
-    **arguments: Any,
-) -> G:
-    """Read a grid or search file.
+def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> Grid:
+    """Read a grid file.
 
     Args:
-        path: A YAML file with the keys of `Grid` or `Search`.
+        path: A YAML file with the keys of `Grid`.
         overrides: Texts such as `"training.max_steps=60"` or `"methods.lora-r8.r=4"`; they win over the file.
-        kind: `Grid` or `Search`.
         arguments: Values by top-level key, such as `processes`; they win over both, unless they are None.
 
     Raises:
@@ -149,7 +140,7 @@ def load_grid(
     """
     values = read_mapping("grid", path)
     apply_overrides(values, overrides)
-    return make_grid({**values, **{key: value for key, value in arguments.items() if value is not None}}, kind)
+    return make_grid({**values, **{key: value for key, value in arguments.items() if value is not None}})
 
 
 _MAPPING, _MAPPINGS = dict[str, Any] | None, dict[str, dict | None] | None  # type: ignore[type-arg]
@@ -159,16 +150,14 @@ _OF_SELECTION = {"over": _MAPPING, "training": _MAPPING, "again": list[int]}
 """Types of sections before their keys are checked."""
 
 
-def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ignore[assignment]
-    """Return the grid, or the search, with these nested values.
+def make_grid(values: Mapping[str, Any]) -> Grid:
+    """Return the grid with these nested values.
 
     Raises:
         ConfigError: An unknown key (the nearest is named), a missing one, or a value that cannot work.
     """
-    types = {**get_type_hints(kind), **_OF_GRID, "overrides": _LISTED}
-    given = typed_fields(types, values, whole=f"a {kind.__name__.lower()}")
-    if "space" in given:  # overrides such as `space.training.learning_rate.low=1` nest it
-        given["space"] = flatten(given["space"], SECTIONS)
+    types = {**get_type_hints(Grid), **_OF_GRID, "overrides": _LISTED}
+    given = typed_fields(types, values)
     tasks = {
         name: TaskSpec(name=name, **typed_fields(_types(TaskSpec), keys or {}, f"tasks.{name}"))
         for name, keys in (given.get("tasks") or {}).items()
@@ -187,7 +176,7 @@ def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ig
         "overrides": _overrides("overrides", given.get("overrides"), tasks, methods),
         "select": None if select is None else _selection(select, tasks, methods),
     }
-    return kind(**{"output": "", "model": "", **given, **made})
+    return Grid(**{"output": "", "model": "", **given, **made})
 
 
 def _types(kind: type[Any], prefix: str = "") -> dict[str, Any]:
