@@ -65,9 +65,9 @@ class FinishedComponents(nn.Module):
 
         A compiler gets the whole storage: its shape does not depend on the rank, so growing makes no new graph.
         """
-        count = -(-self.rank // CHUNK) * CHUNK
-        if torch.compiler.is_compiling() or count == len(self.storage_A):
+        if torch.compiler.is_compiling():  # asked first: a graph that read the rank would hold for one rank only
             return self.storage_B, self.storage_A
+        count = -(-self.rank // CHUNK) * CHUNK
         return self.storage_B[:, :count], self.storage_A[:count]
 
     def reserve(self, chunk: int, like: Tensor) -> None:

@@ -65,10 +65,10 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
     points = [dict(zip(listed, point, strict=True)) for point in itertools.product(*listed.values())]
     tried = _candidates(grid, task, method, points)
     while True:
+        is_over = all(ended(one.trial.name) for one in tried)  # first: others may end a trial meanwhile
         means = _means(tried, ended)
         finished = [(preference(mean.score, mean.loss, rule.by), values) for values, mean in means if mean]
         ranked = [values for _, values in sorted(finished, key=lambda one: one[0], reverse=True)]
-        is_over = all(ended(one.trial.name) for one in tried)
         further: list[Candidate] = []
         if is_over and ranked:
             for point in _beside([values for values, _ in means], ranked[0], listed, rule.widen):
