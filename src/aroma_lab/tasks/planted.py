@@ -171,7 +171,7 @@ def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batc
 
     model.eval()
     squared, count = 0.0, 0
-    for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
+    for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
         squared, count = squared + float(summed), count + items
