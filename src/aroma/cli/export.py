@@ -15,6 +15,7 @@ _MEANT_FOR = {
     "rank": ("uniform",),
     "base_model": ("merged", "gguf"),
     "dtype": ("merged",),
+    "force": ("gguf",),
 }
 """Options that would do nothing in other kinds of export."""
 
@@ -46,6 +47,7 @@ def add_parser(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="with --merged: type of the written weights, rounded once after the merge (float32)",
     )
+    parser.add_argument("--force", action="store_true", default=None, help="with --gguf: replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .quiet import quiet
 
     if arguments.gguf:
-        new_file("OUT", arguments.out)
+        new_file("OUT", arguments.out, force=bool(arguments.force))
     else:
         new_folder("OUT", arguments.out)
     require_adapter_folder(arguments.adapter)
@@ -78,7 +80,7 @@ def _export(arguments: argparse.Namespace) -> str:
     if arguments.gguf:
         from ..gguf import export_gguf
 
-        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments))
+        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments), overwrite=arguments.force)
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
     if arguments.uniform:
         return f"adapter of rank {export_uniform(arguments.adapter, arguments.out, arguments.rank)}"

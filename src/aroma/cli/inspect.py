@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         from ..pictures import require_picture_name
 
         require_picture_name("--plot", arguments.plot)
-        new_file("--plot", arguments.plot, force=arguments.force)
+        picture = new_file("--plot", arguments.plot, force=arguments.force)
     require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
     quiet()
     from ..export import rank_table
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         _show(rows, str(arguments.adapter))
     if arguments.plot is not None:
-        rank_picture(rows, arguments.plot)
+        rank_picture(rows, picture)
         print(f"picture: {arguments.plot}", file=sys.stderr if arguments.json else None)
 
 
