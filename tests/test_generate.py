@@ -15,7 +15,7 @@ from aroma.checkpoint import save_adapter
 from aroma.cli import main
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma_lab.language.encode import stop_ids
-from aroma_lab.language.generate import Generation, generate_batch, stream
+from aroma_lab.language.generate import Generation, generate_batch
 from aroma_lab.language.model import LanguageTask, load_for_inference
 from aroma_lab.specs import ModelSpec
 from models import METHOD, set_ranks
@@ -81,17 +81,13 @@ def likeliest(loaded, chat, count=12):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_and_a_stream_say_what_each_prompt_says_alone(kind, opened, capsys):
+def test_a_batch_says_what_each_prompt_says_alone(kind, opened):
     alone = [likeliest(opened[kind], chat) for chat in chats_of()]
     assert len(set(alone)) >= 4, "answers that are alike would prove nothing"
     for batch_size in (1, 2, 5):
         assert answers(opened[kind], chats_of(), batch_size=batch_size) == alone
-    for chat, answer in zip(chats_of(), alone, strict=True):
-        stream(opened[kind], chat, 12)
-        assert capsys.readouterr().out.strip() == answer.text
-    for asked in (lambda chat: answers(opened[kind], [chat]), lambda chat: stream(opened[kind], chat, 12)):
-        with pytest.raises(DataError, match=r"12 are to follow, and the model takes 128 in all"):
-            asked(*chats_of(["apple " * 115]))
+    with pytest.raises(DataError, match=r"12 are to follow, and the model takes 128 in all"):
+        answers(opened[kind], chats_of(["apple " * 115]))
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(bases):
@@ -105,14 +101,6 @@ def test_an_answer_ends_where_the_template_ends_a_turn(bases):
     found = answers(loaded, chats_of())
     assert {answer.finished for answer in found} == {True, False}
     assert found == [likeliest(loaded, chat) for chat in chats_of()]
-
-
-def test_a_model_in_training_answers_without_dropout_and_goes_on_training(bases):
-    model = AutoModelForCausalLM.from_pretrained(bases["gpt2"]).train()
-    assert model.config.resid_pdrop > 0
-    other = load_for_inference(bases["gpt2"])
-    assert answers(other._replace(model=model), chats_of()) == answers(other, chats_of())
-    assert model.training
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------
@@ -202,28 +190,7 @@ def test_generate_prints_the_answer(adapter, opened, capsys, monkeypatch):
     (told,) = answers(loaded, [[{"role": "system", "content": "lamp king"}, *chats_of(["bird cloud door"])[0]]])
     assert told != answer
     assert run(capsys, *arguments, "bird cloud door", "--system", "lamp king")[1] == f"{told.text}\n"
-    drawn = [run(capsys, *arguments, "king", "--temperature", 2, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["generate", "absent", "apple"], "adapter='absent': no such folder"),
-        (["generate", "absent", "  "], "--prompt='  ': it is empty; write something"),
-        (["generate", "absent", "a", "--seed", "1"], "--seed=1: it needs a --temperature above 0"),
-        (["generate", "absent", "a", "--max-new-tokens", "0"], "--max-new-tokens=0: give 1 or more"),
-        (["generate", "absent", "a", "--temperature", "-1"], "--temperature=-1.0: give 0 (greedy) or more"),
-        (
-            ["generate", "absent", "a", "--temperature", "1", "--top-p", "1.5"],
-            "--top-p=1.5: give a share",
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_wrong_arguments_are_one_line_and_code_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, _, error = run(capsys, *arguments)
-    assert code == 2
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    for arguments in (("absent", "apple"), (adapter, "a", "--max-new-tokens", 0)):
+        code, _, error = run(capsys, "generate", *arguments)
+        assert code == 2
+        assert error.count("error: ") == error.count("\n") == 1

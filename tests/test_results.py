@@ -40,9 +40,9 @@ def test_every_grid_has_runs_and_tables() -> None:
 @pytest.mark.parametrize("path", TABLES, ids=name_of)
 def test_a_table_has_the_numbers_of_its_runs(path: Path) -> None:
     table = make_table(runs_of(path.parents[1]), path.stem)
-    found = pd.read_csv(io.StringIO(table.written("csv")))
+    found = pd.read_csv(io.StringIO(table.written(".csv")))
     pd.testing.assert_frame_equal(found, pd.read_csv(path), rtol=1e-12, atol=1e-14, check_dtype=False)
-    assert table.written("markdown") == path.with_suffix(".md").read_text(encoding="utf-8")
+    assert table.written(".md") == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("grid", GRIDS)

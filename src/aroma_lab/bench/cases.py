@@ -38,7 +38,7 @@ class Case:
     """One method at one stage.
 
     Args:
-        key: Short name, for `--only`.
+        key: Its name, for `--only`.
         components: Finished components of every module (AROMA).
         frozen: Modules that are frozen for good (AROMA): `"half"`, every second one; `"lower"`, those in the lower
             half of the model; `"all"`.
@@ -52,14 +52,16 @@ class Case:
     compiled: bool = False
 
     @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        parts = [self.method.name]
-        if isinstance(self.method, Aroma):
-            parts.append(f"{self.components} finished")
-        if self.frozen != "none":
-            parts.append({"half": "half frozen", "lower": "lower half frozen", "all": "all frozen"}[self.frozen])
-        return ", ".join([*parts, "compiled"] if self.compiled else parts)
+    def floor(self) -> str:
+        """Key of the floor that the case is compared with, which is compiled if the case is."""
+        return f"{FLOOR}-compiled" if self.compiled else FLOOR
+
+    @property
+    def rival(self) -> str | None:
+        """Key of LoRA r=8 with the same dropout, compiled alike, which a case of AROMA is compared with."""
+        if not isinstance(self.method, Aroma):
+            return None
+        return f"lora-r8{'-dropout' if self.method.dropout else ''}{'-compiled' if self.compiled else ''}"
 
     def build(self, model: Any, seed: int) -> Any:
         """Return `model` adapted and brought to the stage of the case; see `Method.build`.
@@ -72,9 +74,8 @@ class Case:
         model = self.method.build(model, PLANNED_STEPS)
         if isinstance(self.method, Aroma):
             layers = list(aroma_layers(model).values())
-            if self.components:
-                for layer in layers:
-                    _finish_components(layer, self.components)
+            for layer in layers if self.components else ():
+                _finish_components(layer, self.components)
             half = len(layers) // 2
             frozen = {"none": [], "half": layers[::2], "lower": layers[:half], "all": layers}[self.frozen]
             for layer in frozen:

@@ -16,9 +16,9 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
@@ -27,16 +27,13 @@ from torch.utils.benchmark.utils.timer import timer as now
 from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
-from ..methods import Aroma, Lora
 from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
-from .cases import FLOOR, Case, Contender, growing_case, select_cases
+from .cases import Case, Contender, growing_case, select_cases
 from .models import BenchSettings, make_batch, make_model
 
 CONTROLLER_REPEATS = 5
 """Outer steps that are timed."""
-
-_PARTS = ("forward_backward", "update")
 
 _CHECK_INTERVAL = 2
 """Steps between two timed inner checks: fewer than in training, to save time. A check costs the same."""
@@ -47,10 +44,6 @@ Result = dict[str, Any]
 
 def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
     """Run the benchmark.
-
-    Args:
-        settings: What is measured.
-        progress: Shows how far the work is.
 
     Raises:
         ConfigError: An unknown model, case or device.
@@ -64,23 +57,23 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     base = make_model(settings)
     batch = make_batch(base, settings)
     contenders = [Contender(case, base, batch, settings.seed) for case in cases]
-    sizes: list[dict[str, int]] = []
+    kept, trained = {}, {}
     with progress("counting bytes", len(contenders)) as advance:
         for one in contenders:
-            trained = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
-            sizes.append({"kept_bytes": kept_bytes(one.forward, one.model), "trainable_parameters": trained})
+            kept[one.case.key] = kept_bytes(one.forward, one.model)
+            trained[one.case.key] = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
             advance(1)
     with progress("taking turns", len(contenders) * settings.rounds) as advance:
         times = take_turns(contenders, settings.rounds, advance)
     with progress("controller", CONTROLLER_REPEATS) as advance:
         controller = controller_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
-    for one, size in zip(contenders, sizes, strict=True):
-        size["optimizer_bytes"] = optimizer_bytes(one.optimizer)
+    optimizer = {one.case.key: optimizer_bytes(one.optimizer) for one in contenders}
+    sizes = {"kept_bytes": kept, "trainable_parameters": trained, "optimizer_bytes": optimizer}
     return {
         "settings": asdict(settings),
         "provenance": _provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
-        "cases": case_results(cases, times, sizes),
-        "comparisons": comparisons(cases, times, [size["kept_bytes"] for size in sizes]),
+        "cases": [{**case_result(case, times), **{name: sizes[name][case.key] for name in sizes}} for case in cases],
+        "comparisons": comparisons(cases, times, kept),
         "controller": controller,
     }
 
@@ -88,101 +81,72 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
 # Times ---------------------------------------------------------------------------------------------------------------
 
 
-class Times(NamedTuple):
-    """Times of one case, in seconds, one entry per round: forward and backward, and the rest of the step."""
-
-    forward_backward: list[float]
-    update: list[float]
-
-    @property
-    def step(self) -> list[float]:
-        """The whole step."""
-        return [first + second for first, second in zip(self.forward_backward, self.update, strict=True)]
-
-
-def take_turns(
-    contenders: Sequence[Any], rounds: int, on_turn: Callable[[int], None] = lambda done: None
-) -> list[Times]:
+def take_turns(contenders: Sequence[Contender], rounds: int, on_turn: Callable[[int], None]) -> pd.DataFrame:
     """Time all contenders once, in order, round after round: A B C A B C …
 
     Whatever slows the machine down for a while then slows all of them alike.
+
+    Returns:
+        Seconds, a row for each round; columns are `forward_backward` and `step`, the whole, each by case.
     """
     threads = torch.get_num_threads()
-    timers = [
-        [Timer(f"contender.{part}()", globals={"contender": one}, num_threads=threads) for part in _PARTS]
-        for one in contenders
-    ]
-    times = [Times([], []) for _ in contenders]
+    parts = ("forward_backward", "update")
+    found = []
     for _ in range(rounds):
         gc.collect()
-        for contender, pair, result in zip(contenders, timers, times, strict=True):
+        times = {}
+        for one in contenders:
             # With no minimum run time the Timer runs a statement once to warm up, and once for the time.
-            for timer, part in zip(pair, result, strict=True):
-                part.append(timer.blocked_autorange(min_run_time=0).median)
-            contender.clear()
+            first, rest = (
+                Timer(f"one.{part}()", globals={"one": one}, num_threads=threads)
+                .blocked_autorange(min_run_time=0)
+                .median
+                for part in parts
+            )
+            times |= {("forward_backward", one.case.key): first, ("step", one.case.key): first + rest}
+            one.clear()
             on_turn(1)
-    return times
+        found.append(times)
+    return pd.DataFrame(found)
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median and the quartiles of `values`, at least one."""
-    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {"median": median, "lower": lower, "upper": upper}
-
-
-def spread_of_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
-    """Return the spread of the ratios of two times of the same round, in which slow rounds cancel out."""
-    return spread([above / below for above, below in zip(numerators, denominators, strict=True)])
-
-
-def case_results(cases: Sequence[Case], times: Sequence[Times], sizes: Sequence[dict[str, Any]]) -> list[Result]:
-    """Return what was found for every case, `sizes` added. The floor of compiled cases is the compiled one."""
-    floors = {
-        case.compiled: found.forward_backward
-        for case, found in zip(cases, times, strict=True)
-        if case.key.removesuffix("-compiled") == FLOOR
+def case_result(case: Case, times: pd.DataFrame) -> Result:
+    """Return the times of a case, and their ratios to its floor of the same round, in which slow rounds cancel out."""
+    floor = times["forward_backward", case.floor]
+    parts = {part: times[part, case.key] for part in ("forward_backward", "step")}
+    return {
+        "key": case.key,
+        "compiled": case.compiled,
+        **{part: spread(seconds) for part, seconds in parts.items()},
+        **{f"{part}_ratio": spread(seconds / floor) for part, seconds in parts.items()},
     }
+
+
+def comparisons(cases: Sequence[Case], times: pd.DataFrame, kept: dict[str, int]) -> list[Result]:
+    """Return every AROMA case over LoRA r=8 with the same dropout, compiled alike, where both were measured."""
     return [
         {
             "key": case.key,
-            "name": case.name,
-            "compiled": case.compiled,
-            "forward_backward": spread(found.forward_backward),
-            "step": spread(found.step),
-            "forward_backward_ratio": spread_of_ratios(found.forward_backward, floors[case.compiled]),
-            "step_ratio": spread_of_ratios(found.step, floors[case.compiled]),
-            **amounts,
+            "other": case.rival,
+            **{
+                f"{part}_ratio": spread(times[part, case.key] / times[part, case.rival])
+                for part in ("forward_backward", "step")
+            },
+            "kept_ratio": kept[case.key] / kept[case.rival],
         }
-        for case, found, amounts in zip(cases, times, sizes, strict=True)
+        for case in cases
+        if case.rival in kept
     ]
 
 
-def comparisons(cases: Sequence[Case], times: Sequence[Times], kept: Sequence[int]) -> list[Result]:
-    """Return every AROMA case over LoRA r=8 with the same dropout, compiled alike, where both were measured."""
-    measured = list(zip(cases, times, kept, strict=True))
-    lora = {
-        (case.method.dropout, case.compiled): (case.key, found, amount)
-        for case, found, amount in measured
-        if isinstance(case.method, Lora) and case.method.r == 8
-    }
-    results = []
-    for case, ours, amount in measured:
-        if isinstance(case.method, Aroma) and (case.method.dropout, case.compiled) in lora:
-            other, theirs, their_amount = lora[case.method.dropout, case.compiled]
-            results.append(
-                {
-                    "key": case.key,
-                    "other": other,
-                    "forward_backward_ratio": spread_of_ratios(ours.forward_backward, theirs.forward_backward),
-                    "step_ratio": spread_of_ratios(ours.step, theirs.step),
-                    "kept_ratio": amount / their_amount,
-                }
-            )
-    return results
+def spread(values: pd.Series[float]) -> dict[str, float]:
+    """Return the median and the quartiles of `values`, at least one."""
+    lower, median, upper = values.quantile([0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "lower": lower, "upper": upper}
 
 
 def controller_cost(
-    base: Any, batch: dict[str, Tensor], seed: int, repeats: int, on_repeat: Callable[[int], None] = lambda done: None
+    base: Any, batch: dict[str, Tensor], seed: int, repeats: int, on_repeat: Callable[[int], None]
 ) -> dict[str, float]:
     """Train an AROMA model with all modules growing, and time its controller in `repeats` inner loops of two steps.
 
@@ -270,17 +234,13 @@ def _storages(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, int], int]:
 def _provenance(device: str) -> dict[str, Any]:
     """Return the usual provenance and what else decides a time, JSON-able."""
     found = provenance()
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found | {
         "device": found["device"] if device == "cuda" else "cpu",
-        "cpu_model": _cpu_model(),
+        "cpu_model": named[1].strip() if named else platform.processor() or platform.machine(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cuda": torch.version.cuda,
     }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()

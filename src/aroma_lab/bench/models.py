@@ -1,7 +1,4 @@
-"""What is measured: a model of a given shape with random weights, and a batch of random tokens.
-
-Nothing is downloaded for a named shape.
-"""
+"""The model of a named shape, with random weights, and a batch of random tokens; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 from aroma.errors import bad_value
-
-from ..preflight import require_model
 
 LABELS = 2
 
@@ -78,13 +73,19 @@ def load_config(model: str) -> Any:
     """Return the configuration of a named shape, a local folder or a hub name, with all its dropouts set to 0.
 
     The backbone's own dropout costs every method the same, and would hide how the methods differ.
+
+    Raises:
+        ConfigError: No such shape.
     """
     if model in SHAPES:
         kind, sizes = SHAPES[model]
         config = kind(**sizes)
     else:
-        require_model("model", model, SHAPES)
-        config = AutoConfig.from_pretrained(model)
+        try:
+            config = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            remedy = f"neither a shape ({', '.join(SHAPES)}) nor a model that can be found; check its name"
+            raise bad_value("model", model, remedy) from error
     config.num_labels = LABELS
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
@@ -95,11 +96,7 @@ def load_config(model: str) -> Any:
 
 
 def make_model(settings: BenchSettings) -> Any:
-    """Return a sequence classifier of the shape with random weights from the seed, in training mode.
-
-    Raises:
-        ConfigError: No such shape.
-    """
+    """Return a sequence classifier of the shape with random weights from the seed, in training mode."""
     config = load_config(settings.model)
     torch.manual_seed(settings.seed)
     dtype = getattr(torch, settings.dtype)

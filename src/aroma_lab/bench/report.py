@@ -1,66 +1,42 @@
-"""The result as tables for a terminal, and as a picture; both drawn from one pandas frame."""
+"""The result as tables for a terminal, made by pandas."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from .measure import Result
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-MIB = 2**20
+def tables(result: Result) -> str:
+    """Return the table of times, ratios and sizes, that of AROMA over LoRA r=8, and notes, as text.
 
-_COLOURS = {"aroma": "#D55E00", "lora": "#0072B2"}  # of Okabe and Ito; all other cases are grey
-
-
-def case_frame(result: Result) -> pd.DataFrame:
-    """Return one row per case. Times in milliseconds, sizes in MiB, ratios to forward and backward of the floor."""
-    return pd.DataFrame(
-        {
-            "case": case["key"],
-            "name": case["name"],
-            "fwd+bwd ms": 1000 * case["forward_backward"]["median"],
-            "× floor": case["forward_backward_ratio"]["median"],
-            "lower": case["forward_backward_ratio"]["lower"],
-            "upper": case["forward_backward_ratio"]["upper"],
-            "step ms": 1000 * case["step"]["median"],
-            "step × floor": case["step_ratio"]["median"],
-            "kept MiB": case["kept_bytes"] / MIB,
-            "optimizer MiB": case["optimizer_bytes"] / MIB,
-            "trainable": case["trainable_parameters"],
-        }
-        for case in result["cases"]
-    )
-
-
-def case_table(result: Result) -> str:
-    """Return the table of times, ratios and sizes as text."""
-    formats = {
-        **dict.fromkeys(("× floor", "lower", "upper", "step × floor"), "{:.3f}"),
-        **dict.fromkeys(("fwd+bwd ms", "step ms", "kept MiB"), "{:.1f}"),
-        **{"optimizer MiB": "{:.2f}", "trainable": "{:,}"},
+    Times in milliseconds, sizes in MiB, ratios to forward and backward of the floor.
+    """
+    cases, others = pd.json_normalize(result["cases"]), pd.json_normalize(result["comparisons"])
+    columns = {
+        "key": "case",
+        "forward_backward.median": "fwd+bwd ms",
+        "forward_backward_ratio.median": "× floor",
+        "forward_backward_ratio.lower": "lower",
+        "forward_backward_ratio.upper": "upper",
+        "step.median": "step ms",
+        "step_ratio.median": "step × floor",
+        "kept_bytes": "kept MiB",
+        "optimizer_bytes": "optimizer MiB",
+        "trainable_parameters": "trainable",
     }
-    return f"{headline(result)}\n{_text(case_frame(result).drop(columns='name'), formats)}"
-
-
-def comparison_table(result: Result) -> str:
-    """Return the table of AROMA over LoRA r=8 as text: ratios, below 1 where AROMA takes less."""
-    frame = pd.DataFrame(
-        {
-            "case": one["key"],
-            "over": one["other"],
-            "fwd+bwd": one["forward_backward_ratio"]["median"],
-            "lower": one["forward_backward_ratio"]["lower"],
-            "upper": one["forward_backward_ratio"]["upper"],
-            "step": one["step_ratio"]["median"],
-            "kept": one["kept_ratio"],
-        }
-        for one in result["comparisons"]
-    )
-    return f"AROMA over LoRA r=8\n{_text(frame, dict.fromkeys(frame.columns[2:], '{:.3f}'))}"
+    cases[["forward_backward.median", "step.median"]] *= 1000
+    cases[["kept_bytes", "optimizer_bytes"]] /= 2**20
+    settings = result["settings"]
+    size = f"{settings['batch_size']}×{settings['length']}"
+    lines = [
+        f"{settings['model']}, batch {size}, {settings['dtype']}, rounds in turns: {settings['rounds']}",
+        _text(cases[[*columns]].rename(columns=columns)),
+    ]
+    if len(others):
+        ratios = {name: name.replace("_ratio", "").replace(".median", "") for name in others.columns}
+        lines += ["AROMA over LoRA r=8", _text(others.rename(columns=ratios))]
+    return "\n".join([*lines, *notes(result)])
 
 
 def notes(result: Result) -> list[str]:
@@ -81,46 +57,6 @@ def notes(result: Result) -> list[str]:
     ]
 
 
-def headline(result: Result) -> str:
-    """Return in one line what was measured."""
-    settings = result["settings"]
-    size = f"{settings['batch_size']}×{settings['length']}"
-    return f"{settings['model']}, batch {size}, {settings['dtype']}, rounds in turns: {settings['rounds']}"
-
-
-def _text(frame: pd.DataFrame, formats: dict[str, str]) -> str:
-    formatters = {name: form.format for name, form in formats.items()}
-    text: str = frame.to_string(index=False, na_rep="–", formatters=formatters)
+def _text(frame: pd.DataFrame) -> str:
+    text: str = frame.to_string(index=False, float_format="{:.3f}".format)
     return text
-
-
-# The picture ---------------------------------------------------------------------------------------------------------
-
-
-def draw(result: Result) -> Figure:
-    """Return a figure that belongs to no window: one row per case, with its time and the bytes it keeps.
-
-    A filled circle is forward and backward, with a line from quartile to quartile; a hollow one is the whole step.
-    """
-    from matplotlib.figure import Figure
-
-    frame = case_frame(result)
-    figure = Figure(figsize=(11, 1.6 + 0.27 * len(frame)), layout="constrained")
-    times, kept = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
-    colours = [_COLOURS.get(key.partition("-")[0], "#767676") for key in frame["case"]]
-    times.axvline(1, color="#767676", linewidth=1.0, linestyle="--")
-    times.hlines(frame.index, frame["lower"], frame["upper"], colors=colours)
-    times.scatter(frame["× floor"], frame.index, s=25, c=colours)
-    times.scatter(frame["step × floor"], frame.index, s=45, facecolors="none", edgecolors=colours)
-    times.set_xlabel("× floor:  ● forward + backward, quartiles   ○ whole step")
-    kept.barh(frame.index, frame["kept MiB"], height=0.55, color=colours)
-    kept.set_xlabel("kept for backward, MiB")
-    for axes in (times, kept):
-        axes.set_frame_on(False)
-        axes.set_axisbelow(True)
-        axes.grid(color="#E4E4E4", linewidth=0.8)
-        axes.tick_params(length=0)
-    times.set_yticks(frame.index, frame["name"])
-    times.invert_yaxis()
-    figure.suptitle(f"Cost of one training step\n{headline(result)}", x=0.01, ha="left", fontsize=10)
-    return figure

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
-from aroma.errors import bad_value
 
 from ..progress import progress_bar
 
@@ -24,8 +22,8 @@ def add_parser(commands: Any) -> None:
         (
             "Measure what a training step costs. All methods take turns, one step each, in one process. The report\n"
             "has ratios to the floor (forward and backward of the frozen backbone), bytes kept for backward,\n"
-            "optimizer state, trainable parameters, and the cost of AROMA's controller: as a table, as JSON and as\n"
-            "a picture. Weights and tokens are random: nothing is downloaded for a named shape."
+            "optimizer state, trainable parameters, and the cost of AROMA's controller: as a table and as JSON.\n"
+            "Weights and tokens are random: nothing is downloaded for a named shape."
         ),
         "aroma bench",
         "aroma bench --model minilm --batch-size 16 --length 64 --out minilm.json",
@@ -45,37 +43,30 @@ def add_parser(commands: Any) -> None:
     add("--only", metavar="CASE", nargs="+", help="measure these cases and the floor (all)")
     compile_help = "measure each case with torch.compile too (on CUDA: yes; on a CPU: no)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
-    out_help = "new .json file; the picture goes beside it (%(default)s)"
-    add("--out", metavar="FILE", default="bench.json", help=out_help)
+    add("--out", metavar="FILE", default="bench.json", help="new JSON file (%(default)s)")
     add_force(parser)
     # PyTorch's own way of waiting for threads, since that is what a user's script has.
     parser.set_defaults(run=run, waits_passively=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure; print the tables; write the results and the picture."""
+    """Measure; print the tables; write the results."""
     require_extra("lab")
     from aroma.outputs import new_file
 
-    out = Path(arguments.out)
-    if out.suffix != ".json":
-        raise bad_value("--out", str(out), "the name of the results must end in .json")
-    out, picture = (new_file("--out", file, force=arguments.force) for file in (out, out.with_suffix(".png")))
+    out = new_file("--out", arguments.out, force=arguments.force)
     from aroma.cli.quiet import quiet
 
     quiet()
     from aroma.files import write_json
-    from aroma.pictures import save_picture
 
-    from ..bench import report
     from ..bench.measure import measure
     from ..bench.models import BenchSettings
+    from ..bench.report import tables
 
     given = {name: getattr(arguments, name) for name in _SETTINGS}
     only = tuple(arguments.only) if arguments.only else None
     compiled = arguments.device == "cuda" if arguments.compile is None else arguments.compile
     result = measure(BenchSettings(**given, only=only, compiled=compiled), progress=progress_bar)
     write_json(out, result)
-    save_picture(report.draw(result), picture)
-    comparison = [report.comparison_table(result)] if result["comparisons"] else []
-    print(report.case_table(result), *comparison, *report.notes(result), f"Left: {out}, {picture}.", sep="\n")
+    print(tables(result), f"Left: {out}.", sep="\n")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
-from aroma.errors import OutputError, bad_value
+from aroma.errors import bad_value
 
 from ..preflight import require_saved
 from ..progress import progress_bar
-
-_CLASSIFIER_OPTIONS = ("text", "text_pair", "label")
-_LANGUAGE_OPTIONS = ("method", "max_new_tokens", "limit", "predictions")
 
 
 def add_parser(commands: Any) -> None:
@@ -23,14 +22,12 @@ def add_parser(commands: Any) -> None:
         commands,
         "eval",
         "evaluate a trained adapter on all examples of files",
-        (
-            "Load base model and adapter in plain PEFT and evaluate on all examples of a file; a language "
-            "model answers the questions of several."
-        ),
+        "Load base model and adapter in plain PEFT and evaluate on all examples of a file; a language model answers\n"
+        "the questions of several.",
         "aroma eval runs/mrpc/adapter --data test.jsonl",
         "aroma eval out/adapter --data other.csv --text first --text-pair second --label same",
         "aroma eval runs/commonsense/adapter --data obqa=openbookqa/test.jsonl --data arc=ARC-Easy/test.jsonl",
-        "aroma eval runs/commonsense/adapter --data test.jsonl --method generation --predictions answers.jsonl",
+        "aroma eval runs/commonsense/adapter --data test.jsonl --predictions answers.jsonl",
     )
     parser.add_argument(
         "adapter",
@@ -57,13 +54,6 @@ def add_parser(commands: Any) -> None:
     )
     classifiers.add_argument("--label", metavar="COLUMN", help="column of the label, if not the one of the training")
     language = parser.add_argument_group("language models")
-    language.add_argument(
-        "--method",
-        choices=("likelihood", "generation"),
-        help="rank the candidate answers by likelihood (the default), or read the answer out of a generated text",
-    )
-    language.add_argument("--max-new-tokens", type=int, metavar="TOKENS", help="of a generated answer (32)")
-    language.add_argument("--limit", type=int, metavar="N", help="ask the first N questions of each file only")
     language.add_argument("--predictions", metavar="FILE", help="write every answer as JSON lines to a new file")
     parser.set_defaults(run=run)
 
@@ -77,25 +67,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
     named = {name: getattr(arguments, name) for name in ("json", "predictions")}
     files = {name: new_file(f"--{name}", path, force=arguments.force) for name, path in named.items() if path}
-    if len(files) == 2 and files["json"].absolute() == files["predictions"].absolute():
-        raise bad_value("--predictions", arguments.predictions, "it is --json's file; give two names", OutputError)
     require_saved(arguments.adapter, *(path for path in arguments.data if "=" not in path))
     from aroma.cli.quiet import quiet
 
     quiet()
     from ..language.model import is_language_model
 
-    if is_language_model(arguments.adapter):
-        from .eval_language import run_language
-
-        refuse_options(arguments, _CLASSIFIER_OPTIONS, "only classifiers and regressions have it, and this is none")
-        run_language(arguments, files)
-    else:
-        refuse_options(arguments, _LANGUAGE_OPTIONS, "only language models have it, and this is none")
-        _run_classifier(arguments, files.get("json"))
+    (_run_language if is_language_model(arguments.adapter) else _run_classifier)(arguments, files)
 
 
-def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> None:
+def _run_classifier(arguments: argparse.Namespace, files: Mapping[str, Path]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +86,7 @@ def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> No
 
     if len(arguments.data) > 1:
         raise bad_value("data", arguments.data, "give one file; only a language model answers several")
-    names = ("base_model", "max_length", "batch_size", *_CLASSIFIER_OPTIONS)
+    names = ("base_model", "max_length", "batch_size", "text", "text_pair", "label")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     data = arguments.data[0]
     result = evaluate_adapter(arguments.adapter, data, progress=progress_bar, **given)
@@ -113,12 +94,46 @@ def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> No
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    if json_file is not None:
-        write_json(json_file, {"data": data, "examples": result.examples, "metrics": result.metrics})
+    if "json" in files:
+        write_json(files["json"], {"data": data, "examples": result.examples, "metrics": result.metrics})
 
 
-def refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
-    """Raise ConfigError for the first of these options that was given."""
-    for name in names:
-        if (value := getattr(arguments, name)) is not None:
-            raise bad_value(f"--{name.replace('_', '-')}", value, f"{why}; leave it out")
+def _run_language(arguments: argparse.Namespace, files: Mapping[str, Path]) -> None:
+    """Ask all questions of all files, which are read before the model is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from aroma.files import write_json, write_text
+
+    require_extra("language")
+    from ..language.data import load_questions
+    from ..language.evaluate import evaluate_questions
+    from ..language.model import load_for_inference, load_language_task
+
+    named = {text if Path(text).exists() else text.partition("=")[0]: text for text in arguments.data}
+    named = {name: text.removeprefix(f"{name}=") for name, text in named.items()}
+    sets = {name: load_questions("data", path) for name, path in named.items()}
+    loaded = load_for_inference(arguments.adapter, arguments.base_model)
+    options = {
+        "batch_size": arguments.batch_size or 8,
+        "max_length": arguments.max_length or load_language_task(arguments.adapter).max_length,
+    }
+    found = {name: evaluate_questions(loaded, asked, progress=True, **options) for name, asked in sets.items()}
+    average = sum(one.accuracy for one in found.values()) / len(found)  # sets have equal weight, as in Table 3
+    # Written before anything is printed, so that a failing terminal loses nothing.
+    if "predictions" in files:
+        rows = [{"set": name, **row} for name, one in found.items() for row in one.predictions]
+        write_text(files["predictions"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if "json" in files:
+        told = {
+            name: {"data": path, "examples": len(sets[name]), "metrics": {"accuracy": found[name].accuracy}}
+            | {"loss": found[name].loss}
+            for name, path in named.items()
+        }
+        write_json(files["json"], {"sets": told, "average": {"accuracy": average}})
+    table = Table("set", "questions", "accuracy")
+    for name, one in found.items():
+        table.add_row(name, str(len(sets[name])), f"{one.accuracy:.4f}")
+    if len(found) > 1:
+        table.add_row("average of sets", "", f"{average:.4f}")
+    Console().print(table)

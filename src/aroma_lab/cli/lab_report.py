@@ -9,6 +9,7 @@ from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
+from aroma.errors import bad_value
 
 # As in report/; written out here so that help imports nothing.
 TABLES = {
@@ -18,11 +19,8 @@ TABLES = {
     "regret": "what finds its ranks against the best fixed rank, and the one that trying all of them finds",
     "inner": "after how many steps the inner criterion fires, by kind of matrix",
 }
-FORMAT_NAMES = ("text", "markdown", "latex", "csv")
 FIGURES = {
     "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for the lowest seed of each method",
-    "planted": "found against planted rank of every matrix, of a task that plants them",
-    "memory": "found rank, and what is recalled, against the number of pairs to remember",
     "budget": "score against trained rank: the curve of LoRA's fixed ranks, and what finds its own",
 }
 
@@ -36,16 +34,16 @@ def add_parser(commands: Any) -> None:
         "Print a table of the runs that `aroma lab run` left: mean ± standard deviation over seeds, with the\n"
         f"protocol in its caption and every failed run below it.\n\nkinds:\n{_listed(TABLES)}",
         "aroma lab table results/lab/minilm-six",
-        "aroma lab table results/lab/smollm2-commonsense --kind sets --metric accuracy_normalised",
-        "aroma lab table results/lab/minilm-six --format latex --out table.tex",
+        "aroma lab table results/lab/smollm2-commonsense --kind sets",
+        "aroma lab table results/lab/minilm-six --out table.tex",
     )
     table.add_argument("folder", metavar="FOLDER", help="the grid's output folder, or its table of runs")
     table.add_argument("--kind", choices=tuple(TABLES), default="main", help="what the table is of (%(default)s)")
-    table.add_argument("--format", choices=FORMAT_NAMES, help="how it is written (by the suffix of --out, else text)")
     baseline_help = "method that main and sets compare with (lora-r8 if it was run)"
     table.add_argument("--baseline", metavar="LABEL", help=baseline_help)
-    table.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
-    table.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")
+    table.add_argument(
+        "--out", metavar="FILE", help="new .md, .tex or .csv file to write it to, instead of printing it"
+    )
     add_force(table)
     table.set_defaults(run=run_table)
 
@@ -84,24 +82,22 @@ def add_parser(commands: Any) -> None:
 
 
 def run_table(arguments: argparse.Namespace) -> None:
-    """Print the table, or write it; what CSV cannot hold goes to standard error."""
+    """Print the table as Markdown, or write it in the format of its file; what CSV cannot hold is printed."""
     require_extra("lab")
-    out = _new_file(arguments.out, arguments) if arguments.out is not None else None
+    out = None if arguments.out is None else _new_file(arguments.out, arguments)
+    if out is not None and out.suffix not in (".md", ".tex", ".csv"):
+        raise bad_value("--out", arguments.out, "unknown format; its name must end in .md, .tex or .csv")
     from aroma.files import write_text
 
-    from ..report.formats import SUFFIXES
     from ..report.runs import read_runs
     from ..report.tables import make_table
 
-    form = arguments.format or (SUFFIXES.get(out.suffix.lower(), "text") if out else "text")
-    table = make_table(read_runs(arguments.folder), arguments.kind, arguments.baseline, arguments.metric)
-    if out is not None:
-        write_text(out, table.written(form))
-        print(f"Left: {out}.")
-    else:
-        sys.stdout.write(table.written(form))
-    if form == "csv":
-        print(table.caption, *table.notes, sep="\n", file=sys.stderr)
+    table = make_table(read_runs(arguments.folder), arguments.kind, arguments.baseline)
+    if out is None:
+        sys.stdout.write(table.written(".md"))
+        return
+    write_text(out, table.written(out.suffix))
+    print(*([table.caption, *table.notes] if out.suffix == ".csv" else ()), f"Left: {out}.", sep="\n")
 
 
 def run_figure(arguments: argparse.Namespace) -> None:

@@ -13,10 +13,6 @@ from aroma.errors import DataError, bad_value
 from ..preflight import require_saved
 from ..progress import progress_bar
 from ..tasks.sources import read_rows
-from .evaluate import refuse_options
-
-_CLASSIFIER_OPTIONS = ("text_pair", "max_length")
-_LANGUAGE_OPTIONS = ("max_new_tokens",)
 
 
 def add_parser(commands: Any) -> None:
@@ -75,14 +71,9 @@ def run(arguments: argparse.Namespace) -> None:
     from ..language.model import is_language_model
     from ..predict import classify, respond, write_answers
 
-    answer: Callable[..., list[Any]] = classify
-    names = ["base_model", "text", "batch_size"]
-    if is_language_model(arguments.adapter):
-        refuse_options(arguments, _CLASSIFIER_OPTIONS, "a language model does not have it")
-        names, answer = [*names, *_LANGUAGE_OPTIONS], respond
-    else:
-        refuse_options(arguments, _LANGUAGE_OPTIONS, "a language model has it, and this is none")
-        names += _CLASSIFIER_OPTIONS
+    speaks = is_language_model(arguments.adapter)
+    answer: Callable[..., list[Any]] = respond if speaks else classify
+    names = ["base_model", "text", "batch_size", *(["max_new_tokens"] if speaks else ["text_pair", "max_length"])]
     given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     with progress_bar("predict", len(rows)) as advance:
         answers = answer(rows, arguments.adapter, on_batch=advance, **given)

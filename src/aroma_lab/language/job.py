@@ -14,7 +14,6 @@ from aroma.errors import DataError, bad_value
 
 from ..specs import DataSpec, ModelSpec
 from ..tasks.data import Articles, Source, find_source, recipe_sources, reported_splits
-from ..tasks.metrics import language_metric
 from ..tasks.spec import HELD_OUT, TaskSpec
 from ..training.job import Objective, Prediction, TrainerKind
 from .data import Example, Question, load_examples, load_questions
@@ -35,7 +34,6 @@ class LanguageJob:
         packing: Whether a row has several examples.
         questions: Of a task of kind `commonsense`, questions by split: the held-out ones, then each set that is
             reported. During training the loss of the held-out examples is measured; answers are ranked at the end.
-        metric: Name of the metric that is the score.
 
     Raises:
         ConfigError: The model has no tokenizer that the examples can be written with, or TRL is not installed.
@@ -46,7 +44,6 @@ class LanguageJob:
     parts: Mapping[str, Sequence[Example]]
     packing: bool = False
     questions: Mapping[str, Sequence[Question]] = field(default_factory=dict)
-    metric: str = "loss"
 
     tokenizer: Any = field(init=False)
 
@@ -102,10 +99,7 @@ class LanguageJob:
         return load_causal_lm(self.model)
 
     def predict(self, trainer: Any, split: str) -> Prediction:
-        """Return loss and perplexity of the learned tokens of a split, or the share of its questions answered rightly.
-
-        Answers are generated only where they are the score: that takes many times as long as ranking them.
-        """
+        """Return loss and perplexity of the learned tokens of a split, or the accuracy of its questions."""
         batch_size = trainer.args.per_device_eval_batch_size
         if not self.questions:
             assert self.objective.evaluate is not None
@@ -115,11 +109,7 @@ class LanguageJob:
 
         loaded, asked = LoadedModel(trainer.model, self.tokenizer), self.questions[split]
         ranked = evaluate_questions(loaded, asked, batch_size=batch_size, max_length=self.max_length)
-        metrics = dict(ranked.metrics)
-        if self.metric == "generated":
-            metrics |= evaluate_questions(loaded, asked, "generation", batch_size=batch_size).metrics
-        assert ranked.loss is not None, "likelihood has one"
-        return Prediction(metrics, ranked.loss)
+        return Prediction({"accuracy": ranked.accuracy}, ranked.loss)
 
     def describe(self, model: Any, adapter: Path) -> None:
         """Write task and tokenizer, with the chat template of the training, into the folder of an adapter."""
@@ -176,7 +166,7 @@ def task_job(spec: TaskSpec, model: ModelSpec, packing: bool, *, reported: bool 
         ConfigError: See `LanguageJob`.
         DataError: Examples that cannot be used, or reported ones that are all trained on.
     """
-    metric, source = language_metric(spec), find_source(spec, None)
+    source = find_source(spec, None)
     trained = _examples_of(source, "train", source.train)
     train, held_out = hold_out(trained, spec.held_out, spec.split_seed, spec.field("held_out"))
     parts = {"train": _draw(spec, "train_examples", train), HELD_OUT: _draw(spec, "held_out_examples", held_out)}
@@ -189,7 +179,7 @@ def task_job(spec: TaskSpec, model: ModelSpec, packing: bool, *, reported: bool 
         return LanguageJob(model, spec.max_length, parts, packing=packing)
     questions = {split: parts[split] for split in parts if split != "train"}
     learnt = {split: [one.example for one in parts[split]] for split in ("train", HELD_OUT)}
-    return LanguageJob(model, spec.max_length, learnt, packing=packing, questions=questions, metric=metric)
+    return LanguageJob(model, spec.max_length, learnt, packing=packing, questions=questions)
 
 
 def hold_out(examples: Sequence[Any], fraction: float, seed: int, key: str) -> tuple[list[Any], list[Any]]:

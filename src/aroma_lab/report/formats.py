@@ -1,11 +1,10 @@
-"""Tables as they are put together and written by pandas: as text, Markdown, LaTeX or CSV."""
+"""Tables as they are put together, and written by pandas: as Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
 import math
 import re
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +13,6 @@ import pandas as pd
 
 EMPTY = "–"
 """Text of a cell without value."""
-SUFFIXES: Mapping[str, str] = {".txt": "text", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
-"""The format that a file's name asks for."""
 
 
 class Table:
@@ -79,50 +76,25 @@ class Table:
         ]
         self.add(title, texts, **values)
 
-    def frame(self, emphasize: Callable[[str], str] = str, escape: Callable[[str], str] = str) -> pd.DataFrame:
-        """Return what is shown with all texts escaped, and the best ones emphasized."""
-        return pd.DataFrame(
-            {
-                escape(title): [
-                    emphasize(escape(text)) if (title, row) in self.best else escape(text)
-                    for row, text in enumerate(texts)
-                ]
-                for title, texts in self.shown.items()
-            }
-        )
-
-    def about(self, emphasis: str) -> list[str]:
-        """Return the caption, with what the emphasis means, and the notes."""
-        meaning = f" {emphasis}: best mean of a column, among the methods with the most seeds in it."
-        return [self.caption + (meaning if self.best else ""), *self.notes]
-
-    def sides(self) -> list[str]:
-        """Return the alignment of the columns: words, which are their own raw values, to the left."""
-        return ["left" if self.values.get(title) == texts else "right" for title, texts in self.shown.items()]
-
-    def written(self, form: str) -> str:
-        """Return the table as `text`, `markdown`, `latex` (with the package booktabs) or `csv`."""
-        if form == "csv":
+    def written(self, suffix: str) -> str:
+        """Return the table as a file of this suffix has it: `.md`, `.tex` (with the package booktabs) or `.csv`."""
+        if suffix == ".csv":
             return str(pd.DataFrame(self.values).to_csv(index=False))
-        if form == "latex":
-            return self._latex()
-        if form == "markdown":
-            escape = partial(re.sub, r"([\\|*_<>`])", r"\\\1")
-            frame = self.frame("**{}**".format, escape)
-            caption, *notes = map(escape, self.about("Bold"))
-            notes = [f"- {note}" for note in notes]
-        else:
-            frame = self.frame("*{}".format)
-            caption, *notes = [textwrap.fill(one, 100, subsequent_indent="  ") for one in self.about("*")]
-        style = "pipe" if form == "markdown" else "simple"
-        body = frame.to_markdown(index=False, tablefmt=style, colalign=self.sides(), disable_numparse=True)
-        return "\n\n".join(filter(None, [body, caption, "\n".join(notes)])) + "\n"
-
-    def _latex(self) -> str:
-        frame = self.frame(r"\textbf{{{}}}".format, _escape_latex)
-        caption, *notes = map(_escape_latex, self.about("Bold"))
-        columns = "".join(side[0] for side in self.sides())
-        body = frame.to_latex(index=False, escape=False, column_format=columns, caption=caption, position="tb")
+        is_latex = suffix == ".tex"
+        escape = _escape_latex if is_latex else partial(re.sub, r"([\\|*_<>`])", r"\\\1")
+        bold = (r"\textbf{{{}}}" if is_latex else "**{}**").format
+        cells = pd.DataFrame({escape(title): list(map(escape, texts)) for title, texts in self.shown.items()})
+        for title, row in self.best:
+            cells.loc[row, escape(title)] = bold(cells.loc[row, escape(title)])
+        meaning = " Bold: best mean of a column, among the methods with the most seeds in it." if self.best else ""
+        caption, *notes = map(escape, [self.caption + meaning, *self.notes])
+        # Words, which are their own raw values, to the left.
+        sides = ["left" if self.values.get(title) == texts else "right" for title, texts in self.shown.items()]
+        if not is_latex:
+            body = cells.to_markdown(index=False, tablefmt="pipe", colalign=sides, disable_numparse=True)
+            return "\n\n".join(filter(None, [body, caption, "\n".join(f"- {note}" for note in notes)])) + "\n"
+        columns = "".join(side[0] for side in sides)
+        body = cells.to_latex(index=False, escape=False, column_format=columns, caption=caption, position="tb")
         footnotes = "".join(f"\\par\\raggedright\\footnotesize {note}\n" for note in notes)
         return str(body).replace("\\end{table}", f"{footnotes}\\end{{table}}")
 

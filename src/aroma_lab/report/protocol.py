@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
 
 from ..study.selection import edges
 from .formats import counted, listing, span
-from .runs import Runs, rows_of
+from .runs import MACHINE, Runs, rows_of
 
-_MACHINE = ("git_revision", "platform", "device", "cpu_count", "threads")
 _CHECKPOINTS = {"last": "those of the last step", "best": "those of the best evaluation on held-out training examples"}
 
 
@@ -94,38 +93,33 @@ def _show(value: object) -> str:
     return f"{value:.10g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _edges(runs: Runs) -> list[str]:
-    return [
-        f"The optimum of {method} on {task} is at the edge of what was tried: add {key}={_show(further)}."
-        for task, of_task in runs.selection.items()
-        for method, entry in of_task.items()
-        if entry.get("chosen")
-        for key, further in edges([values for values, _ in entry["tried"]], entry["chosen"]).items()
-    ]
+def _edges(runs: Runs) -> Iterator[str]:
+    for task, of_task in runs.selection.items():
+        for method, entry in of_task.items():
+            tried = [values for values, _ in entry["tried"]]
+            for key, further in edges(tried, entry["chosen"]).items() if entry.get("chosen") else ():
+                added = f"add {key}={_show(further)}."
+                yield f"The optimum of {method} on {task} is at the edge of what was tried: {added}"
 
 
-def _stopped_early(runs: Runs) -> list[str]:
-    notes = []
+def _stopped_early(runs: Runs) -> Iterator[str]:
     for method in runs.methods:
         of_method = runs.of(method)
         early = of_method[of_method.stopped_early.astype(bool)]
         if len(early):
             share = f"{early.steps.sum() / early.planned_steps.sum():.0%} of the planned steps"
-            notes.append(f"{method}: {len(early)} of {counted(len(of_method), 'run')} stopped early, after {share}.")
-    return notes
+            yield f"{method}: {len(early)} of {counted(len(of_method), 'run')} stopped early, after {share}."
 
 
-def _not_alike(runs: Runs) -> list[str]:
-    """Return in what versions, source and machine the runs differ."""
+def _not_alike(runs: Runs) -> Iterator[str]:
+    """Yield in what versions, source and machine the runs differ."""
     frame = runs.reported
     versions = pd.DataFrame([result["versions"] for result in frame.result], index=frame.index, dtype=object)
-    notes = []
-    for key, values in frame[[*_MACHINE]].join(versions).astype(str).items():
+    for key, values in frame[[*MACHINE]].join(versions).astype(str).items():
         groups = frame.name.groupby(values, sort=False).agg(list)
         if len(groups) > 1:
             commonest = sorted(groups.items(), key=lambda group: -len(group[1]))
-            notes.append(f"Different {key}: {'; '.join(f'{value} ({_who(those)})' for value, those in commonest)}.")
-    return notes
+            yield f"Different {key}: {'; '.join(f'{value} ({_who(those)})' for value, those in commonest)}."
 
 
 def _note(sentence: str, names: Iterable[str]) -> list[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,12 +35,13 @@ _OF_MATRICES = ("effective_ranks", "relative_updates")
 """Measures by matrix in a result, of which the table of runs keeps four digits."""
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
-_MACHINE = ("git_revision", "platform", "device", "cpu_count", "threads")
+MACHINE = ("git_revision", "platform", "device", "cpu_count", "threads")
+"""What a result says of its machine."""
 _RANKS = ("average_rank", "effective_rank", "trained_rank")
 _PARAMETERS = ("initial", "average", "head")
 _COLUMNS = (
     *("name", "folder", "where", "state", "message", "task", "method", "seed", "kind", "model", "selects"),
-    *("metric", "score", "steps", "planned_steps", "stopped_early", *_RANKS, *_MACHINE),
+    *("metric", "score", "steps", "planned_steps", "stopped_early", *_RANKS, *MACHINE),
     *(f"{key}_parameters" for key in _PARAMETERS),
     *_PARTS,
 )
@@ -115,23 +117,22 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
     if TrialFiles(path).trial.is_file():
         return Runs(path, [_read_folder(path, path)], {}, {})
     folder = path.parent if path.is_file() else path
-    found = {file.parent for file in (folder / RUNS).glob("**/trial.json")} if path.is_dir() else set()
-    if found:
+    table = path if path.is_file() else folder / TABLE
+    if path.is_dir() and (found := {file.parent for file in (folder / RUNS).glob("**/trial.json")}):
         rows = [_read_folder(place, folder) for place in found]
-    elif path.is_file() or (folder / TABLE).is_file():
-        rows = _read_table(path if path.is_file() else folder / TABLE)
+    elif table.is_file():
+        rows = _read_table(table)
     else:
         remedy = f"no runs there, and no {TABLE}; give the output folder of `aroma lab run` or `aroma train`"
         raise bad_value("folder", str(source), remedy)
     rows.sort(key=lambda row: str(row["name"]))
     of_grid = [folder / name for name in ("selection.json", "grid.yaml")]
     runs = Runs(path, rows, *(_read(file) if file.exists() else {} for file in of_grid))
-    keys = ["task", "method", "seed"]
-    twice = runs.reported[runs.reported.duplicated(keys, keep=False)].sort_values(keys, kind="stable")
+    twice = runs.reported[runs.reported.duplicated(["task", "method", "seed"], keep=False)]
     if len(twice):
-        first, second = rows_of(twice)[:2]
-        same = f"both hold {first.task}, {first.method}, seed {first.seed}; move one of them away"
-        raise CheckpointError(f"{second.where} and {first.where}: {same}")
+        one = rows_of(twice)[0]
+        same = f"both hold {one.task}, {one.method}, seed {one.seed}; move one of them away"
+        raise CheckpointError(f"{' and '.join(twice['where'][:2])}: {same}")
     return runs
 
 
@@ -147,16 +148,17 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     not. Measures of single matrices, which are most of what a run says, have four digits.
     """
     frame = _frame(runs.rows).drop(columns="where")
-    frame["result"] = frame.result.map(_shortened)
     for part in _PARTS:
-        frame[part] = [None if value is None else json.dumps(value, ensure_ascii=False) for value in frame[part]]
+        frame[part] = [
+            None if value is None else json.dumps(_short(value), ensure_ascii=False) for value in frame[part]
+        ]
     write_bytes(path, frame.to_parquet(index=False, compression="zstd", compression_level=19))
 
 
-def _shortened(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    measured = {key: result[key] for key in _OF_MATRICES if key in result} if result else {}
+def _short(part: Any) -> Any:
+    measured = {key: part[key] for key in _OF_MATRICES if key in part} if isinstance(part, dict) else {}
     digits = {key: {name: float(f"{one:.4g}") for name, one in values.items()} for key, values in measured.items()}
-    return {**result, **digits} if result else None
+    return {**part, **digits} if digits else part
 
 
 def rows_of(frame: pd.DataFrame) -> list[Run]:
@@ -164,54 +166,49 @@ def rows_of(frame: pd.DataFrame) -> list[Run]:
     return list(frame.itertuples(index=False))
 
 
+@contextmanager
+def _whole(where: object, remedy: str = "restore it, or run the trial or the grid again") -> Iterator[None]:
+    """Name what was read where it cannot be understood."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{where}: missing, truncated or edited ({said:.120}); {remedy}") from error
+
+
 def _read(path: Path) -> Any:
     """Return the content of a JSON or YAML file."""
-    try:
+    with _whole(path):
         content = path.read_text(encoding="utf-8")
         return yaml.safe_load(content) if path.suffix == ".yaml" else json.loads(content)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _damaged(path, error, "restore it, or run the trial or the grid again") from error
-
-
-def _damaged(where: object, error: Exception, remedy: str) -> CheckpointError:
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return CheckpointError(f"{where}: missing, truncated or edited ({said:.120}); {remedy}")
 
 
 def _read_folder(folder: Path, root: Path) -> dict[str, Any]:
     """Read a run folder; one with a result is a finished run, whatever failed there before."""
     files = TrialFiles(folder)
     parts, message = {"trial": _read(files.trial)}, None
-    try:
+    with _whole(folder):
         if files.result.exists():
             parts["result"] = {key: value for key, value in _read(files.result).items() if key not in _NOT_KEPT}
             parts["curve"] = _read(files.curve) if files.curve.exists() else None
             parts["evaluations"] = _read(files.history)["evaluations"] if files.history.exists() else None
-            parts["ended"] = _read_ended(files.events) if files.events.exists() else []
+            lines = files.events.read_text(encoding="utf-8").splitlines() if files.events.exists() else []
+            ended = [event for event in map(json.loads, lines) if event["kind"] in ("merged", "frozen")]
+            parts["ended"] = [(event["outer_step"], event["module"]) for event in ended]
         elif files.failure.exists():
             failure = _read(files.failure)
             message = " ".join(f"{failure['error']}: {failure['message']}".split())
         return _row(parts, message, folder.relative_to(root).as_posix(), str(folder))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error, "restore the files, or remove the folder and run the trial again") from error
-
-
-def _read_ended(path: Path) -> list[tuple[int, str]]:
-    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(event["outer_step"], event["module"]) for event in events if event["kind"] in ("merged", "frozen")]
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = []
+    rows = []
+    with _whole(path, "restore it, or make it again from the run folders with `aroma lab collect`"):
         for record in pd.read_parquet(path)[["folder", "message", *_PARTS]].to_dict("records"):
             parts = {key: json.loads(record[key]) if isinstance(record[key], str) else None for key in _PARTS}
             message = record["message"] if isinstance(record["message"], str) else None
             rows.append(_row(parts, message, record["folder"], f"{path}, {record['folder']}"))
-        return rows
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "restore it, or make it again from the run folders with `aroma lab collect`"
-        raise _damaged(path, error, remedy) from error
+    return rows
 
 
 def _row(parts: Mapping[str, Any], message: str | None, folder: str, where: str) -> dict[str, Any]:
@@ -230,7 +227,7 @@ def _row(parts: Mapping[str, Any], message: str | None, folder: str, where: str)
         "selects": trial["purpose"] == "select",
     }
     if result is not None:
-        row |= {key: result[key] for key in ("metric", "stopped_early", *_MACHINE)}
+        row |= {key: result[key] for key in ("metric", "stopped_early", *MACHINE)}
         row |= {key: result.get(key) for key in _RANKS}
         row |= {"score": float(result["score"])} | {key: int(result[key]) for key in ("steps", "planned_steps")}
         row |= {f"{key}_parameters": float(result["parameters"][key]) for key in _PARAMETERS}

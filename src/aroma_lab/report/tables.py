@@ -21,17 +21,16 @@ _RANK_TRAINED = "trainable parameters, averaged over the planned steps, over tho
 """What captions say of `trained_rank`."""
 
 
-def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metric: str | None = None) -> Table:
+def make_table(runs: Runs, kind: str = "main", baseline: str | None = None) -> Table:
     """Return a table of the runs.
 
     Args:
         kind: One of `KINDS`.
         baseline: For `main` and `sets`, label of the method that others are compared with; None: `lora-r8` if it has
             run, else none.
-        metric: For `sets`, the metric that is shown; None: the one that is the score.
 
     Raises:
-        ConfigError: A baseline without finished runs, no runs that such a table is of, or a metric that they lack.
+        ConfigError: A baseline without finished runs, or no runs that such a table is of.
     """
     finished = runs.finished_methods()
     if baseline is not None and baseline not in finished:
@@ -39,7 +38,7 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
     if baseline is None and "lora-r8" in finished:
         baseline = "lora-r8"
     if kind in ("main", "sets"):
-        table = scores_table(runs, _task_scores(runs) if kind == "main" else _set_scores(runs, metric), baseline)
+        table = scores_table(runs, _task_scores(runs) if kind == "main" else _set_scores(runs), baseline)
     else:
         table = KINDS[kind](runs)
     table.caption += f" {protocol(runs)}"
@@ -238,19 +237,17 @@ def _task_scores(runs: Runs) -> pd.DataFrame:
     return frame.assign(value=frame.score, key=frame.task, title=frame.task + " (" + frame.task.map(metrics) + ")")
 
 
-def _set_scores(runs: Runs, metric: str | None) -> pd.DataFrame:
-    """Return a row for each run and reported set of its task, with the metric as `value`; NaN if a run lacks it."""
+def _set_scores(runs: Runs) -> pd.DataFrame:
+    """Return a row for each run and reported set of its task, with its score as `value`; NaN if a run lacks it."""
     rows = [
-        (run.task, label, run.method, run.seed, metrics.get(metric or run.metric))
+        (run.task, label, run.method, run.seed, metrics.get(run.metric))
         for task in runs.tasks
         for run in rows_of(runs.of(task=task))
         for label, metrics in run.result["reported"].items()
     ]
     sets = pd.DataFrame(rows, columns=["task", "label", "method", "seed", "value"]).astype({"value": float})
     if sets.value.isna().all():
-        known = {name: None for one in runs.reported.result for of_set in one["reported"].values() for name in of_set}
-        given = "--kind" if metric is None else "--metric"
-        raise bad_value(given, metric or "sets", f"no run has it for a reported set; there are {', '.join(known)}")
+        raise bad_value("--kind", "sets", "no run has reported a set with its score; give the main table")
     # A run that lacks one of its task's sets gets a row without value.
     every = sets[["task", "label"]].drop_duplicates().merge(sets[["task", "method", "seed"]].drop_duplicates())
     sets = every.merge(sets, how="left")

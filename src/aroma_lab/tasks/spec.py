@@ -72,8 +72,8 @@ class TaskSpec(MadeTask):
     """Column of the label or number; null: GLUE's, else `label`."""
     metric: str | None = None
     """What the score is: `accuracy`, `f1` (of the second of two classes), `macro_f1`, `mcc`, `pearson` or `spearman`;
-    null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy` (by likelihood),
-    or `generated` (of what the model writes). Of causal_lm: `token_probability`, 1 / perplexity."""
+    null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy`.
+    Of causal_lm: `token_probability`, 1 / perplexity."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
     held_out: float = 0.1
