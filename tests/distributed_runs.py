@@ -226,7 +226,9 @@ class CountCollectives:
 
     def __enter__(self) -> CountCollectives:
         self.number = 0
-        self._kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
+        self._kept = {
+            name: getattr(dist, name) for name in ("all_reduce", "all_gather_object", "broadcast_object_list")
+        }
         for name, call in self._kept.items():
             setattr(dist, name, partial(self._count, call))
         return self

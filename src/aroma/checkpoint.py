@@ -65,7 +65,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
         stack.callback(dist.barrier)  # last: until rank 0 has written, or failed
         is_first = dist.get_rank() == 0
         # Before any rank gathers: it would wait for a first one that has no place to write to.
-        with refuse_together(sharding.device(next(model.parameters()))), told_of(target):
+        with refuse_together(), told_of(target):
             if is_first:
                 new = stack.enter_context(replacing_files(target))
             else:
@@ -237,7 +237,7 @@ def whole_checkpoint(resumed: Any, args: TrainingArguments) -> str:
     Raises:
         CheckpointError: It is not, or there is none.
     """
-    with refuse_together(args.device):
+    with refuse_together():
         folder = last_complete_checkpoint(str(args.output_dir)) if resumed is True else os.fspath(resumed)
         if folder is None:
             remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"
