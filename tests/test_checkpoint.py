@@ -49,7 +49,7 @@ def test_files_in_folders_are_recorded_and_those_of_killed_writes_are_not(tmp_pa
     for name in [*names, ".README.md.k2j3h4g5.tmp"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    record_checkpoint(folder, 7, {})
+    record_checkpoint(folder, 7)
     for name in names:
         assert verify_checkpoint(folder)["files"].keys() == {*names}
         (folder / name).write_text(name.upper())
@@ -61,7 +61,7 @@ def test_files_in_folders_are_recorded_and_those_of_killed_writes_are_not(tmp_pa
 def test_a_run_killed_before_its_record_was_complete_goes_on_from_there(copied: Path) -> None:
     """After the Trainer's last file, when it may have removed all older checkpoints."""
     folder = copied / "checkpoint-6"
-    record_checkpoint(folder, 6)
+    record_checkpoint(folder, 6, is_complete=False)
     verify_checkpoint(folder)
     text = (folder / "trainer_state.json").read_text()
     (folder / "trainer_state.json").write_text(text[:-20])

@@ -29,7 +29,7 @@ def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = N
     if os.path.exists(target) and not force:
         remedy = "give another name" if force is None else "give another name, or --force to replace it"
         raise bad_value(field, str(path), f"it exists, and nothing is overwritten; {remedy}", OutputError)
-    _require_place(field, path, target)
+    _try_writing(field, path, target)
     return target
 
 
@@ -47,7 +47,7 @@ def new_folder(field: str, path: str | os.PathLike[str], remedy: str = "give ano
 
 
 def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
-    """Return where the folder that the option `field` named is or will be; whatever it holds.
+    """Return where the folder that the option `field` named is or will be, empty or not.
 
     Raises:
         OutputError: A file is there, or nothing can be written there.
@@ -55,20 +55,15 @@ def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isdir(target):
         raise bad_value(field, str(path), "it is a file, and nothing is overwritten; give a folder", OutputError)
-    _require_place(field, path, target / "any")
+    _try_writing(field, path, target / "any")
     return target
 
 
-def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> None:
-    """Raise unless a file can be made beside `target`, or where its folders will be made.
-
-    Only an attempt tells: root may write where permissions forbid it, and may not where a file system is read-only.
-    """
+def _try_writing(field: str, path: str | os.PathLike[str], target: Path) -> None:
+    """Raise unless a file can be made in the innermost folder above `target` that exists."""
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
-    try:
-        # With a name as long as what `files.replacing` makes first.
-        name = max(target.relative_to(folder).parts, key=len)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp"):
+    try:  # only an attempt tells: root may write where permissions forbid it
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.relative_to(folder).parts[0]}.", suffix=".tmp"):
             pass
     except OSError as error:
         reason = f"{folder} cannot be written to ({error.strerror}); give another place"

@@ -14,7 +14,7 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
-from ..checkpoint import CheckpointRecords, whole_checkpoint
+from ..checkpoint import record_save, whole_checkpoint
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
@@ -68,7 +68,7 @@ class AromaCallback(TrainingCallback):
         self._steps_within_backward = False
         self._hooks: list[Any] = []
         self._was_over = False
-        self._records = CheckpointRecords()
+        self._training: tuple[TrainingArguments, TrainerState] | None = None
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class AromaCallback(TrainingCallback):
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self._was_over = False
-        self._records.begin(args, state)
+        self._training = (args, state)
         self.controller = AromaController(
             model,
             optimizer,
@@ -152,7 +152,8 @@ class AromaCallback(TrainingCallback):
 
     def attributes(self) -> dict[str, Any]:
         """Return nothing: the state of the run is beside the adapter, in `aroma_state.json`."""
-        self._records.write()
+        if self._training is not None:
+            record_save(*self._training, is_complete=False)
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class AromaCallback(TrainingCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the record of a checkpoint, which `verify_checkpoint` compares its files with."""
-        self._records.complete()
+        record_save(args, state, is_complete=True)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
@@ -231,7 +232,7 @@ class AromaCallback(TrainingCallback):
     ) -> None:
         """Say why growth ended; after `load_best_model_at_end`, go back to the best checkpoint. Then report."""
         best = state.best_model_checkpoint
-        self._records.end()
+        self._training = None
         self._remove_hooks()
         if self.controller is None:
             return
