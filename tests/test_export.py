@@ -282,7 +282,7 @@ def foreign(folder: Path, **fields: Any) -> Any:
 def test_an_adapter_of_plain_peft_is_read_with_its_scales(tmp_path: Path, fields: dict[str, Any]) -> None:
     model = foreign(tmp_path / "adapter", **fields)
     adapter = read_adapter(tmp_path / "adapter")
-    with pytest.warns(AromaWarning, match=r"adapter: no aroma_state\.json, so nothing vouches for its files"):
+    with pytest.warns(AromaWarning, match="adapter: AROMA did not save this adapter"):
         rows = {row.name: row for row in rank_table(tmp_path / "adapter")}
     assert len(adapter.updates) == len(rows) == 6
     ranks = set()
@@ -294,7 +294,7 @@ def test_an_adapter_of_plain_peft_is_read_with_its_scales(tmp_path: Path, fields
         assert 0.5 < rows[name].effective_rank <= rows[name].rank
         ranks.add(rows[name].rank)
     assert len(ranks) == len({4, *fields.get("rank_pattern", {}).values()})
-    with pytest.warns(AromaWarning, match=r"modules of rank 0 are not known"):
+    with pytest.warns(AromaWarning, match="nothing vouches for its files"):
         uniform = export_uniform(tmp_path / "adapter", tmp_path / "out")
     assert uniform == (16 if "use_rslora" in fields else 8)
     loaded = PeftModel.from_pretrained(base("bert"), tmp_path / "out")

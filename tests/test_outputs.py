@@ -242,7 +242,7 @@ def test_an_error_of_the_operating_system_is_one_line(
 
     monkeypatch.setattr("aroma_lab.cli.train.run", full)
     assert main(["train", "recipe.yaml"]) == 2
-    assert capsys.readouterr().err == "error: events.jsonl: No space left on device\n"
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'events.jsonl'\n"
     monkeypatch.setenv("AROMA_DEBUG", "1")
     with pytest.raises(OSError, match="No space left"):
         main(["train", "recipe.yaml"])

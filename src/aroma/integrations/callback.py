@@ -127,8 +127,9 @@ class AromaCallback(TrainingCallback):
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""
+        after = optimizer.register_step_post_hook
         if not self._steps_within_backward:
-            self._hooks = [optimizer.register_step_post_hook(self._note_skipped_step)]
+            self._hooks = [after(self._note_skipped_step)]
             return
 
         # DeepSpeed steps within the backward, before the Trainer announces the step.
@@ -136,8 +137,8 @@ class AromaCallback(TrainingCallback):
             over = self._is_over(state, state.global_step)
             self._rewarmup.begin(optimizer, 0.0 if over else self._running().lr_factor)
 
-        after = optimizer.register_step_post_hook(lambda optimizer, *_: self._rewarmup.end(optimizer, None))
-        self._hooks = [optimizer.register_step_pre_hook(before), after]
+        ends = after(lambda optimizer, *_: self._rewarmup.end(optimizer, None))
+        self._hooks = [optimizer.register_step_pre_hook(before), ends]
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
