@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from aroma.cli import main, make_parser
+from aroma.cli import main
 from aroma.errors import OutputError, bad_value
 from aroma.export import export_merged, export_uniform
 from aroma.files import write_tensors, write_text
@@ -56,25 +56,6 @@ OPEN_FOLDERS = ("lab run output", "lab search output")
 """Those that may hold something: what is there is not overwritten, but added to."""
 
 
-def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    yield name.strip(), parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command, under in action.choices.items():
-                yield from parsers(under, f"{name} {command}")
-
-
-def test_the_tables_hold_every_option_that_names_an_output() -> None:
-    """Arguments whose help says that they are written, of every parser; `output` is a key of YAML files."""
-    found = set()
-    for name, parser in parsers(make_parser()):
-        for action in parser._actions:
-            text = action.help or ""
-            if action.metavar and any(word in text for word in ("write", "new ", "draw the ranks")):
-                found.add(f"{name} {action.option_strings[-1] if action.option_strings else action.metavar}")
-    assert found - {"lab run OVERRIDES"} == {*FILES, *(name for name in FOLDERS if not name.endswith(" output"))}
-
-
 # Places that cannot be written ---------------------------------------------------------------------------------------
 
 
@@ -97,11 +78,6 @@ def _no_place(root: Path, suffix: str) -> Path:
     return Path(f"/sys/aroma-test{suffix}")  # where root, too, can make no file; else a folder that is not there in /
 
 
-def _pipe(root: Path, suffix: str) -> Path:
-    os.mkfifo(root / f"pipe{suffix}")
-    return root / f"pipe{suffix}"
-
-
 def _long(root: Path, suffix: str) -> Path:
     return root / ("x" * 300 + suffix)
 
@@ -111,7 +87,6 @@ PLACES: dict[str, tuple[Callable[[Path, str], Path], str]] = {
     "folder": (_full_folder, "is no file|not an empty folder"),
     "under a file": (_under_a_file, r"there\.txt cannot be written to \(Not a directory\)"),
     "no place": (_no_place, "cannot be written to .*give another place"),
-    "pipe": (_pipe, "is no file|is a file"),
     "long name": (_long, r"cannot be written to \(File name too long\)"),
 }
 
@@ -171,16 +146,6 @@ EXPORTS: dict[str, Callable[[Path, Path], Any]] = {
     "merged": export_merged,
     "gguf": lambda adapter, out: export_gguf(adapter, out.with_suffix(".gguf")),
 }
-
-
-@pytest.mark.parametrize("kind", ["uniform", "merged"])
-def test_a_link_to_an_empty_folder_leads_to_the_folder(llama: Path, tmp_path: Path, kind: str) -> None:
-    (tmp_path / "disk" / "empty").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
-    assert main(["export", str(llama), str(tmp_path / "link"), f"--{kind}"]) == 0
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "disk" / "empty" / "README.md").exists() or any((tmp_path / "disk" / "empty").iterdir())
-    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["empty"]
 
 
 def test_force_replaces_a_file(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
