@@ -276,19 +276,3 @@ def test_a_bad_loss_stops_the_training(
     with pytest.raises(NonFiniteError, match=rf"bert\.\S+: .*not finite.*optimizer step {found_at} .*last one"):
         trainer.train()
     assert_only_good_checkpoints(tmp_path, left)
-
-
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_head_that_breaks_after_all_modules_have_finished(tmp_path: Path, strategy: str) -> None:
-    trainer = trainer_for(
-        adapted(outer_tolerance=100.0),
-        tmp_path,
-        AromaCallback(early_stop=False),
-        kind=bad_loss_at(15, math.nan),
-        save_strategy=strategy,
-        logging_steps=100,  # nothing is logged before
-        save_steps=10,
-    )
-    with pytest.raises(NonFiniteError, match=r"classifier.*optimizer step 20"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, [10])

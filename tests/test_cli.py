@@ -120,8 +120,6 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         (["inspect", "absent"], "error: adapter='absent': no such folder"),
         (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': no such folder"),
         (["export", "absent", "out", "--uniform"], "error: adapter='absent': no such folder"),
-        (["export", "a", "out", "--uniform", "--dtype", "float16"], "error: --dtype='float16': it has a meaning only"),
-        (["export", "a", "out", "--merged", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),
         (["lab", "run", "absent.yaml"], "error: grid='absent.yaml': cannot be read ([Errno 2] No such file"),
         (["demo", "--threads", "0"], "error: training.threads=0: give 1 or more"),
         (["train", "[bold]absent[/bold].yaml"], "error: recipe='[bold]absent[/bold].yaml'"),

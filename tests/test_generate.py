@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from aroma import AromaConfig
 from aroma.checkpoint import save_adapter
 from aroma.cli import main
-from aroma.errors import AromaWarning, CheckpointError, ConfigError, DataError
+from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma_lab.language.encode import stop_ids
 from aroma_lab.language.generate import Generation, generate_batch, stream
 from aroma_lab.language.model import LanguageTask, load_for_inference
@@ -136,7 +136,7 @@ def test_another_base_model_is_refused(adapter, bases, tmp_path):
     with pytest.raises(ConfigError) as refused:
         load_for_inference(adapter, str(bases["gpt2"]))
     assert f"base_model={str(bases['gpt2'])!r}: not the model of the adapter {adapter}" in str(refused.value)
-    assert f"trained on {bases['llama']}: PEFT cannot put the one into the other" in str(refused.value)
+    assert f"trained on {bases['llama']}: it has no place for " in str(refused.value)
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
     settings = {**model.config.to_dict(), "layer_types": None}
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -177,8 +177,7 @@ def test_what_is_no_language_models_adapter_is_refused(bases, adapter, tmp_path)
     nameless = edited("nameless", base_model_name_or_path=None)
     with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):
         load_for_inference(nameless)
-    with pytest.warns(AromaWarning, match=r"base_model_name_or_path=None: edited since the adapter was saved"):
-        assert isinstance(load_for_inference(nameless, str(bases["llama"])).model, PeftModel)
+    assert isinstance(load_for_inference(nameless, str(bases["llama"])).model, PeftModel)
 
 
 # Commands ------------------------------------------------------------------------------------------------------------

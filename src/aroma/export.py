@@ -21,7 +21,7 @@ from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from .saved import AdapterWeights, read_adapter, zero_update
 from .spectra import effective_rank, singular_values
 from .tuner import refuse_merge_if_tied
-from .tuner.layout import PEFT_PREFIX, uniform_config
+from .tuner.layout import uniform_config
 from .tuner.state import STATE_FILE, write_export_state
 
 TASK_FILE = "aroma_task.json"
@@ -231,24 +231,17 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
         ConfigError: The base model is not the one that the adapter was trained on.
     """
     from peft import PeftModel
-    from peft.utils import get_peft_model_state_dict
 
-    cause: Exception | None = None
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns of places without tensors, and says nothing of tensors without a place; both are errors here.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(adapter.folder)).eval()
-        # An adapter may hold whole embeddings; by now those that it targets are within a layer of PEFT.
-        places: set[str] = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
-        places |= {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
-        updates = [update.tensors(name, update.rank) for name, update in adapter.updates.items()]
-        surplus = sorted({*adapter.others}.union(*updates) - places)
-        reason = f"it has no place for {surplus[0]}" if surplus else ""
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
-        cause, reason = error, f"PEFT cannot put the one into the other: {' '.join(str(error).split())[:300]}"
-    if reason:
-        trained_on = adapter.config.get("base_model_name_or_path")
-        remedy = f"not the model of the adapter {adapter.folder}, trained on {trained_on}: {reason}; give that"
-        raise bad_value("base_model", base_name, remedy) from cause
-    return model
+    cause, modules = None, dict(base.named_modules())
+    reason = next((f"it has no place for {name}" for name in adapter.updates if name not in modules), None)
+    if reason is None:
+        try:
+            with warnings.catch_warnings():
+                # PEFT warns of places without tensors, and says nothing of tensors without a place.
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
+            cause, reason = error, f"PEFT cannot put the one into the other: {' '.join(str(error).split())[:300]}"
+    trained_on = adapter.config.get("base_model_name_or_path")
+    remedy = f"not the model of the adapter {adapter.folder}, trained on {trained_on}: {reason}; give that"
+    raise bad_value("base_model", base_name, remedy) from cause

@@ -133,27 +133,13 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def finish_save(folder: str | os.PathLike[str]) -> None:
-    """Finish a save into `folder` that was killed while its files moved to their places.
-
-    Raises:
-        CheckpointError: It cannot be finished.
-    """
-    target = Path(folder)
-    arriving = target / _ARRIVING
-    if not os.path.lexists(arriving):
-        return
-    try:
-        if arriving.is_symlink():
-            raise OSError("a symlink, which no save has left")
+    """Finish a save into `folder` that was killed while its files moved to their places."""
+    target, arriving = Path(folder), Path(folder, _ARRIVING)
+    if arriving.is_dir() and not arriving.is_symlink():  # no save leaves a symlink
         for file in arriving.iterdir():
             os.replace(file, target / file.name)
         _sync(target)
         arriving.rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: a save was killed, and {_ARRIVING} holds the rest, which cannot be moved to its place "
-            f"({error}); make the folder writable and open it again, or remove {_ARRIVING} and save again"
-        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,6 @@ from ..checkpoint import record_save, whole_checkpoint
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
-from ..sharding import own_entries
 from ..tuner import aroma_layers
 from ..tuner.state import read_controller_state
 from .base import TrainingCallback
@@ -192,13 +191,11 @@ class AromaCallback(TrainingCallback):
             control.should_training_stop = control.should_log = True
             control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
-        self._guard_checkpoint(state, control, model)
+        self._guard_checkpoint(control)
 
-    def on_epoch_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse to write an epoch's checkpoint of broken weights."""
-        self._guard_checkpoint(state, control, model)
+        self._guard_checkpoint(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the record of a checkpoint, which `verify_checkpoint` compares its files with."""
@@ -248,14 +245,11 @@ class AromaCallback(TrainingCallback):
         """Whether the run was over before this step. When such a run is resumed, the Trainer steps before it stops."""
         return steps_taken >= state.max_steps or (self.early_stop and self._running().finished)
 
-    def _guard_checkpoint(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+    def _guard_checkpoint(self, control: TrainerControl) -> None:
         if self._was_over:  # the step changed nothing, and for its checkpoint an older one would go
             control.should_save = control.should_evaluate = control.should_log = False
         if control.should_save or control.should_evaluate:
-            controller = self._running()
-            controller.require_finite()
-            with controller.together():
-                _require_finite_parameters(model, state.global_step)
+            self._running().require_finite()
 
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"
@@ -274,18 +268,3 @@ def trainable_adapter(model: nn.Module) -> str:
         raise bad_value("adapter_name", names, remedy)
     remedy = "give the Trainer get_peft_model(model, AromaConfig(...)), with its adapter active (model.set_adapter)"
     raise bad_value("model", type(model).__name__, f"it has no trainable AROMA adapter that is active; {remedy}")
-
-
-def _require_finite_parameters(model: nn.Module, step: int) -> None:
-    """Raise when a trained parameter beside the components, as of a classification head, is not finite."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
-    # The parts of a split model are on several devices.
-    own = [own_entries(parameter).isfinite().all().to(device) for parameter in trained.values()]
-    finite = torch.stack(own or [torch.tensor(True)])
-    if not finite.all():
-        name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)
-        raise NonFiniteError(
-            f"{name}: not finite at the save or evaluation of optimizer step {step}. Training stopped, and earlier "
-            "checkpoints are untouched: resume from the last one with a lower learning rate, or look at the data"
-        )
