@@ -216,10 +216,6 @@ def broken_component(out: Path) -> None:
     distributed_runs.broken_component(out, as_one)
 
 
-def broken_head(out: Path) -> None:
-    distributed_runs.broken_head(out, as_one, "weight")
-
-
 def merged(_: Path) -> None:
     as_one(adapted()).merge_adapter()
 
@@ -230,7 +226,6 @@ REFUSALS = [
     other_tolerances,
     sharded_on_one,
     broken_component,
-    broken_head,
     merged,
 ]
 

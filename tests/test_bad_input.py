@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -56,18 +55,6 @@ def test_a_configuration_that_cannot_work(fields: dict[str, Any], named: str, re
     assert remedy in str(caught.value)
 
 
-@pytest.mark.parametrize(("r", "warns"), [(1, False), (8, False), (9, True), (16, True)])
-def test_a_rank_that_is_likely_a_matrixs_is_said_to_be_a_components(r: int, warns: bool) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        AromaConfig(r=r)
-    said = [str(one.message) for one in caught if "rank of one component" in str(one.message)]
-    assert len(said) == warns
-    assert not warns or said[0].startswith(
-        f"r={r} is the rank of one component, not of a matrix: two make rank {2 * r}"
-    )
-
-
 def test_one_line_is_relora() -> None:
     config = AromaConfig(inner_tolerance=None, outer_tolerance=None, max_components=8)
     assert config.resolve_inner_steps(800) == 100
@@ -102,11 +89,6 @@ def test_loops_that_cannot_fit_the_run(fields: dict, total_steps: int | None, na
         AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=total_steps)
     assert str(caught.value).startswith(named)
     assert remedy in str(caught.value)
-
-
-@pytest.mark.parametrize(("total_steps", "inner_steps"), [(10, 50), (599, 50), (612, 51), (1200, 100)])
-def test_the_derived_inner_loop_is_a_twelfth_and_at_least_fifty(total_steps: int, inner_steps: int) -> None:
-    assert AromaConfig().resolve_inner_steps(total_steps) == inner_steps
 
 
 # Targets -------------------------------------------------------------------------------------------------------------

@@ -276,33 +276,3 @@ def test_a_bad_loss_stops_the_training(
     with pytest.raises(NonFiniteError, match=rf"bert\.\S+: .*not finite.*optimizer step {found_at} .*last one"):
         trainer.train()
     assert_only_good_checkpoints(tmp_path, left)
-
-
-def test_a_bad_gradient_in_the_log_stops_the_training_though_the_trainer_hides_the_loss(tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(), tmp_path, AromaCallback(), kind=bad_loss_at(5, math.nan), save_steps=4)
-    with pytest.raises(NonFiniteError, match=r"^grad_norm=nan at optimizer step 5: .*resume"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, [4])
-
-
-def test_two_callbacks_are_refused_before_they_freeze_each_other(tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(), tmp_path, AromaCallback())
-    trainer.add_callback(AromaCallback())
-    with pytest.raises(ConfigError, match=r"controller='default': another controller.*single AromaCallback"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_head_that_breaks_after_all_modules_have_finished(tmp_path: Path, strategy: str) -> None:
-    trainer = trainer_for(
-        adapted(outer_tolerance=100.0),
-        tmp_path,
-        AromaCallback(early_stop=False),
-        kind=bad_loss_at(15, math.nan),
-        save_strategy=strategy,
-        logging_steps=100,  # nothing is logged before
-        save_steps=10,
-    )
-    with pytest.raises(NonFiniteError, match=r"classifier.*optimizer step 20"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, [10])

@@ -128,7 +128,6 @@ SAYS = {
     "other_tolerances": ("ConfigError", "outer_tolerance="),
     "not_wrapped": ("ConfigError", "the replicas drift apart; wrap the model"),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
-    "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.bias: not finite"),
     "broken_checkpoint": ("CheckpointError", "aroma_state.json: the file is missing"),
 }
 

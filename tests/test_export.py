@@ -82,31 +82,6 @@ def test_a_rank_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rank=4: a module has rank 5"):
         export_uniform(tmp_path / "adapter", tmp_path / "out-4", rank=4)
     assert not (tmp_path / "out-4").exists()
-    assert export_uniform(tmp_path / "adapter", tmp_path / "out-12", rank=12) == 12
-    config = json.loads((tmp_path / "out-12" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (12, 12)
-
-
-def test_a_rank_that_no_engine_serves(tmp_path: Path) -> None:
-    saved(tmp_path / "adapter", "bert", [257], target_modules=["0.attention.self.query"])
-    with pytest.raises(ConfigError, match=r"rank=257: above 256.*--merged"):
-        export_uniform(tmp_path / "adapter", tmp_path / "out")
-    assert export_uniform(tmp_path / "adapter", tmp_path / "out", rank=257) == 257
-
-
-@pytest.mark.parametrize("kind", ["uniform", "merged"])
-def test_nothing_is_overwritten(tmp_path: Path, kind: str) -> None:
-    saved(tmp_path / "adapter", "bert", [0, 5])
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    export = {"uniform": export_uniform, "merged": export_merged}[kind]
-    for out in (tmp_path / "out", tmp_path / "out" / "mine.txt", tmp_path / "adapter"):
-        with pytest.raises(ConfigError, match=r"out=.*nothing is overwritten; give "):
-            export(tmp_path / "adapter", out)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
-    (tmp_path / "out" / "mine.txt").unlink()
-    export(tmp_path / "adapter", tmp_path / "out")  # an empty folder is fine
-    assert list((tmp_path / "out").iterdir())
 
 
 # Merged --------------------------------------------------------------------------------------------------------------
@@ -155,20 +130,6 @@ def test_a_small_update_over_a_bfloat16_base_is_kept(rounded: tuple[Path, Any, s
     assert json.loads((home / "out" / "config.json").read_text())["dtype"] == "float32"
     torch.testing.assert_close(merged, W + change, rtol=0, atol=3e-8)  # within a unit in the last place
     assert (merged != W).float().mean() > 0.98
-
-
-def test_bfloat16_on_request_rounds_once(rounded: tuple[Path, Any, str]) -> None:
-    home, model, module = rounded
-    layer = aroma_layers(model)[module]
-    layer.finished("default").B.mul_(10_000)
-    model.save_pretrained(home / "large")
-    export_merged(home / "large", home / "out", dtype="bfloat16")
-    W, change = layer.base_layer.weight, deltas(model)[module].float()
-    merged = base_of(home / "out", torch.bfloat16).get_submodule(module).weight
-    assert merged.dtype == torch.bfloat16
-    assert (merged != (W.float() + change).bfloat16()).float().mean() < 0.002
-    assert (merged != W + change.bfloat16()).float().mean() > 0.02, "the case tells one rounding from two"
-    assert {t.dtype for t in load_file(home / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_another_base_model_and_its_tokenizer(tmp_path: Path) -> None:
@@ -282,7 +243,7 @@ def foreign(folder: Path, **fields: Any) -> Any:
 def test_an_adapter_of_plain_peft_is_read_with_its_scales(tmp_path: Path, fields: dict[str, Any]) -> None:
     model = foreign(tmp_path / "adapter", **fields)
     adapter = read_adapter(tmp_path / "adapter")
-    with pytest.warns(AromaWarning, match=r"adapter: no aroma_state\.json, so nothing vouches for its files"):
+    with pytest.warns(AromaWarning, match="adapter: AROMA did not save this adapter"):
         rows = {row.name: row for row in rank_table(tmp_path / "adapter")}
     assert len(adapter.updates) == len(rows) == 6
     ranks = set()
@@ -294,7 +255,7 @@ def test_an_adapter_of_plain_peft_is_read_with_its_scales(tmp_path: Path, fields
         assert 0.5 < rows[name].effective_rank <= rows[name].rank
         ranks.add(rows[name].rank)
     assert len(ranks) == len({4, *fields.get("rank_pattern", {}).values()})
-    with pytest.warns(AromaWarning, match=r"modules of rank 0 are not known"):
+    with pytest.warns(AromaWarning, match="nothing vouches for its files"):
         uniform = export_uniform(tmp_path / "adapter", tmp_path / "out")
     assert uniform == (16 if "use_rslora" in fields else 8)
     loaded = PeftModel.from_pretrained(base("bert"), tmp_path / "out")

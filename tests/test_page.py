@@ -1,7 +1,5 @@
 """Reports: what a page says of made-up runs, what it may hold, where it may go, and where it comes from."""
 
-import gzip
-import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -9,15 +7,13 @@ from html.parser import HTMLParser
 import pytest
 
 from aroma import AromaCallback
-from aroma.report.page import ASSETS, measured
+from aroma.report.page import measured
 from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
 from aroma_lab.tasks.classification import ClassifierJob
 from aroma_lab.tasks.task import Task
 from made_up_facts import GROWN, KINDS, MODULES, RANKS, made_up
 from trainer_runs import adapted, trainer_for
 
-VEGA = "8f6a3587cf8d4f42c7e08120e3eb05d067e746d554e39d2dcf52acc0bd5ba28f"
-"""SHA-256 of vega.min.js in vega@6.4.0 of npm."""
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 
@@ -156,12 +152,6 @@ def test_a_page_of_nothing_says_that_much():
     assert "This run is not finished." in page.text
     assert page.data["charts"] == {}
     assert "select" not in page.tags()
-
-
-def test_vega_is_the_published_file_with_its_licence():
-    vega = gzip.decompress((ASSETS / "vega.min.js.gz").read_bytes())
-    assert hashlib.sha256(vega).hexdigest() == VEGA
-    assert "University of Washington Interactive Data Lab" in (ASSETS / "LICENSES.txt").read_text()
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import re
 import shutil
 import statistics
@@ -16,12 +15,12 @@ from aroma.cli import main
 from aroma.errors import AromaError, CheckpointError, ConfigError, DataError
 from aroma_lab.cli import lab_report
 from aroma_lab.report import figures
-from aroma_lab.report.formats import EMPTY, Table, signed_points
+from aroma_lab.report.formats import EMPTY, Table
 from aroma_lab.report.run_page import run_facts
 from aroma_lab.report.runs import TABLE, collect_runs, read_runs
 from aroma_lab.report.statistics import not_learnt, paired_difference
 from aroma_lab.report.tables import KINDS, make_table
-from made_up_runs import edit, write_grid, write_run
+from made_up_runs import edit, write_run
 
 GOLDEN = Path(__file__).parent / "golden"
 FROZEN = GOLDEN / "lab"
@@ -82,18 +81,6 @@ def test_tables_have_the_numbers_on_record_from_folders_and_from_a_table_of_runs
     values = pd.read_csv(io.StringIO(found.written(".csv")))
     pd.testing.assert_frame_equal(values, expected, rtol=1e-12, atol=1e-14, check_dtype=False)
     assert found.written(".md") == table(folder, kind).written(".md")
-
-
-def test_a_table_of_runs_keeps_what_made_each_run(collected):
-    folder = FROZEN / "runs/mrpc/aroma/seed-1"
-    trial, result = (json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "result"))
-    frame = pd.read_parquet(collected[FROZEN] / TABLE)
-    row = frame[frame.name == "mrpc/aroma/seed-1"].iloc[0]
-    kept = json.loads(row["result"])
-    assert json.loads(row["trial"]) == trial
-    assert kept.items() <= result.items()
-    assert set(result) - set(kept) <= {"singular_values", "overlaps"}
-    assert (row.score, row.seed, row.git_revision) == (result["score"], 1, result["git_revision"])
 
 
 def test_the_baseline_decides_the_difference(grid):
@@ -192,34 +179,6 @@ def test_regret_is_told_for_the_rank_that_trying_all_of_them_finds(tmp_path):
     assert by_task(tmp_path, "regret").loc["easy", "chosen"] == "lora-r4", "by the mean over seeds"
 
 
-def test_the_last_row_of_a_regret_table_is_the_average_against_any_one_rank(tmp_path):
-    for task, scores in (("easy", (0.80, 0.70)), ("hard", (0.50, 0.62))):
-        for method, trained, score in zip(("lora-r1", "lora-r4"), (1.0, 4.0), scores, strict=True):
-            of_ranks(tmp_path, task, method, (score, score + 0.04), trained)
-        of_ranks(tmp_path, task, "aroma", (0.70, 0.76), 0.9, kind="aroma")
-    of_ranks(tmp_path, "easy", "lora-r2", (0.99, 0.99), 2.0)  # has not run on all tasks
-    row = by_task(tmp_path, "regret").loc["average"]
-    assert (row.best, row.best_mean, row["mean"]) == ("lora-r4", pytest.approx(0.68), pytest.approx(0.73))
-    easy, hard = (0.0, 0.02), (0.08, 0.10)
-    errors = [statistics.stdev(differences) / 2**0.5 for differences in (easy, hard)]
-    assert row.error == pytest.approx(sum(error**2 for error in errors) ** 0.5 / 2)
-    assert (row.met, row.difference, row.trained) == (True, pytest.approx(0.05), pytest.approx(0.9))
-    shutil.rmtree(tmp_path / "runs" / "hard" / "aroma")
-    assert "average" not in by_task(tmp_path, "regret").index, "one task alone has no average"
-
-
-def test_a_run_without_one_of_the_sets_or_tasks_has_no_average(tmp_path):
-    write_grid(tmp_path, ["lora-r8", "aroma"])
-    write_run(tmp_path, "mnli", "lora-r8", 0, reported={"matched": {"accuracy": 0.5}, "mismatched": {"accuracy": 0.7}})
-    for method in ("lora-r8", "aroma"):
-        write_run(tmp_path, "rte", method, 0, reported={"validation": {"accuracy": 0.9}})
-    found = shown(table(tmp_path, "sets"))
-    # Of the tasks, each the average of its sets: not that of the three sets, which is 0.7.
-    expected = {"mnli: matched": "50.00", "mnli: mismatched": "70.00", "rte: validation": "90.00", "average": "75.00"}
-    assert found.iloc[0, :4].to_dict() == expected
-    assert found["average"]["aroma"] == "– (0 of 1)"
-
-
 def test_the_inner_criterion_is_counted_loop_by_loop():
     # First loops on MRPC fire at 110, 120, 110, 120 with seeds 0 and 2, the other way round with seed 1; second loops
     # at 140, 150, 160 and, of the last matrix, never.
@@ -238,18 +197,6 @@ def test_failed_unfinished_and_absent_runs_are_listed_in_every_format():
         assert "Failed: rte/adalora-r8/seed-2: NonFiniteError: loss=nan: training has diverged; lower" in words
         assert "Not finished: rte/aroma-no-reset/seed-1." in words
         assert "Not begun: rte/aroma-no-reset/seed-2." in words
-
-
-def test_a_method_that_only_failed_keeps_its_row(grid):
-    for result in grid.glob("runs/*/aroma/*/result.json"):
-        result.unlink()
-        (result.parent / "failure.json").write_text(json.dumps({"error": "ValueError", "message": "no"}))
-    found = table(grid)
-    assert shown(found).loc["aroma"].iloc[0] == "– (0 of 3)"
-    assert sum(note.startswith("Failed: ") for note in found.notes) == 7
-    for result in grid.glob("runs/**/result.json"):
-        result.unlink()
-    assert "No run has finished." in table(grid).caption
 
 
 def test_survivors_of_a_failure_do_not_win_a_column():
@@ -281,18 +228,6 @@ def test_the_caption_says_how_it_was_measured(grid):
     assert "held-out loss" not in found.shown
     (grid / "selection.json").unlink()
     assert "These runs chose nothing" in table(grid).caption
-
-
-def test_what_was_not_alike_is_noted(grid):
-    place = next((grid / "runs/select/mrpc/lora-r8").iterdir())
-    edit(place / "result.json", lambda content: content.update(reported={"test": {"accuracy": 0.8}}))
-    edit(grid / "runs/rte/aroma/seed-0/result.json", lambda content: content.update(cpu_count=64))
-    notes = " ".join(table(grid).notes)
-    assert "Different torch: 2.13.0+cpu (26 runs); 2.12.1+cpu (mrpc/head-only/seed-2)." in notes
-    assert "Different cpu_count: 2 (26 runs); 64 (rte/aroma/seed-0)." in notes
-    assert f"Runs that chose settings also evaluated reported examples: select/mrpc/lora-r8/{place.name}." in notes
-    edge = "The optimum of head-only on rte is at the edge of what was tried: add training.learning_rate=0.004."
-    assert edge in notes
 
 
 # Tasks that were not learnt
@@ -417,11 +352,6 @@ def test_latex_takes_the_table(kind, hostile, tmp_path):
     assert "Output written on page.pdf (1 page" in said
 
 
-def test_differences_have_a_sign_unless_they_round_to_nothing():
-    words = {0.0: "0.00", 0.0123: "+1.23", -0.0123: "−1.23", -0.00001: "0.00", 0.00001: "0.00"}
-    assert {value: signed_points(value) for value in words} == words
-
-
 # Pages
 
 
@@ -473,17 +403,6 @@ def test_a_damaged_file_is_named(file, change, grid):
     with pytest.raises(CheckpointError, match="missing, truncated or edited") as error:
         read_runs(grid)
     assert str(error.value).startswith(str(path.parent))
-
-
-def test_a_damaged_table_of_runs_is_named(collected, tmp_path):
-    whole, path = collected[FROZEN] / TABLE, tmp_path / TABLE
-    path.write_bytes(whole.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"runs\.parquet: missing, truncated or edited"):
-        read_runs(path)
-    frame = pd.read_parquet(whole)
-    frame.drop(columns="trial").to_parquet(path)
-    with pytest.raises(CheckpointError, match=r"runs\.parquet: missing, truncated or edited .*lab collect"):
-        read_runs(tmp_path)
 
 
 def test_no_runs_and_the_same_run_twice_are_refused(grid, tmp_path):

@@ -60,16 +60,6 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
         assert_resumes(tmp_path, run, step, whole)
 
 
-@pytest.mark.slow
-def test_resumed_from_every_single_step(tmp_path: Path) -> None:
-    run = Run(steps=16, method={"lora_alpha": 3}, training={"save_steps": 1})
-    whole = live(train(tmp_path / "whole", run))
-    assert len(outer_steps(tmp_path / "whole")) == 2
-    assert "frozen" in {summary.state for summary in whole["summary"]}
-    for step in range(1, 16):
-        assert_resumes(tmp_path, run, step, whole)
-
-
 def outer_steps(out: Path) -> list[int]:
     return sorted({event["step"] for event in read_events(out / "events.jsonl") if event["kind"] == "merged"})
 
@@ -124,14 +114,6 @@ def test_the_seed_of_the_components_comes_from_the_checkpoint(tmp_path: Path) ->
         trainers.append(trainer)
     assert growth(trainers[1]).controller.live.seed == 11
     assert_same(*map(live, trainers))
-
-
-def test_resuming_in_the_same_process_and_model(tmp_path: Path) -> None:
-    run = Run(steps=28, training={"save_steps": 7})
-    trainer = train(tmp_path, run)
-    whole = live(trainer)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
-    assert_same(live(trainer), whole)
 
 
 # A run that is over --------------------------------------------------------------------------------------------------

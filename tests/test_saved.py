@@ -119,20 +119,6 @@ def test_what_a_copied_file_points_to_is_not_exported(adapter: Path, tmp_path: P
 # Adapters of others --------------------------------------------------------------------------------------------------
 
 
-def test_patterns_are_matched_as_peft_does(tmp_path: Path) -> None:
-    fields = {
-        "r": 4,
-        "lora_alpha": 6,
-        "rank_pattern": {r"layer\.[01]\.attention\.self\.(query|value)": 3, "query": 2, ".*key": 5},
-        "alpha_pattern": {r".*\.1\..*": 7, "value": 1},
-    }
-    model = foreign(tmp_path, **fields)
-    for name, update in read_adapter(tmp_path).updates.items():
-        layer = model.get_base_model().get_submodule(name)
-        assert update.rank == layer.r["default"]
-        torch.testing.assert_close(update.B @ update.A, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -7,19 +7,57 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-import adapter_ranks
-from adapter_ranks import UNLIKE, Adapter, plain_net
-from aroma import AromaCallback, AromaConfig, aroma_layers, save_adapter, verify_adapter
+from aroma import AromaCallback, AromaConfig, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import ConfigError
-from aroma.export import rank_table
 from aroma.integrations.callback import trainable_adapter
-from ranks import launch
-from small_nets import STEPS
+from small_nets import STEPS, Net, loss_of, rows, trainable
 from trainer_runs import METHOD as PAPER
 from trainer_runs import adapted, assert_same, growth, tiny_bert, trainer_for
+
+METHOD: dict[str, Any] = {
+    **{"inner_check_interval": 2, "inner_tolerance": 0.8, "max_inner_steps": 8, "component_seed": 5},
+    "target_modules": r"layers\.\d+",
+}
+UNLIKE = {**METHOD, "component_seed": 11}
+"""That of the second adapter."""
+
+
+class Adapter:
+    """A training of one adapter of a net, step by step."""
+
+    def __init__(self, model: Any, name: str, rate: float, share: int) -> None:
+        model.set_adapter(name)
+        self.model, self.name, self.events = model, name, []
+        dtype = next(model.parameters()).dtype
+        self.x, self.y = (part.to(dtype) for part in rows(8 * STEPS, seed=20 + share))
+        self.optimizer = torch.optim.AdamW(trainable(model), lr=rate)
+        self.growth = attach(model, self.optimizer, total_steps=STEPS, adapter_name=name, on_event=self.events.append)
+        self.done = 0
+
+    def step(self) -> None:
+        self.model.set_adapter(self.name)
+        first = 8 * self.done
+        self.optimizer.zero_grad()
+        loss_of(self.model, (self.x[first : first + 8], self.y[first : first + 8])).backward()
+        self.optimizer.step()
+        self.done += 1
+
+    def came_to(self) -> dict[str, Any]:
+        layers = aroma_layers(self.model, self.name)
+        return {
+            "components": [layer.components(self.name) for layer in layers.values()],
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.growth.controller.state_dict(),
+            "events": [event.as_dict() for event in self.events],
+            "summary": self.growth.controller.summary(),
+        }
+
+
+def plain_net(method: dict[str, Any] = METHOD) -> Any:
+    return get_peft_model(Net(), AromaConfig(**method), autocast_adapter_dtype=False)
 
 
 def alone(which: int) -> Adapter:
@@ -53,43 +91,6 @@ def test_each_grows_as_it_would_alone(order: str) -> None:
         assert by_itself.growth.controller.total_rank > 0
         assert_same(one.came_to(), by_itself.came_to(), one.name)
     assert_same({name: value for name, value in model.state_dict().items() if "base_layer" in name}, base)
-
-
-# Several processes ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two ranks told of two adapters, and of wrappers that were made for another one."""
-    out = tmp_path_factory.mktemp("ranks")
-    launch(2, adapter_ranks.__file__, str(out))
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", adapter_ranks.ORDERS)
-@pytest.mark.parametrize("way", adapter_ranks.WAYS)
-def test_two_processes_do_what_one_does(told: Path, way: str, order: str) -> None:
-    first, second = (torch.load(told / f"{way}-{order}-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert_same(first, second)
-    alone = adapter_ranks.came_to(order)
-    for name, one in alone.items():
-        assert first[name]["events"] == one["events"]
-        for matrix, update in one["updates"].items():
-            torch.testing.assert_close(first[name]["updates"][matrix], update, rtol=1e-7, atol=1e-10)
-        folder = told / f"{way}-{order}-{name}"
-        verify_adapter(folder)
-        assert {row.name: row.rank for row in rank_table(folder)} == one["ranks"]
-        assert sum(one["ranks"].values()) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", adapter_ranks.WAYS)
-def test_two_processes_resume_the_second_one_to_the_bit(told: Path, way: str) -> None:
-    for rank in (0, 1):
-        uninterrupted, resumed = torch.load(told / f"{way}-{rank}.pt", weights_only=False)
-        assert uninterrupted["second"]["events"], "something happened after the stop"
-        assert_same(resumed, uninterrupted)
 
 
 # With heads, in the Trainer ------------------------------------------------------------------------------------------

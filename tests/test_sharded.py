@@ -161,7 +161,6 @@ SAYS = {
     "other_tolerances": ("ConfigError", "outer_tolerance="),
     "sharded_on_one": ("ConfigError", "fully_shard="),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
-    "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.weight: not finite"),
     "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
 }
 

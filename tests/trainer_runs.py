@@ -260,7 +260,7 @@ def on_disk(checkpoint: Path | str) -> dict[str, Any]:
 def resealed(checkpoint: Path | str) -> None:
     """Let the record of a checkpoint fit files that were edited on purpose, to meet what is behind it."""
     step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-    record_checkpoint(checkpoint, step, {})
+    record_checkpoint(checkpoint, step)
 
 
 def steps_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:

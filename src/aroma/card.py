@@ -20,10 +20,7 @@ _SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTA
 def write_ranks(folder: str | os.PathLike[str], ranks: Mapping[str, int], method: Mapping[str, Any]) -> None:
     """Write the section into the card that PEFT has written in `folder`; without a card, nothing is done.
 
-    Args:
-        folder: Where the adapter was saved.
-        ranks: Rank of every matrix, by its name in the base model.
-        method: The fields of `AromaConfig` that decided the run.
+    `ranks`: of every matrix, by its name; `method`: the fields of `AromaConfig` that decided the run.
     """
     card = Path(folder) / CARD_FILE
     if card.is_file():

@@ -65,7 +65,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
         stack.callback(dist.barrier)  # last: until rank 0 has written, or failed
         is_first = dist.get_rank() == 0
         # Before any rank gathers: it would wait for a first one that has no place to write to.
-        with refuse_together(sharding.device(next(model.parameters()))), told_of(target):
+        with refuse_together(), told_of(target):
             if is_first:
                 new = stack.enter_context(replacing_files(target))
             else:
@@ -100,25 +100,18 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
 # Checkpoints of a Trainer --------------------------------------------------------------------------------------------
 
 
-def record_checkpoint(
-    folder: str | os.PathLike[str], step: int, known: dict[str, str] | None = None
-) -> dict[str, str]:
+def record_checkpoint(folder: str | os.PathLike[str], step: int, is_complete: bool = True) -> None:
     """Write `aroma_checkpoint.json`, the SHA-256 of every file in a checkpoint, so that it is whole or not used.
 
     Args:
-        folder: The checkpoint, all of whose files are there but, where nothing is `known`, `trainer_state.json`.
+        folder: The checkpoint.
         step: Optimizer steps.
-        known: Digests that were taken before that file was written.
-
-    Returns:
-        The digests by name.
+        is_complete: Whether `trainer_state.json` is there too, the last file that the Trainer writes.
     """
-    root, apart = Path(folder), {RECORD_FILE, CARD_FILE, *([TRAINER_STATE_FILE] if known is None else [])}
+    root, apart = Path(folder), {RECORD_FILE, CARD_FILE, *([] if is_complete else [TRAINER_STATE_FILE])}
     files = (Path(parent) / name for parent, _, names in os.walk(root) for name in names if not _LEFT.fullmatch(name))
     names = sorted({file.relative_to(root).as_posix() for file in files} - apart)
-    record = write_manifest(root / RECORD_FILE, {"format": RECORD_FORMAT, "step": step}, names, known or {})
-    digests: dict[str, str] = record["files"]
-    return digests
+    write_manifest(root / RECORD_FILE, {"format": RECORD_FORMAT, "step": step}, names)
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -186,47 +179,19 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 # In a Trainer --------------------------------------------------------------------------------------------------------
 
 
-class CheckpointRecords:
-    """Lets a callback of the Trainer record every checkpoint; see `record_checkpoint`.
+def record_save(args: TrainingArguments, state: TrainerState, is_complete: bool) -> None:
+    """Record the checkpoint that the Trainer saves; called before its last file, and by all processes after it.
 
-    A single process records it twice: when only `trainer_state.json` is missing, because after that file the Trainer
-    removes older checkpoints, and with that file. Several processes record it once, after all have saved what is
-    theirs: keep two checkpoints or more, in case of a kill between the two.
+    A single process records it twice, because after the last file the Trainer removes older checkpoints. Several
+    record it once, after all have saved what is theirs: keep two checkpoints or more, in case of a kill between.
     """
-
-    def __init__(self) -> None:
-        self._running: tuple[TrainingArguments, TrainerState] | None = None
-        self._known: dict[str, str] = {}
-
-    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Start with a training."""
-        self._running, self._known = (args, state), {}
-
-    def write(self) -> None:
-        """Record a checkpoint; called by `state()` of a callback, when only `trainer_state.json` is missing."""
-        if self._running is not None and world_size() == 1 and self._folder.is_dir():
-            self._known = record_checkpoint(self._folder, self._running[1].global_step)
-
-    def complete(self) -> None:
-        """Record the checkpoint, now that it is complete; called by all processes after a save."""
-        if self._running is None:
+    if world_size() > 1:
+        if not is_complete:
             return
-        if world_size() > 1:
-            dist.barrier()
-        args, state = self._running
-        if args.should_save and self._folder.is_dir():
-            record_checkpoint(self._folder, state.global_step, self._known)
-        self._known = {}
-
-    def end(self) -> None:
-        """End with a training."""
-        self._running = None
-
-    @property
-    def _folder(self) -> Path:
-        assert self._running is not None, "it has begun"
-        args, state = self._running
-        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        dist.barrier()
+    folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+    if args.should_save and folder.is_dir():
+        record_checkpoint(folder, state.global_step, is_complete)
 
 
 def whole_checkpoint(resumed: Any, args: TrainingArguments) -> str:
@@ -237,7 +202,7 @@ def whole_checkpoint(resumed: Any, args: TrainingArguments) -> str:
     Raises:
         CheckpointError: It is not, or there is none.
     """
-    with refuse_together(args.device):
+    with refuse_together():
         folder = last_complete_checkpoint(str(args.output_dir)) if resumed is True else os.fspath(resumed)
         if folder is None:
             remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"

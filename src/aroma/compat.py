@@ -165,10 +165,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @contextmanager
 def without_metrics(loss: object) -> Iterator[None]:
-    """Keep a trainer of TRL from noting metrics of what its `compute_loss` is called with, if `loss` is that.
-
-    It would report the mean over them and the batches of its next evaluation.
-    """
+    """Keep a trainer of TRL, whose `compute_loss` is `loss`, from reporting the batches that it is called with."""
     noted = getattr(getattr(loss, "__self__", None), "_metrics", None)
     if not isinstance(noted, dict) or not all(isinstance(of, dict) for of in noted.values()):
         yield

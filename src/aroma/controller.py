@@ -227,7 +227,7 @@ class AromaController:
 
     def together(self) -> AbstractContextManager[None]:
         """Return a context in which an error of one rank is raised on all; see `refuse_together`."""
-        return refuse_together(self.matrices.device)
+        return refuse_together()
 
     def detach(self) -> None:
         """Remove the hooks that the controller has made; the adapter stays as it is."""
@@ -296,8 +296,8 @@ class AromaController:
         """Refuse replicas that differ, and agree on the seed: each rank may have taken its own."""
         if not is_distributed():
             return
-        require_equal_replicas(self._facts(model), self._tensors(model), self.matrices.device)
-        self.live.seed = of_first_rank(self.live.seed, self.matrices.device)
+        require_equal_replicas(self._facts(model), self._tensors(model))
+        self.live.seed = of_first_rank(self.live.seed)
 
     def _facts(self, model: nn.Module) -> dict[str, object]:
         return {

@@ -1,12 +1,11 @@
 """What the processes that train one model agree on, and refuse together.
 
-Functions with a `device` are collectives: every rank calls them, in the same order. One process agrees with itself,
-bit for bit. The steps between checks call none of them, except the first step.
+Every rank calls the functions of the last two sections, in the same order. The steps between checks call none of
+them, except the first step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import compat, errors
-from .errors import AromaError, ConfigError, bad_value
+from . import compat
+from .errors import AromaError, ConfigError, shown_value
 
 _DRIFT = 1e-3
 """Relative difference of a norm between replicas that rounding cannot explain: DDP keeps them equal bit for bit."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK_ELEMENTS = 2**22
 """A checksum sums at most this many elements of a parameter, as int64, at a time."""
-_MESSAGE_BYTES = 4096
 
 
 def world_size() -> int:
@@ -112,20 +110,19 @@ def agree(
     return agreed[: len(norms)], [None if value is None else number for value, number in derived]
 
 
-def of_first_rank(number: int, device: torch.device) -> int:
-    """Return rank 0's `number`."""
-    if not is_distributed():
-        return number
-    sent = torch.tensor([number], dtype=torch.int64, device=device)
-    dist.broadcast(sent, src=0)
-    return int(sent)
+def of_first_rank(number: int) -> int:
+    """Return rank 0's `number`; a collective."""
+    sent = [number]
+    if is_distributed():
+        dist.broadcast_object_list(sent, src=0)
+    return sent[0]
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def refuse_together(device: torch.device) -> Iterator[None]:
+def refuse_together() -> Iterator[None]:
     """Raise on every rank what one of them raises in the block, which must hold no collective and no such block.
 
     Raises:
@@ -136,33 +133,21 @@ def refuse_together(device: torch.device) -> Iterator[None]:
         yield
     except AromaError as caught:
         error = caught
-    size = world_size()
-    first = rank() if error is not None else size
-    if is_distributed():
-        failed = torch.tensor([first], dtype=torch.int64, device=device)
-        dist.all_reduce(failed, dist.ReduceOp.MIN)
-        first = int(failed)
-    if first == size:
-        return
-    text = f"{type(error).__name__}\n{error}".encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-    sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    if is_distributed():
-        dist.broadcast(sent, src=first)
+    said = _of_all_ranks(None if error is None else (type(error), str(error)))
     if error is not None:
         raise error
-    kind, message = bytes(sent.tolist()).rstrip(b"\0").decode(errors="replace").split("\n", 1)
-    raise getattr(errors, kind, ConfigError)(f"rank {first}: {message}")
+    for number, found in enumerate(said):
+        if found is not None:
+            kind, message = found
+            raise kind(f"rank {number}: {message}")
 
 
-def require_equal_replicas(
-    facts: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]], device: torch.device
-) -> None:
+def require_equal_replicas(facts: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]] = ()) -> None:
     """Refuse to train replicas that differ, on every rank.
 
     Args:
-        facts: What must be equal, by name; the names are the same on all ranks. Values are compared by their `repr`.
+        facts: What must be equal, by name. Values are compared by their `repr`.
         tensors: Tensors (any shapes) that must be equal bit for bit, by name.
-        device: A device whose tensors the process group can reduce.
 
     Raises:
         ConfigError: Naming the first fact or tensor that differs.
@@ -171,18 +156,25 @@ def require_equal_replicas(
         return
     named = dict(tensors)
     facts = {**facts, "model": [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named.items()]}
-    remedy = "it differs between the ranks; give every rank the same model and arguments"
-    differing = _differing([_number_of(repr(value)) for value in facts.values()], device)
-    if differing is not None:
-        name, value = list(facts.items())[differing]
-        raise bad_value(name, f"{len(value)} of them" if isinstance(value, list) else value, remedy)
-    differing = _differing([_checksum(tensor) for tensor in named.values()], device)
-    if differing is not None:
-        raise bad_value("model", list(named)[differing], remedy)
+    _require_equal([(f"{name}={shown_value(value)}", repr(value)) for name, value in facts.items()])
+    _require_equal([(f"model={name!r}", int(_checksum(tensor))) for name, tensor in named.items()])
 
 
-def _number_of(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+def _require_equal(own: list[tuple[str, object]]) -> None:
+    for theirs in _of_all_ranks(own):
+        for mine, other in zip(own, theirs, strict=True):
+            if mine != other:
+                raise ConfigError(
+                    f"{mine[0]}: it differs between the ranks; give every rank the same model and arguments"
+                )
+
+
+def _of_all_ranks(own: Any) -> list[Any]:
+    """Return what every rank gives, which must be picklable; a collective."""
+    found = [own] * world_size()
+    if is_distributed():
+        dist.all_gather_object(found, own)
+    return found
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -190,15 +182,3 @@ def _checksum(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     bits = (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(_INTEGERS[flat.element_size()])
     return torch.stack([block.sum(dtype=torch.int64) for block in torch.split(bits, _BLOCK_ELEMENTS)]).sum()
-
-
-def _differing(numbers: Sequence[int | Tensor], device: torch.device) -> int | None:
-    """Return the index of the first number (or scalar tensor) that is not the same on all ranks."""
-    if not numbers:
-        return None
-    own = torch.stack([torch.as_tensor(number, dtype=torch.int64).to(device) for number in numbers])
-    # Complemented, not negated, because the least integer has no negative.
-    sent = torch.stack([own, ~own])
-    dist.all_reduce(sent, dist.ReduceOp.MAX)
-    indices = (sent[0] != ~sent[1]).nonzero()
-    return int(indices[0]) if len(indices) else None

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import bad_value, is_whole
+from .errors import bad_value
 from .sharding import gathered
 from .tuner import aroma_layers
 from .tuner.layout import PEFT_PREFIX, plain_config, plain_factors, uniform_config
-from .tuner.live import LiveAdapter, live_adapter
+from .tuner.live import live_adapter
 
 
 class LoraTensors(NamedTuple):
@@ -41,15 +41,13 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
         adapter_name: Name of the adapter.
 
     Raises:
-        ConfigError: The model has no such adapter; a matrix has a larger rank, or may get one; or the adapter trains
+        ConfigError: The model has no such adapter; a matrix has a larger rank; or the adapter trains
             other modules, too, which no LoRA tensors hold.
     """
     live = live_adapter(model, adapter_name)
     if live.config.modules_to_save:
         remedy = "they train, too, and no LoRA tensors hold them; leave them out of the adapter, or save it in files"
         raise bad_value("modules_to_save", [*live.config.modules_to_save], remedy)
-    if rank is not None:
-        _require_lasting(live, rank)
     layers = aroma_layers(model, adapter_name)
     whole = iter(gathered([parameter for layer in layers.values() for parameter in layer.pair(adapter_name)]))
     updates = {name: layer.components(adapter_name, (next(whole), next(whole))) for name, layer in layers.items()}
@@ -68,14 +66,3 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
         stem = f"{PEFT_PREFIX}{name}"
         tensors |= {f"{stem}.lora_A.weight": A.detach().clone(), f"{stem}.lora_B.weight": B.detach().clone()}
     return LoraTensors(config, tensors)
-
-
-def _require_lasting(live: LiveAdapter, rank: int) -> None:
-    """Refuse a rank that the adapter may outgrow; later in the training that would end it."""
-    if not is_whole(rank, 1, 2**31):
-        raise bad_value("rank", rank, "give the rank that every matrix is padded to, 1 or more; try 16")
-    controller, config = live.controller, live.config
-    most = None if config.max_components is None else config.max_components * config.r
-    if controller is not None and not controller.finished and (most is None or most > rank):
-        remedy = f"set it to {max(rank // config.r, 1)} or less in AromaConfig, or give a larger rank"
-        raise bad_value("max_components", config.max_components, f"ranks may grow above {rank}; {remedy}")

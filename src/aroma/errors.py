@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 
 class AromaError(ValueError):
     """Base of every error that AROMA raises on purpose."""
@@ -53,8 +51,3 @@ def shown_value(value: object, most: int = 300) -> str:
     """Return a value as an error shows it, cut after `most` characters."""
     text = repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def is_whole(value: object, least: int, most: int) -> bool:
-    """Whether `value` is an integer from `least` to `most`; True and 1.0 are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most

@@ -21,7 +21,7 @@ from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from .saved import AdapterWeights, read_adapter, zero_update
 from .spectra import effective_rank, singular_values
 from .tuner import refuse_merge_if_tied
-from .tuner.layout import PEFT_PREFIX, uniform_config
+from .tuner.layout import uniform_config
 from .tuner.state import STATE_FILE, write_export_state
 
 TASK_FILE = "aroma_task.json"
@@ -41,14 +41,7 @@ MODEL_CLASSES = {
 
 
 class RankRow(NamedTuple):
-    """One line of the table of ranks.
-
-    Args:
-        name: Module name in the base model.
-        rank: Rank of its update.
-        effective_rank: Effective rank of its update (Appendix C).
-        shape: (m, n) of its weight.
-    """
+    """A matrix: its module's name, rank and effective rank (Appendix C) of its update, and (m, n) of its weight."""
 
     name: str
     rank: int
@@ -65,22 +58,21 @@ def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
     Warns:
         AromaWarning: AROMA did not save the adapter.
     """
-    adapter, rows = read_adapter(folder), []
+    adapter = read_adapter(folder)
     _warn_if_unvouched(adapter)
-    for name, shape in adapter.shapes.items():
-        update = adapter.updates.get(name)
-        if update is None or update.is_zero:
-            rows.append(RankRow(name, 0, 0.0, shape))
-        else:
-            rows.append(RankRow(name, update.rank, effective_rank(singular_values(update.B, update.A)), shape))
-    return rows
+    updates = {name: adapter.updates.get(name, zero_update(shape)) for name, shape in adapter.shapes.items()}
+    return [
+        RankRow(name, 0, 0.0, one.shape)
+        if one.is_zero
+        else RankRow(name, one.rank, effective_rank(singular_values(one.B, one.A)), one.shape)
+        for name, one in updates.items()
+    ]
 
 
 def _warn_if_unvouched(adapter: AdapterWeights) -> None:
     if adapter.state is None:
         warnings.warn(
-            f"{adapter.folder}: no {STATE_FILE}, so nothing vouches for its files, and modules of rank 0 are not "
-            "known, nor what AROMA noted of its task; right for an adapter that AROMA did not save",
+            f"{adapter.folder}: AROMA did not save this adapter, so nothing vouches for its files (no {STATE_FILE})",
             AromaWarning,
             stacklevel=3,
         )
@@ -92,9 +84,8 @@ def _warn_if_unvouched(adapter: AdapterWeights) -> None:
 def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
     """Write an adapter of one rank for all modules, which every serving engine reads, and return that rank.
 
-    Updates are zero-padded, the scale is 1 (`lora_alpha == r`), there are no patterns, and every module that could
-    grow is present, including those of rank 0. The format is for serving, not for resuming: a padded row gets no
-    gradient.
+    Updates are zero-padded, the scale is 1 (`lora_alpha == r`), there are no patterns, and modules of rank 0 are there
+    too. The format is for serving, not for resuming: a padded row gets no gradient.
 
     Args:
         folder: A plain LoRA adapter.
@@ -108,7 +99,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     adapter = read_adapter(folder)
     target = new_folder("out", out)
     _warn_if_unvouched(adapter)
-    uniform = uniform_rank(adapter, rank)
+    uniform = _uniform_rank(adapter, rank)
     tensors = dict(adapter.others)
     for name, shape in adapter.shapes.items():
         tensors |= adapter.updates.get(name, zero_update(shape)).tensors(name, uniform)
@@ -122,12 +113,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     return uniform
 
 
-def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
-    """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one.
-
-    Raises:
-        ConfigError: It is too small, or above what engines serve.
-    """
+def _uniform_rank(adapter: AdapterWeights, wanted: int | None) -> int:
     largest = max(update.rank for update in adapter.updates.values())
     rank = wanted if wanted is not None else next((served for served in SERVING_RANKS if served >= largest), None)
     if rank is None:
@@ -159,9 +145,6 @@ def export_merged(
         ConfigError: The base model or its class is not known, or the base model is quantised on disk.
         OutputError: `out` is not empty, or cannot be written.
         CheckpointError: The adapter is missing or damaged.
-
-    Warns:
-        AromaWarning: AROMA did not save the adapter.
     """
     adapter = read_adapter(folder)
     target = new_folder("out", out)
@@ -198,15 +181,7 @@ def about_of(adapter: AdapterWeights) -> dict[str, Any]:
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:
-    """Load a base model and an adapter in plain PEFT, in float32 and evaluation mode.
-
-    Args:
-        folder: A plain LoRA adapter.
-        base_model: Folder or hub name of the base model; the adapter's own by default.
-
-    Raises:
-        ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
-    """
+    """Load a plain LoRA adapter in plain PEFT, in float32 and evaluation mode; see `base_of` and `put_into`."""
     adapter = read_adapter(folder)
     return put_into(base_of(adapter, base_model), adapter, base_name_of(adapter, base_model))
 
@@ -220,7 +195,7 @@ def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
 
 
 def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
-    """Load the base model of an adapter in float32, with as many outputs as the adapter's head has.
+    """Load the base model of an adapter (`base_model`, or its own) in float32, with the outputs of the adapter's head.
 
     Raises:
         ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
@@ -250,35 +225,23 @@ def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
 
 
 def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
-    """Put an adapter into its base model, in plain PEFT and in evaluation mode; every tensor of it finds its place.
-
-    Args:
-        base: The base model; changed in place.
-        adapter: What was read.
-        base_name: How to call the base model in an error.
+    """Put an adapter into `base`, in plain PEFT and in evaluation mode; every tensor of it finds its place.
 
     Raises:
         ConfigError: The base model is not the one that the adapter was trained on.
     """
     from peft import PeftModel
-    from peft.utils import get_peft_model_state_dict
 
-    cause: Exception | None = None
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns of places without tensors, and says nothing of tensors without a place; both are errors here.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(adapter.folder)).eval()
-        # An adapter may hold whole embeddings; by now those that it targets are within a layer of PEFT.
-        places: set[str] = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
-        places |= {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
-        updates = [update.tensors(name, update.rank) for name, update in adapter.updates.items()]
-        surplus = sorted({*adapter.others}.union(*updates) - places)
-        reason = f"it has no place for {surplus[0]}" if surplus else ""
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
-        cause, reason = error, f"PEFT cannot put the one into the other: {' '.join(str(error).split())[:300]}"
-    if reason:
-        trained_on = adapter.config.get("base_model_name_or_path")
-        remedy = f"not the model of the adapter {adapter.folder}, trained on {trained_on}: {reason}; give that"
-        raise bad_value("base_model", base_name, remedy) from cause
-    return model
+    cause, modules = None, dict(base.named_modules())
+    reason = next((f"it has no place for {name}" for name in adapter.updates if name not in modules), None)
+    if reason is None:
+        try:
+            with warnings.catch_warnings():
+                # PEFT warns of places without tensors, and says nothing of tensors without a place.
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
+            cause, reason = error, f"PEFT cannot put the one into the other: {' '.join(str(error).split())[:300]}"
+    trained_on = adapter.config.get("base_model_name_or_path")
+    remedy = f"not the model of the adapter {adapter.folder}, trained on {trained_on}: {reason}; give that"
+    raise bad_value("base_model", base_name, remedy) from cause

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,31 +30,22 @@ _SAVING = ".aroma-saving-"
 
 @contextmanager
 def told_of(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a failure to write into one that names the file that was asked for, not a temporary one.
+    """Turn a failure to write, of the operating system, safetensors or torch, into one that names the right file.
 
     Raises:
-        OutputError: In place of an error of the operating system, of safetensors or of PyTorch.
+        OutputError: It cannot be written.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
-    except Exception as error:
-        number = _error_number(error)
-        if number is None:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and not any(text in str(error) for text in _TORCH_COULD_NOT_WRITE):
             raise
-        remedy = "make room, or give another place"
-        told = OutputError(f"{os.fspath(path)}: cannot be written ({os.strerror(number)}); {remedy}")
-        told.errno, told.strerror = number, os.strerror(number)
+        reason = getattr(error, "strerror", None) or ("disk full?" if type(error) is RuntimeError else error)
+        told = OutputError(f"{os.fspath(path)}: cannot be written ({reason}); make room, or give another place")
+        told.strerror = str(reason)
         raise told from error
-
-
-def _error_number(error: Exception) -> int | None:
-    """Return the operating system's number of a failure to write; None if the error is another one."""
-    if isinstance(error, OSError):
-        return error.errno
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' errors hold it in their text
-        return int(found[1])
-    is_torchs = isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_COULD_NOT_WRITE)
-    return errno.ENOSPC if is_torchs else None
 
 
 @contextmanager
@@ -145,27 +133,13 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def finish_save(folder: str | os.PathLike[str]) -> None:
-    """Finish a save into `folder` that was killed while its files moved to their places.
-
-    Raises:
-        CheckpointError: It cannot be finished.
-    """
-    target = Path(folder)
-    arriving = target / _ARRIVING
-    if not os.path.lexists(arriving):
-        return
-    try:
-        if arriving.is_symlink():
-            raise OSError("a symlink, which no save has left")
+    """Finish a save into `folder` that was killed while its files moved to their places."""
+    target, arriving = Path(folder), Path(folder, _ARRIVING)
+    if arriving.is_dir() and not arriving.is_symlink():  # no save leaves a symlink
         for file in arriving.iterdir():
             os.replace(file, target / file.name)
         _sync(target)
         arriving.rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: a save was killed, and {_ARRIVING} holds the rest, which cannot be moved to its place "
-            f"({error}); make the folder writable and open it again, or remove {_ARRIVING} and save again"
-        ) from error
 
 
 def _sync(path: Path) -> None:
@@ -260,34 +234,18 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 # Manifests -----------------------------------------------------------------------------------------------------------
 
 
-def write_manifest(
-    path: str | os.PathLike[str], content: Mapping[str, Any], names: Iterable[str], known: Mapping[str, str] = {}
-) -> dict[str, Any]:
-    """Write JSON that vouches for files beside it, by the SHA-256 of each, and for itself; the last of a save.
+def write_manifest(path: str | os.PathLike[str], content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Write JSON that vouches for itself and, by their SHA-256, for the files `names` beside it; return its content.
 
-    Args:
-        path: The manifest.
-        content: What it says beside `files`, the digests by name, and its own `checksum`.
-        names: Files in its folder or below.
-        known: Digests that were taken before.
-
-    Returns:
-        What was written, without the checksum.
+    It comes last in a save.
     """
-    unknown = [name for name in names if name not in known]
-    with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter to others
-        digests = [*threads.map(lambda name: file_digest(Path(path).parent / name), unknown)]
-    manifest = {**content, "files": {**known, **dict(zip(unknown, digests, strict=True))}}
+    manifest = {**content, "files": {name: file_digest(Path(path).parent / name) for name in names}}
     write_json(path, {**manifest, "checksum": _checksum(manifest)})
     return manifest
 
 
 def read_manifest(path: str | os.PathLike[str], version: int) -> dict[str, Any]:
-    """Return a manifest; its files are not looked at (`require_files`).
-
-    Args:
-        path: The manifest.
-        version: The `format` that it must have.
+    """Return a manifest of the format `version`; its files are not looked at (`require_files`).
 
     Raises:
         CheckpointError: It is missing, damaged, edited, or of another format.
@@ -301,7 +259,7 @@ def read_manifest(path: str | os.PathLike[str], version: int) -> dict[str, Any]:
     if checksum != _checksum(manifest):
         remedy = "it does not fit the content, so the file was edited; use another checkpoint"
         raise bad_value(f"{path}: checksum", checksum, remedy, CheckpointError)
-    return dict(manifest)
+    return manifest
 
 
 def require_files(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -30,8 +30,8 @@ def export_gguf(
 ) -> dict[str, int]:
     """Write an adapter as a GGUF file, in float32, and return the rank of every matrix by its name there.
 
-    Every matrix keeps its own rank. llama.cpp scales an update by alpha over the rank of that matrix; alpha is the
-    largest rank, and each B is multiplied by its rank / alpha, so that the scale is 1 everywhere.
+    llama.cpp scales an update by alpha over the rank of its matrix. Here alpha is the largest rank, and each B is
+    multiplied by its rank / alpha, so that the scale is 1 everywhere.
 
     Args:
         folder: A plain LoRA adapter.
@@ -116,7 +116,6 @@ def _gguf_names(adapter: AdapterWeights, config: Any) -> dict[str, str]:
 
 
 def _write(path: Path, name: str, alpha: int, tensors: dict[str, NDArray[np.float32]]) -> None:
-    """Write A (R, n) and B (m, R) of every matrix by name; OSError where the file could not be written to its end."""
     from gguf import GGUFReader, GGUFType, GGUFWriter, Keys
 
     writer = GGUFWriter(path, "llama")

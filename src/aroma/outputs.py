@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError, bad_value
-from .files import own_file, read_json, told_of
+from .files import own_file, told_of
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
@@ -29,7 +29,7 @@ def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = N
     if os.path.exists(target) and not force:
         remedy = "give another name" if force is None else "give another name, or --force to replace it"
         raise bad_value(field, str(path), f"it exists, and nothing is overwritten; {remedy}", OutputError)
-    _require_place(field, path, target)
+    _try_writing(field, path, target)
     return target
 
 
@@ -47,7 +47,7 @@ def new_folder(field: str, path: str | os.PathLike[str], remedy: str = "give ano
 
 
 def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
-    """Return where the folder that the option `field` named is or will be; whatever it holds.
+    """Return where the folder that the option `field` named is or will be, empty or not.
 
     Raises:
         OutputError: A file is there, or nothing can be written there.
@@ -55,20 +55,15 @@ def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isdir(target):
         raise bad_value(field, str(path), "it is a file, and nothing is overwritten; give a folder", OutputError)
-    _require_place(field, path, target / "any")
+    _try_writing(field, path, target / "any")
     return target
 
 
-def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> None:
-    """Raise unless a file can be made beside `target`, or where its folders will be made.
-
-    Only an attempt tells: root may write where permissions forbid it, and may not where a file system is read-only.
-    """
+def _try_writing(field: str, path: str | os.PathLike[str], target: Path) -> None:
+    """Raise unless a file can be made in the innermost folder above `target` that exists."""
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
-    try:
-        # With a name as long as what `files.replacing` makes first.
-        name = max(target.relative_to(folder).parts, key=len)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp"):
+    try:  # only an attempt tells: root may write where permissions forbid it
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.relative_to(folder).parts[0]}.", suffix=".tmp"):
             pass
     except OSError as error:
         reason = f"{folder} cannot be written to ({error.strerror}); give another place"
@@ -88,17 +83,10 @@ def filled_at_once(target: Path) -> Iterator[Path]:
 
 
 def copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files that match `patterns` from the first of `sources` that has any.
-
-    Raises:
-        CheckpointError: One is no regular file, leads out of its folder, or is damaged.
-    """
+    """Copy the files that match `patterns` from the first of `sources` that has any; see `own_file`."""
     for source in sources:
         names = sorted({file.name for pattern in patterns for file in source.glob(pattern)})
         for name in names:
-            copied = own_file(source, name)
-            if copied.suffix == ".json":
-                read_json(copied)
-            shutil.copy2(copied, target / name)
+            shutil.copy2(own_file(source, name), target / name)
         if names:
             return

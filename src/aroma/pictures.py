@@ -35,7 +35,7 @@ _LARGEST = 900
 
 
 class MatrixRank(NamedTuple):
-    """Rank of one matrix. `aroma.export.RankRow` and `aroma.ModuleSummary` have these attributes, too."""
+    """Rank of one matrix, as `aroma.export.RankRow` and `aroma.ModuleSummary` have it, too."""
 
     name: str
     rank: int
@@ -80,10 +80,7 @@ def draw_ranks(panels: Mapping[str, Sequence[Any]]) -> Figure:
 def kept_picture(ranks: Mapping[str, tuple[int, int]], path: str | os.PathLike[str], title: str) -> None:
     """Draw what a compressed adapter kept: outer circles are the ranks before, inner ones and numbers those after.
 
-    Args:
-        ranks: Rank of every matrix before and after, by its name, in the order of the model; at least one.
-        path: File to write: .png, .svg or .pdf.
-        title: Title of the picture.
+    `ranks`: rank of every matrix before and after, by its name, in the order of the model; at least one.
     """
     rows = {title: [(name, before, after, after) for name, (before, after) in ranks.items()]}
     save_picture(_circles(rows, {"rank before": _OUTER, "rank after": _AFTER, "nothing kept": _CROSS}), path)
@@ -92,9 +89,8 @@ def kept_picture(ranks: Mapping[str, tuple[int, int]], path: str | os.PathLike[s
 def _circles(panels: Mapping[str, Sequence[tuple[str, int, float, int]]], legend: Mapping[str, Any]) -> Figure:
     """Return a grid of layers and kinds for each title, with a double circle for each matrix.
 
-    Args:
-        panels: Name, areas of the outer and the inner circle, and number of each matrix, by title.
-        legend: The looks of outer circle, inner circle and cross, by what they mean.
+    `panels`: name, areas of the outer and the inner circle, and number of each matrix, by title; `legend`: the looks
+    of outer circle, inner circle and cross, by what they mean.
     """
     names = list(dict.fromkeys(row[0] for rows in panels.values() for row in rows))
     positions = positions_of(names)

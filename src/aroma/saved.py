@@ -43,13 +43,10 @@ _COMPONENT_A = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one matrix, ΔW = B A; of an embedding, whose table PEFT holds transposed, ΔWᵀ.
+    """The update of one matrix, ΔW = B A (of an embedding, whose table PEFT holds transposed, ΔWᵀ).
 
-    Args:
-        B: (m, R), the scale folded in.
-        A: (R, n).
-        kernel: Of a convolution, its input channels and sizes, whose product is n.
-        is_embedding: Whether PEFT calls the tensors by the names of an embedding's.
+    B is (m, R), with the scale folded in, and A (R, n); `kernel`: of a convolution, its input channels and sizes,
+    whose product is n; `is_embedding`: whether PEFT names the tensors as those of an embedding.
     """
 
     B: Tensor
@@ -86,11 +83,9 @@ class Update:
 class AdapterWeights:
     """A plain LoRA adapter in memory.
 
-    Args:
-        config: Content of `adapter_config.json`.
-        updates: The update of every adapted module by its name in the base model, in the order of layers.
-        others: Further tensors by their name in the file, such as trained heads (`modules_to_save`); any shape.
-        state: Content of `aroma_state.json`; None for an adapter that AROMA did not save.
+    `config` and `state` are the contents of `adapter_config.json` and `aroma_state.json` (None for an adapter that
+    AROMA did not save), `updates` those of all adapted modules by name, in the order of layers, and `others` further
+    tensors by their names in the file, such as trained heads (`modules_to_save`).
     """
 
     folder: Path
@@ -115,7 +110,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
         ConfigError: The adapter is not a plain LoRA adapter.
     """
     path = require_adapter_folder(folder)
-    # Whatever bears the name: a symlink to nowhere is a damaged state, and not an adapter of somebody else.
     state = read_state(path) if os.path.lexists(path / STATE_FILE) else None
     if state is not None:
         _require_vouched(path, state)
@@ -144,17 +138,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: It is missing, damaged or no configuration.
     """
     path = own_file(require_adapter_folder(folder), CONFIG_NAME)
-    config = read_json(path)
-    names = ("base_model_name_or_path", "revision", "task_type", "peft_type")
-    try:
-        json.dumps(config, allow_nan=False)
-        is_one = "peft_type" in config and all(isinstance(config.get(name), str | None) for name in names)
-        _ = (config.get("auto_mapping") or {}).keys()
-    except (ValueError, TypeError, AttributeError):
-        is_one = False
-    if not is_one:
+    config, kinds = (
+        read_json(path),
+        dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_type"), str),
+    )
+    kinds["auto_mapping"] = dict
+    is_one = isinstance(config, dict) and "peft_type" in config
+    if not is_one or not all(isinstance(config.get(name), kind | None) for name, kind in kinds.items()):
         raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
-    return dict(config)
+    return config
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
@@ -163,11 +155,7 @@ def is_plain(config: Mapping[str, Any]) -> bool:
 
 
 def _require_vouched(folder: Path, state: Mapping[str, Any]) -> None:
-    """Check that configuration and files in `folder` are those that `state`, its `aroma_state.json`, vouches for.
-
-    Raises:
-        CheckpointError: One is missing, damaged or edited; file and field are named.
-    """
+    """Check that configuration and files in `folder` are those that `state`, its `aroma_state.json`, vouches for."""
     now, then = read_config(folder), state["adapter_config"]
     require_adapter_files(folder, state)
     for name in sorted({*now, *then} - _FREE):
@@ -192,11 +180,7 @@ def _variant(config: Mapping[str, Any]) -> str | None:
 
 
 def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
-    """Take the updates of modules out of `tensors`, of any shape; `is_folded`: B has the scale in it, as in AROMA's.
-
-    Raises:
-        ValueError: A tensor is missing, empty, of a wrong kind, not finite, or not as the configuration says.
-    """
+    """Take the updates of modules out of `tensors` (any shapes); `is_folded`: B has the scale in it, as in AROMA's."""
     found: dict[str, Update] = {}
     for name, tensor in [*tensors.items()]:
         if not tensor.numel() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
@@ -212,10 +196,8 @@ def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_fold
             raise ValueError(f"{module} has components of {tensor.dtype} and {B.dtype}")
         module = module.removeprefix(PEFT_PREFIX)
         scale = 1.0 if is_folded else _scale(module, len(tensor), config)
-        kernel = tuple(tensor.shape[1:]) if tensor.ndim > 2 else ()
-        found[module] = Update(
-            B.float().flatten(1) * scale, tensor.float().flatten(1), kernel, bool(part["embedding"])
-        )
+        kernel, is_embedding = tuple(tensor.shape[1:]) if tensor.ndim > 2 else (), bool(part["embedding"])
+        found[module] = Update(B.float().flatten(1) * scale, tensor.float().flatten(1), kernel, is_embedding)
         del tensors[name], tensors[name_of_B]
     if not found:
         raise ValueError("it holds no lora_A and lora_B")

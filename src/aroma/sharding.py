@@ -122,14 +122,10 @@ def is_flattened(tensor: Any) -> bool:
 
 
 class _Range(NamedTuple):
-    """Where this rank holds its entries of a parameter, counted row by row.
+    """Where this rank holds its entries of a parameter of `shape`, counted row by row.
 
-    Args:
-        shape: Shape of the whole parameter.
-        start: First entry.
-        stop: One past the last entry.
-        flat: The tensor of the base optimizer that holds them, one-dimensional.
-        offset: Where they begin in `flat`.
+    They are the entries from `start` to before `stop`, and begin at `offset` in `flat`, a flat tensor of the base
+    optimizer.
     """
 
     shape: tuple[int, ...]
@@ -172,13 +168,7 @@ def _bounds(parameter: Any) -> tuple[int, int]:
 
 
 class Entries(NamedTuple):
-    """This rank's entries of one tensor.
-
-    Args:
-        values: The entries. They share the tensor's memory, so writing to them writes to the tensor.
-        shape: Shape of the whole tensor.
-        pick: Maps a whole tensor of `shape` to its entries at the positions of `values`, shaped as `values`.
-    """
+    """This rank's entries of one tensor, in its memory; `pick` maps a whole tensor of `shape` to the same entries."""
 
     values: Tensor
     shape: tuple[int, ...]
@@ -192,8 +182,7 @@ class OptimizerState:
     Attributes:
         values: State by name, as the optimizer keeps it; empty before the first step.
         shape: Shape of the whole parameter.
-        entries: Maps a tensor among `values` to this rank's entries of the parameter in it; None if its layout is
-            unknown.
+        entries: Maps a tensor among `values` to this rank's entries of the parameter in it; None if unknown.
         is_flat: Whether the values are flat tensors that many parameters share.
         is_elsewhere: Whether this rank holds no entry of the parameter.
         gradient: This rank's entries of a gradient that the optimizer holds apart from the parameter, if it does.
@@ -341,39 +330,27 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
     Raises:
         ConfigError: Naming the parameter, module or optimizer.
     """
-    for part in (unwrapped_optimizer(optimizer), *model.modules()):
+    inner = unwrapped_optimizer(optimizer)
+    for part in (inner, *model.modules()):
         if names := {kind.__name__ for kind in type(part).__mro__} & _OTHER_WAYS:
             remedy = "AROMA trains in one process, and under DistributedDataParallel, FSDP2 (fully_shard) and ZeRO"
             raise bad_value("model" if isinstance(part, nn.Module) else "optimizer", names.pop(), remedy)
-    if sharding_modules(model):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                remedy = "apply fully_shard to the whole model last, after its blocks, without ignored_params"
-                raise bad_value("model", name, f"it trains, and fully_shard has left it out; {remedy}")
-    _refuse_zero(model, optimizer)
-
-
-def _refuse_zero(model: nn.Module, optimizer: Any) -> None:
-    inner = unwrapped_optimizer(optimizer)
-    kind, is_wrapper = type(inner).__name__, type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
-    if kind not in _ZERO_OPTIMIZERS and (is_zero(inner) or is_engine(model) or is_wrapper):
+    is_wrapper = type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
+    if type(inner).__name__ not in _ZERO_OPTIMIZERS and (is_zero(inner) or is_engine(model) or is_wrapper):
         remedy = "set zero_optimization.stage to 1, 2 or 3 (in bf16 2 or 3), and give engine.optimizer"
-        raise bad_value("optimizer", kind, f"it is none that ZeRO shards; {remedy}")
-    for name, parameter in unwrapped(model).named_parameters() if is_zero(inner) else ():
-        if ".lora_" in name and is_flattened(parameter) and parameter.dtype != torch.float32:
-            remedy = (
-                "leave bf16 and fp16 out of DeepSpeed's configuration (the Trainer's: out of TrainingArguments) and "
-                "load the base model in 16 bits, or set torch_autocast there"
-            )
+        raise bad_value("optimizer", type(inner).__name__, f"it is none that ZeRO shards; {remedy}")
+    is_fsdp2 = bool(sharding_modules(model))
+    for name, parameter in unwrapped(model).named_parameters():
+        if is_fsdp2 and parameter.requires_grad and not isinstance(parameter, DTensor):
+            remedy = "apply fully_shard to the whole model last, after its blocks, without ignored_params"
+            raise bad_value("model", name, f"it trains, and fully_shard has left it out; {remedy}")
+        if is_zero(inner) and ".lora_" in name and is_flattened(parameter) and parameter.dtype != torch.float32:
+            remedy = "leave bf16 and fp16 out of the settings of DeepSpeed and the Trainer, or set torch_autocast"
             raise bad_value("dtype", parameter.dtype, f"{name} is not float32, so components round; {remedy}")
 
 
 def refuse_missing_pairs(optimizer: Any, pairs: Iterable[tuple[str, Sequence[Tensor]]]) -> None:
-    """Refuse an optimizer that lacks the pair of a module that trains.
-
-    Args:
-        optimizer: The optimizer, wrapped or not.
-        pairs: Name of every module that trains, and its pair b (m, r), a (r, n).
+    """Refuse an optimizer that lacks the pair b (m, r), a (r, n) of a module that trains, given with its name.
 
     Raises:
         ConfigError: Naming the first such module.
@@ -381,10 +358,6 @@ def refuse_missing_pairs(optimizer: Any, pairs: Iterable[tuple[str, Sequence[Ten
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, pair in pairs:
         if not all(id(parameter) in held or is_flattened(parameter) for parameter in pair):
-            raise bad_value(
-                "optimizer",
-                type(optimizer).__name__,
-                f"it does not hold the trainable pair of {name!r}, so that module would never learn; make the "
-                "optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that requires a "
-                "gradient; of several adapters, activate this one first (model.set_adapter)",
-            )
+            remedy = "make it after get_peft_model and fully_shard, with this adapter active (model.set_adapter)"
+            reason = f"it does not hold the trainable pair of {name!r}, so that module would never learn; {remedy}"
+            raise bad_value("optimizer", type(optimizer).__name__, reason)

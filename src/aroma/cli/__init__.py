@@ -48,11 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 141
     except (AromaError, OSError) as error:
-        if os.environ.get("AROMA_DEBUG") == "1" or not (isinstance(error, AromaError) or error.errno):
+        if os.environ.get("AROMA_DEBUG") == "1":
             raise
-        is_ours = isinstance(error, AromaError)
-        named = [error.filename, error.strerror] if isinstance(error, OSError) and not is_ours else [error]
-        return _report(": ".join(str(part) for part in named if part is not None), code=2)
+        return _report(str(error), code=2)
     except KeyboardInterrupt as interrupt:
         return _report(str(interrupt) or "interrupted; what was saved before is whole", code=130)
     return code or 0
@@ -69,16 +67,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that takes options by their whole names: an abbreviation may mean another option tomorrow."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **settings})
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="aroma",
         description="LoRA without choosing ranks: every weight matrix grows its own update and stops by itself.",
         epilog=examples(

@@ -5,19 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import bad_value
 from .texts import add_command
 
 BASE_MODEL_GROUP = "aroma.base_models"
 """Entry points that know further names of base models: of adapter folder and name or None, a name or None."""
-
-_MEANT_FOR = {
-    "rank": ("uniform",),
-    "base_model": ("merged", "gguf"),
-    "dtype": ("merged",),
-    "force": ("gguf",),
-}
-"""Options that would do nothing in other kinds of export."""
 
 
 def add_parser(commands: Any) -> None:
@@ -45,26 +36,21 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
+        default="float32",
         help="with --merged: type of the written weights, rounded once after the merge (float32)",
     )
-    parser.add_argument("--force", action="store_true", default=None, help="with --gguf: replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Export, and say where to."""
-    for option, kinds in _MEANT_FOR.items():
-        value = getattr(arguments, option)
-        if value is not None and not any(getattr(arguments, kind) for kind in kinds):
-            remedy = f"it has a meaning only with {' or '.join(f'--{kind}' for kind in kinds)}; leave it out"
-            raise bad_value(f"--{option.replace('_', '-')}", value, remedy)
     # Before PyTorch loads, and before a model does.
     from ..files import require_adapter_folder
     from ..outputs import new_file, new_folder
     from .quiet import quiet
 
     if arguments.gguf:
-        new_file("OUT", arguments.out, force=bool(arguments.force))
+        new_file("OUT", arguments.out)
     else:
         new_folder("OUT", arguments.out)
     require_adapter_folder(arguments.adapter)
@@ -80,11 +66,11 @@ def _export(arguments: argparse.Namespace) -> str:
     if arguments.gguf:
         from ..gguf import export_gguf
 
-        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments), overwrite=arguments.force)
+        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments))
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
     if arguments.uniform:
         return f"adapter of rank {export_uniform(arguments.adapter, arguments.out, arguments.rank)}"
-    export_merged(arguments.adapter, arguments.out, _base_of(arguments), arguments.dtype or "float32")
+    export_merged(arguments.adapter, arguments.out, _base_of(arguments), arguments.dtype)
     return "merged model"
 
 

@@ -16,8 +16,7 @@ def require_extra(*extras: str) -> None:
         ConfigError: Naming the missing distributions and the extra to install.
     """
     for extra in extras:
-        missing = [name for name in distributions_of(extra) if not is_installed(name)]
-        if missing:
+        if missing := [name for name in _brought_by(extra) if not is_installed(name)]:
             raise ConfigError(f"{', '.join(missing)}: not installed; run: pip install '{DISTRIBUTION}[{extra}]'")
 
 
@@ -28,15 +27,14 @@ def is_installed(name: str) -> bool:
     return any(True for _ in distributions(name=name))
 
 
-def distributions_of(extra: str) -> Iterator[str]:
-    """Yield the names of the distributions that an extra brings, those of extras within it included."""
+def _brought_by(extra: str) -> Iterator[str]:
     from importlib.metadata import requires
 
     from packaging.requirements import Requirement
 
-    for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
-        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
-            if requirement.name != DISTRIBUTION:
-                yield requirement.name
-            for nested in sorted(requirement.extras) if requirement.name == DISTRIBUTION else ():
-                yield from distributions_of(nested)
+    for one in map(Requirement, requires(DISTRIBUTION) or ()):
+        if one.marker is not None and one.marker.evaluate({"extra": extra}):
+            if one.name != DISTRIBUTION:
+                yield one.name
+            for nested in sorted(one.extras) if one.name == DISTRIBUTION else ():
+                yield from _brought_by(nested)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..export import RankRow
 
-_NAMES = _CORNER, _BESIDE, _MATRIX = ("rank by layer", "beside the layers", "matrix")
+_CORNER = "rank by layer"
 _NONE = "·"
 """Rank 0 in a grid."""
 
@@ -88,39 +88,26 @@ def summary_line(rows: Sequence[RankRow]) -> str:
 
 def rank_grids(rows: Sequence[RankRow], width: int) -> list[Table]:
     """Return the ranks by kind and layer, as many layers in a table as `width` characters have room for."""
-    from ..pictures import positions_of
-
-    positions = positions_of([row.name for row in rows])
-    ranks = {(place.kind, place.layer): row.rank for place, row in zip(positions, rows, strict=True)}
-    kinds = [*dict.fromkeys(kind for kind, _ in ranks)]
-    layers = sorted({layer for _, layer in ranks if layer is not None})
-    cell = max(len(str(number)) for number in [*ranks.values(), *layers])
-    fit = max(1, (width - max(map(len, [*kinds, _CORNER])) - 1) // (cell + 1))
-    tables = []
-    for first in range(0, len(layers), fit):
-        block = layers[first : first + fit]
-        table = _table(_CORNER, *map(str, block))
-        for kind in kinds:
-            cells = [ranks.get((kind, layer)) for layer in block]
-            if any(rank is not None for rank in cells):
-                table.add_row(kind, *("" if rank is None else str(rank or _NONE) for rank in cells))
-        tables.append(table)
-    if alone := [kind for kind in kinds if (kind, None) in ranks]:
-        table = _table(_BESIDE if layers else _MATRIX, "rank")
-        for kind in alone:
-            table.add_row(kind, str(ranks[kind, None] or _NONE))
-        tables.append(table)
-    return tables
-
-
-def _table(*heads: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for head in heads:
-        is_name = head in _NAMES
-        table.add_column(head, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
-    return table
+    from ..report.run import MatrixFacts, grid_of
+
+    grid = grid_of([MatrixFacts(row.name, row.rank) for row in rows])
+    layers, ranks = grid["layers"], {row.name: row.rank for row in rows}
+    cell = max(map(len, [*map(str, ranks.values()), *layers]))
+    fit = max(1, (width - max(map(len, [*(kind for kind, _ in grid["rows"]), _CORNER])) - 1) // (cell + 1))
+    tables = []
+    for first in range(0, len(layers), fit):
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column(_CORNER, overflow="fold")
+        for head in layers[first : first + fit]:
+            table.add_column(head, justify="right", no_wrap=True)
+        for kind, cells in grid["rows"]:
+            table.add_row(
+                kind, *(str(ranks[one["name"]] or _NONE) if one else "" for one in cells[first : first + fit])
+            )
+        tables.append(table)
+    return tables
 
 
 def as_json(rows: Sequence[RankRow]) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
-from ..checkpoint import CheckpointRecords, whole_checkpoint
+from ..checkpoint import record_save, whole_checkpoint
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
-from ..sharding import own_entries
 from ..tuner import aroma_layers
 from ..tuner.state import read_controller_state
 from .base import TrainingCallback
@@ -68,7 +67,7 @@ class AromaCallback(TrainingCallback):
         self._steps_within_backward = False
         self._hooks: list[Any] = []
         self._was_over = False
-        self._records = CheckpointRecords()
+        self._training: tuple[TrainingArguments, TrainerState] | None = None
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
@@ -92,7 +91,7 @@ class AromaCallback(TrainingCallback):
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self._was_over = False
-        self._records.begin(args, state)
+        self._training = (args, state)
         self.controller = AromaController(
             model,
             optimizer,
@@ -127,8 +126,9 @@ class AromaCallback(TrainingCallback):
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""
+        after = optimizer.register_step_post_hook
         if not self._steps_within_backward:
-            self._hooks = [optimizer.register_step_post_hook(self._note_skipped_step)]
+            self._hooks = [after(self._note_skipped_step)]
             return
 
         # DeepSpeed steps within the backward, before the Trainer announces the step.
@@ -136,8 +136,8 @@ class AromaCallback(TrainingCallback):
             over = self._is_over(state, state.global_step)
             self._rewarmup.begin(optimizer, 0.0 if over else self._running().lr_factor)
 
-        after = optimizer.register_step_post_hook(lambda optimizer, *_: self._rewarmup.end(optimizer, None))
-        self._hooks = [optimizer.register_step_pre_hook(before), after]
+        ends = after(lambda optimizer, *_: self._rewarmup.end(optimizer, None))
+        self._hooks = [optimizer.register_step_pre_hook(before), ends]
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -152,7 +152,8 @@ class AromaCallback(TrainingCallback):
 
     def attributes(self) -> dict[str, Any]:
         """Return nothing: the state of the run is beside the adapter, in `aroma_state.json`."""
-        self._records.write()
+        if self._training is not None:
+            record_save(*self._training, is_complete=False)
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -190,17 +191,15 @@ class AromaCallback(TrainingCallback):
             control.should_training_stop = control.should_log = True
             control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
-        self._guard_checkpoint(state, control, model)
+        self._guard_checkpoint(control)
 
-    def on_epoch_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse to write an epoch's checkpoint of broken weights."""
-        self._guard_checkpoint(state, control, model)
+        self._guard_checkpoint(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the record of a checkpoint, which `verify_checkpoint` compares its files with."""
-        self._records.complete()
+        record_save(args, state, is_complete=True)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
@@ -231,7 +230,7 @@ class AromaCallback(TrainingCallback):
     ) -> None:
         """Say why growth ended; after `load_best_model_at_end`, go back to the best checkpoint. Then report."""
         best = state.best_model_checkpoint
-        self._records.end()
+        self._training = None
         self._remove_hooks()
         if self.controller is None:
             return
@@ -246,14 +245,11 @@ class AromaCallback(TrainingCallback):
         """Whether the run was over before this step. When such a run is resumed, the Trainer steps before it stops."""
         return steps_taken >= state.max_steps or (self.early_stop and self._running().finished)
 
-    def _guard_checkpoint(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+    def _guard_checkpoint(self, control: TrainerControl) -> None:
         if self._was_over:  # the step changed nothing, and for its checkpoint an older one would go
             control.should_save = control.should_evaluate = control.should_log = False
         if control.should_save or control.should_evaluate:
-            controller = self._running()
-            controller.require_finite()
-            with controller.together():
-                _require_finite_parameters(model, state.global_step)
+            self._running().require_finite()
 
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"
@@ -272,18 +268,3 @@ def trainable_adapter(model: nn.Module) -> str:
         raise bad_value("adapter_name", names, remedy)
     remedy = "give the Trainer get_peft_model(model, AromaConfig(...)), with its adapter active (model.set_adapter)"
     raise bad_value("model", type(model).__name__, f"it has no trainable AROMA adapter that is active; {remedy}")
-
-
-def _require_finite_parameters(model: nn.Module, step: int) -> None:
-    """Raise when a trained parameter beside the components, as of a classification head, is not finite."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
-    # The parts of a split model are on several devices.
-    own = [own_entries(parameter).isfinite().all().to(device) for parameter in trained.values()]
-    finite = torch.stack(own or [torch.tensor(True)])
-    if not finite.all():
-        name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)
-        raise NonFiniteError(
-            f"{name}: not finite at the save or evaluation of optimizer step {step}. Training stopped, and earlier "
-            "checkpoints are untouched: resume from the last one with a lower learning rate, or look at the data"
-        )

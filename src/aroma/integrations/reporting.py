@@ -29,7 +29,7 @@ EVALUATION_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_
 """What the Trainer adds to the metrics of an evaluation, which says nothing of the model."""
 _NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_dir")
 """Fields that are no one's choice of how to train."""
-_SECRET = re.compile("token|password|secret|apikey|(?<![a-z])key(?![a-z])", re.IGNORECASE)
+_SECRET = re.compile("token|password|secret|key", re.IGNORECASE)
 """Names of fields whose values are left out."""
 
 

@@ -24,14 +24,9 @@ class Table(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart of a page.
+    """A chart: its name in `charts.json`, what it shows in words, its data sets by name and column, and its numbers.
 
-    Args:
-        name: Its name in `charts.json`.
-        label: What it shows, in words that stand for it where it cannot be seen.
-        data: Its data sets by name, each a list of numbers or texts by column.
-        main: The data set that the arrow keys walk through, and its columns across and up.
-        table: The numbers behind it.
+    `main`: the data set that the arrow keys walk through, and its columns across and up.
     """
 
     name: str

@@ -32,11 +32,7 @@ class MatrixFacts(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A line of the table of results: what was evaluated, and its metrics by name.
-
-    Args:
-        kind: `"own"`: of this run; `"guess"`: of who answers without reading; `"other"`: of another run.
-    """
+    """A line of the table of results; `kind`: of this run ("own"), of guessing ("guess"), or of an "other" run."""
 
     name: str
     metrics: Mapping[str, float]
@@ -47,28 +43,9 @@ class Result(NamedTuple):
 class RunFacts:
     """A training run, finished or not; what is unknown is empty or None.
 
-    Args:
-        title: What was learnt.
-        about: What else its heading says, such as model and method.
-        results: Lines of the table of results; the last one of this run's is the headline.
-        metric: Metric that is the score.
-        steps: Optimizer steps taken.
-        planned_steps: Optimizer steps planned.
-        seconds: Time of the run, evaluations included.
-        loss: Training loss by step.
-        eval_loss: Loss of evaluations by step.
-        parameters: Parameters of the adapter that train at the end.
-        head_parameters: Parameters that train beside the adapter.
-        lora_parameters: Parameters of a LoRA of rank `LORA_RANK` on the same matrices.
-        matrices: The adapted matrices in the order of the model.
-        ranks: Rank by module, from each step on.
-        explanation: Why the matrices grow no more, in one sentence without a full stop.
-        notes: What a reader has to know before the numbers.
-        measured: How it was measured, in sentences.
-        settings: What differs from the defaults, by section and key.
-        recipe: All settings as a file.
-        versions: Versions of packages, machine, source.
-        command: What to type to run it again.
+    `metric` is the score, and the last of this run's `results` the headline; `parameters` are those of the adapter at
+    the end, `lora_parameters` those of a LoRA of rank `LORA_RANK` on the same matrices; `ranks` holds for each module
+    its rank from each step on; `settings` what differs from the defaults, and `recipe` all of them as a file.
     """
 
     title: str

@@ -126,7 +126,8 @@ def run_recipe(
     from .run import join, run_trial
 
     files = TrialFiles(Path(recipe.output))
-    with refuse_together(join().device):
+    join()
+    with refuse_together():
         check_output(recipe, resume)
 
     def start(job: Any) -> None:

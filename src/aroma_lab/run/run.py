@@ -72,7 +72,7 @@ def run_trial(
         NonFiniteError: NaN or infinity in training.
     """
     usage, processes, files = Usage(), join(), TrialFiles(Path(folder))
-    with refuse_together(processes.device):
+    with refuse_together():
         _check_folder(trial, files)
         run = None if files.result.exists() else _prepare(trial, files, processes, usage)
     if run is not None:

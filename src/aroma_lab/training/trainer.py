@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from aroma.checkpoint import CheckpointRecords
+from aroma.checkpoint import record_save
 from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
@@ -309,21 +309,22 @@ class CheckpointRecorder(TrainerCallback, ExportableState):
     """Records the files of every checkpoint, as AromaCallback does, so that only whole ones are gone on from."""
 
     def __init__(self) -> None:
-        self._records = CheckpointRecords()
+        self._training: tuple[TrainingArguments, TrainerState] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin with a training."""
-        self._records.begin(args, state)
+        self._training = (args, state)
 
     def state(self) -> dict[str, Any]:
         """Write the record: the Trainer asks when all files are there but its last."""
-        self._records.write()
+        if self._training is not None:
+            record_save(*self._training, is_complete=False)
         return {"args": {}, "attributes": {}}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the record."""
-        self._records.complete()
+        record_save(args, state, is_complete=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End with a training."""
-        self._records.end()
+        self._training = None
