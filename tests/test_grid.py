@@ -15,11 +15,10 @@ import yaml
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.run.machine import free_memory, peak_bytes
-from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
+from aroma_lab.study.grid import check_trials, expand, load_grid, make_grid
 from aroma_lab.study.run import list_grid, run_grid
 from aroma_lab.study.selection import select
-from fake_trial import attempt, score_of
+from fake_trial import score_of
 from study_files import DECAY, RATE, TESTS, grid_values, runs_in, whole_grid, write_yaml
 
 EXAMPLES = [
@@ -31,9 +30,8 @@ BAD = {"kind": "x", "fail": "raise", "until": "absent"}
 
 
 @pytest.fixture
-def out(monkeypatch, tmp_path) -> Path:
+def out(tmp_path) -> Path:
     """The output folder of a grid whose trials are stand-ins."""
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
     return tmp_path / "out"
 
 
@@ -41,7 +39,7 @@ def fake_grid(output, **changes):
     return make_grid(grid_values(output, **changes))
 
 
-run = partial(run_grid, attempt=attempt)
+run = partial(run_grid, runner="fake_trial")
 
 
 def steps(output, name):
@@ -61,7 +59,7 @@ def test_the_examples_are_grids_and_say_how_they_are_run():
         grid = load_grid(path)
         trials = expand(grid)
         assert len(trials) == len(grid.tasks) * len(grid.methods) * len(grid.seeds)
-        check_methods(trials)
+        check_trials(trials, [])
         assert f"aroma lab run examples/lab/{path.name}" in path.read_text()
 
 
@@ -235,14 +233,6 @@ def test_a_trial_that_failed_is_run_anew_when_the_grid_changes(out):
     assert outcome.finished == ["mrpc/bad/seed-0"]
     assert steps(out, "mrpc/bad/seed-0")[0] == "step 1"  # not from the checkpoint of another trial
     assert trial_json(out, "mrpc/bad/seed-0")["options"] == {}
-
-
-def test_the_peak_memory_of_a_trial_is_its_own():
-    held = bytearray(b"x" * (300 << 20))
-    before = peak_bytes()
-    del held
-    free_memory()
-    assert peak_bytes() < before - (200 << 20)
 
 
 # Tasks that cannot be loaded ----------------------------------------------------------------------------------------

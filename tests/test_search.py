@@ -12,14 +12,13 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.grid import load_grid, make_grid
 from aroma_lab.study.search import Search, run_search
-from fake_trial import attempt, score_of
+from fake_trial import score_of
 from study_files import DECAY, RATE, output_of, real_grid, runs_in, search_values, start_command, write_yaml
 
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where stand-ins write the names of their trials."""
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
     return tmp_path / "log.txt"
 
 
@@ -28,7 +27,7 @@ def search_of(output: Path, **changes: Any) -> Search:
 
 
 def searched(output: Path, **changes: Any) -> list[dict[str, Any]]:
-    return run_search(search_of(output, **changes), attempt=attempt)
+    return run_search(search_of(output, **changes), runner="fake_trial")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_two_commands_share_a_search_and_a_killed_trial_keeps_its_values(tmp_pat
     space = {"options.fail": {"choices": [None, "raise", "kill once"]}, RATE: {"low": 1e-5, "high": 1e-1}}
     values = search_values(tmp_path / "out", trials=12, methods=methods, space=space)
     file = write_yaml(tmp_path / "search.yaml", values)
-    commands = [start_command(file, log, seconds=0.1) for _ in range(2)]
+    commands = [start_command(file, seconds=0.1) for _ in range(2)]
     assert [output_of(command) for command in commands] == ["", ""]
     tried = json.loads((tmp_path / "out" / "search.json").read_text())["tried"]
     assert len(tried) == 12

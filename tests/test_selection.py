@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from aroma_lab.study.folder import Ended
 from aroma_lab.study.grid import expand, make_grid
 from aroma_lab.study.selection import beyond, first_of, select
+from aroma_lab.study.trials import Ended
 from study_files import HEAD_RATE, RATE, whole_grid
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from aroma.errors import CheckpointError
 from aroma.files import read_json
-from aroma_lab.run.files import TrialFiles
 from aroma_lab.run.run import resumable_checkpoint, run_trial
+from aroma_lab.run.trial import TrialFiles
 from aroma_lab.training.trainer import EpochLengthSampler
 from ranks import processes
 from trainer_runs import resealed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -27,8 +26,7 @@ class MadeTask:
     """What is made of a task whose answer is known: planted updates, or pairs to be remembered."""
 
     seed: int | None = None
-    """Of planted and memory tasks: seed of all that is made; null: `training.seed`, so that every seed has a net and
-    examples of its own."""
+    """Seed of all that is made; null: the trial's, so that every seed has a net and examples of its own."""
     ranks: list[int] | None = None
     """Of planted tasks: ranks of the planted updates, dealt out to the matrices in turn and shuffled by the seed;
     `[2]` plants rank 2 everywhere, `[0]` nothing; null: 0 0 0 0 1 1 2 2 4 4 8 8."""
@@ -87,16 +85,12 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class DataSpec(MadeTask):
+class DataSpec:
     """Where examples come from and which columns mean what."""
 
-    task: Literal["classification", "regression", "causal_lm", "planted_net", "planted_encoder", "memory"] = (
-        "classification"
-    )
+    task: Literal["classification", "regression", "causal_lm"] = "classification"
     """`classification` (one label a text), `regression` (one number a text), or `causal_lm` (a language model that
-    learns to answer; the section `language` says how its examples look). Three whose right answer is known:
-    `planted_net` (a made net learns updates of known ranks), `planted_encoder` (an encoder learns the hidden states of
-    itself with such updates, on the texts of `train`), and `memory` (a made language model learns random pairs)."""
+    learns to answer; the section `language` says how its examples look)."""
     name: str | None = None
     """Hub name or local folder of a data set for `datasets.load_dataset`; null: local files."""
     config: str | None = None
@@ -121,10 +115,6 @@ class DataSpec(MadeTask):
     """Seed of that split; apart from `training.seed`, so that seeds share their data."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
-
-    def field(self, key: str) -> str:
-        """Return the name of a key as a recipe writes it: `data.train`."""
-        return f"data.{key}"
 
 
 @dataclass(frozen=True)
@@ -239,14 +229,6 @@ def adapter_keys() -> dict[str, AdapterKey]:
     return keys
 
 
-def adapter_options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return every key of a section `adapter` with its value; components are drawn by `seed` unless it has its own."""
-    values = {name: key.default for name, key in adapter_keys().items()} | dict(given)
-    if values["component_seed"] is None:
-        values["component_seed"] = seed
-    return values
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One run, whole: model, data, adapter, training, and the folder it leaves."""
@@ -267,7 +249,7 @@ class Recipe:
         if self.model.dtype == "float16":
             remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
             raise bad_value("model.dtype", "float16", remedy)
-        if data.name is None and data.train is None and data.task not in ("planted_net", "memory"):
+        if data.name is None and data.train is None:
             remedy = "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
             raise bad_value("data.train", None, remedy)
         if not 0 < data.validation_fraction < 1:
@@ -276,7 +258,6 @@ class Recipe:
             raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two")
         if data.task == "causal_lm" and (data.text, data.text_pair, data.label) != ("text", None, "label"):
             raise bad_value("data.text", data.text, "columns of a language model are keys of the section language")
-        data.check_made(data.task)
         check_training(self.training)
 
 

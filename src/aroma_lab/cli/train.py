@@ -13,7 +13,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 from aroma.errors import ConfigError, bad_value
 
-from ..run.files import REPORT, TrialFiles
+from ..run.trial import REPORT, TrialFiles
 
 if TYPE_CHECKING:
     from ..specs import Recipe

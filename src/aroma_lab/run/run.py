@@ -30,11 +30,10 @@ from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
-from .files import TrialFiles
 from .machine import provenance
 from .recorder import EventLog, Recorder, Usage, history_of
 from .result import result_of
-from .trial import Trial, differing_keys, load_trial, save_trial
+from .trial import Trial, TrialFiles, differing_keys, load_trial, save_trial
 from .work import Work, work_of
 
 if TYPE_CHECKING:

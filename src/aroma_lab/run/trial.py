@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from aroma.errors import CheckpointError, bad_value
@@ -13,6 +13,29 @@ from aroma.files import read_json, write_json
 
 from ..specs import DataSpec, LanguageSpec, TrainSpec, check_training
 from ..tasks.spec import TaskSpec
+
+RUNS = "runs"
+"""Folder, in the output of a grid or a search, of the trials' folders."""
+
+REPORT = "report.html"
+"""Name of the page to look at, in the folder of a run or of a grid."""
+
+
+class TrialFiles:
+    """Names of what a run leaves in `root`; `checkpoints` of a grid's trial only while it is not finished."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.trial = root / "trial.json"  # the resolved configuration
+        self.recipe = root / "recipe.yaml"  # of a run that has one
+        self.adapter = root / "adapter"  # what was trained: the plain LoRA adapter, where it is one
+        self.checkpoints = root / "checkpoints"
+        self.events = root / "events.jsonl"  # of AROMA's controller, a JSON object a line
+        self.history = root / "history.json"  # losses, learning rates and evaluations by optimizer step
+        self.curve = root / "curve.json"  # trainable parameters and ranks by optimizer step
+        self.result = root / "result.json"  # written last, so a folder that has it is a finished run's
+        self.failure = root / "failure.json"  # what went wrong at the last attempt
+        self.log = root / "worker.log"  # what a worker printed
 
 
 @dataclass(frozen=True)

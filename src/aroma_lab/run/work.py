@@ -61,12 +61,10 @@ def work_of(trial: Trial) -> Work:
     if name == "minilm" and not Path(name).is_dir():
         name = str(packaged_encoder())
     model = ModelSpec(name, trial.gguf_file, trial.dtype, trial.quantization)
-    if trial.data is not None and trial.data.task in MADE_KEYS:
-        return _work_of_made(trial, trial.data, trial.data.task, _VALIDATION, name)
     if trial.data is not None:
         return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
     if trial.task.kind in MADE_KEYS:
-        return _work_of_made(trial, trial.task, trial.task.kind, HELD_OUT, name)
+        return _work_of_made(trial, name)
     if trial.task.kind in LANGUAGE_KINDS:
         if trial.training.train_pooler != "auto":
             remedy = "a language model has no pooler; leave it out"
@@ -102,45 +100,40 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
     return Work(job, metric, _VALIDATION, metric, (_VALIDATION,))
 
 
-def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, encoder: str) -> Work:
+def _work_of_made(trial: Trial, encoder: str) -> Work:
     """Return the work of a task whose right answer is made; `encoder` is the pretrained model, if it needs one."""
+    spec = trial.task
     for key in ("dtype", "quantization", "gguf_file"):
         if (value := getattr(trial, key)) not in ("float32", None):
-            raise bad_value(key, value, f"a task of kind {kind} is made for weights in float32; leave it out")
+            raise bad_value(key, value, f"a task of kind {spec.kind} is made for weights in float32; leave it out")
     seed = trial.training.seed if spec.seed is None else spec.seed
-    if kind == "planted_encoder":
-        texts = _split_texts_of(spec, held_out)
-        job = planted.PlantedJob.of_encoder(spec, held_out, seed, encoder, texts, spec.max_length)
-        return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+    if spec.kind == "planted_encoder":
+        job = planted.PlantedJob.of_encoder(spec, HELD_OUT, seed, encoder, _split_texts_of(spec), spec.max_length)
+        return Work(job, planted.METRIC, HELD_OUT, planted.METRIC, job.evaluated, job.planted)
     if trial.model != MADE:
-        raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
+        raise bad_value("model", trial.model, f"a task of kind {spec.kind} makes its own; give {MADE}")
     if trial.training.group_by_length:
-        remedy = f"examples of a task of kind {kind} are of one length; leave it out"
+        remedy = f"examples of a task of kind {spec.kind} are of one length; leave it out"
         raise bad_value("training.group_by_length", True, remedy)
-    if kind == "memory":
+    if spec.kind == "memory":
         # What was trained on is what is asked for: a pair that was held out could not be known.
         return Work(memory.MemoryJob.make(spec, seed), memory.METRIC, memory.PAIRS, memory.METRIC, (memory.PAIRS,))
-    job = planted.PlantedJob.of_net(spec, held_out, seed)
-    return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+    job = planted.PlantedJob.of_net(spec, HELD_OUT, seed)
+    return Work(job, planted.METRIC, HELD_OUT, planted.METRIC, job.evaluated, job.planted)
 
 
-def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:
-    column, where = spec.text or "text", spec.field("train")
-    if isinstance(spec, DataSpec):
-        hub, file = spec.name, Path(spec.train or "")
-        share, of_share, wanted = spec.validation_fraction, "validation_fraction", None
+def _split_texts_of(spec: TaskSpec) -> dict[str, list[str]]:
+    """Read the texts of a planted encoder: those trained on, held out, and fresh."""
+    column, where, folder = spec.text or "text", spec.field("train"), Path(spec.source or "")
+    if spec.source is None or folder.is_dir():
+        _, columns = read_file(where, str(folder / (spec.train or "train.jsonl")), [[column]])
     else:
-        folder = Path(spec.source or "")
-        hub, file = None if folder.is_dir() else spec.source, folder / (spec.train or "train.jsonl")
-        share, of_share, wanted = spec.held_out, "held_out", spec.train_examples
-    if hub is None:
-        _, columns = read_file(where, str(file), [[column]])
-    else:
-        _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]])
-    texts = planted.split_texts(columns[column], share, spec.split_seed, held_out, spec.field(of_share))
-    if wanted is not None:
-        if wanted > len(texts["train"]):
-            remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
-            raise spec.bad("train_examples", wanted, remedy, DataError)
-        texts["train"] = texts["train"][:wanted]
+        _, columns = read_hub(where, spec.train or "train", spec.source, spec.config, [[column]])
+    field = spec.field("held_out")
+    texts = planted.split_texts(columns[column], spec.held_out, spec.split_seed, HELD_OUT, field)
+    wanted = spec.train_examples
+    if wanted is not None and wanted > len(texts["train"]):
+        remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
+        raise spec.bad("train_examples", wanted, remedy, DataError)
+    texts["train"] = texts["train"][:wanted]
     return texts

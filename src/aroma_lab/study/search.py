@@ -18,10 +18,8 @@ from aroma.files import read_json, write_json
 from aroma.outputs import open_folder
 
 from ..run.trial import Trial, differing, load_trial
-from . import workers
-from .folder import Ended, Runs
-from .grid import Grid, Settings, check_methods, check_settings, check_tasks, make_trial
-from .workers import Attempt, Watch, run_all
+from .grid import Grid, Settings, check_settings, check_trials, make_trial
+from .trials import RUNNER, Ended, Runs, Watch, run_all
 
 SEARCH_FILE = "search.json"
 _FREE = {"output", "processes", "trials", "data", "select"}
@@ -110,16 +108,14 @@ class SearchPlan:
         return {key: content[part][rest] if rest else content[part] for key, (part, _, rest) in parts.items()}
 
 
-def run_search(
-    search: Search, watch: Watch = lambda *_: None, attempt: Attempt = workers.attempt
-) -> list[dict[str, Any]]:
+def run_search(search: Search, watch: Watch = lambda *_: None, runner: str = RUNNER) -> list[dict[str, Any]]:
     """Run the trials that a search lacks, with other commands on the same folder, and write `search.json`.
 
     Every trial is scored on examples held out from the training data; reported examples are never read.
 
     Args:
         watch: Called with every trial that ends.
-        attempt: What runs a trial. Tests pass a stand-in, which needs neither methods nor data.
+        runner: Module that runs a trial; see `RUNNER`.
 
     Returns:
         All trials, the best first and failed ones last: `name`, `values`, `score` and `error`, as in `search.json`.
@@ -135,11 +131,10 @@ def run_search(
         remedy = f"{SEARCH_FILE} there is of a search with another {', '.join(keys)}; give another output"
         raise bad_value("output", search.output, remedy)
     if any(plan.runs.ended(name) is None for name in plan.names()):
-        if attempt is workers.attempt:
-            check_methods(search.extreme_trials())
-            check_tasks(search.extreme_trials())
+        if runner == RUNNER:
+            check_trials(search.extreme_trials(), search.extreme_trials())
         write_json(file, record)  # from now on another search is refused here
-        run_all(plan, watch, attempt)
+        run_all(plan, watch, runner)
     ends = {name: plan.runs.ended(name) or Ended(failure="its files were removed") for name in plan.names()}
     tried = [
         {"name": name, "values": plan.values(name), "score": None if end.failure else end.score, "error": end.failure}

@@ -61,8 +61,9 @@ class TaskSpec(MadeTask):
     ) = None
     """`classification` (one label a text), `regression` (one number a text), `causal_lm` (instructions, chats or plain
     text that a language model is to predict), `commonsense` (questions with candidates in the form of LLM-Adapters,
-    for a language model), or `planted_net`, `planted_encoder` and `memory`, whose right answer is known, see
-    `data.task` of a recipe; null: GLUE's, else a classification."""
+    for a language model). Three whose right answer is known: `planted_net` (a made net learns updates of known ranks),
+    `planted_encoder` (an encoder learns the hidden states of itself with such updates, on the texts of `train`), and
+    `memory` (a made language model learns random pairs). null: GLUE's, else a classification."""
     text: str | None = None
     """Column of the text; null: GLUE's, else `text`. Of causal_lm the column of plain text; null: instructions, chats
     or `text`, whichever the file has."""
