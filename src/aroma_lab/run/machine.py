@@ -65,13 +65,6 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak_gpu_bytes() -> int:
-    """Return the peak of what PyTorch has allocated on the current GPU, in bytes; 0 without one."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-
-
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees, in pieces of up to 32 MiB; False where the C library is not glibc.
 

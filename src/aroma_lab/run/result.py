@@ -76,8 +76,8 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "total_rank": sum(ranks.values()),
         "trained_rank": average / of_rank_one if of_rank_one else None,
         **_of_growth(fit),
-        **{name: round(value, 3) for name, value in recorder.usage.total().items()},
-        "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
+        **{name: round(value, 3) for name, value in recorder.cost().items()},
+        "train_seconds": round(recorder.train_seconds, 3),
         "inner_checks": inner_checks_of(map(json.loads, events)),
         "processes": run.processes.num_processes,
         **run.provenance,
@@ -103,21 +103,15 @@ def _of_growth(fit: Fit) -> dict[str, Any]:
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:
-    """Return the spectra of a model's updates, JSON-able.
+    """Return the spectra of a model's updates by module name, JSON-able, and their means (None without modules).
+
+    `ranks` counts the columns of B and rows of A whose product is not zero, at most min(m, n): two components in one
+    direction count twice, as in the paper. `effective_ranks` are those of Appendix C, `singular_values` descend, and
+    `overlaps` say how much of each component after the first lies in the span of the earlier ones, in [0, 1].
 
     Args:
-        components: B (m, R) and A (R, n) of the whole update by module name, the scale folded in; a module that was
-            adapted and ended at rank 0 has R = 0.
+        components: B (m, R) and A (R, n) of the whole update, the scale folded in; R = 0 of a module at rank 0.
         r: Rank of one component, for the overlaps.
-
-    Returns:
-        - ``ranks``: by module, how many columns of B and rows of A make a product that is not zero, at most
-          min(m, n). Two components in one direction count twice, as in the paper.
-        - ``effective_ranks``: by module (Appendix C).
-        - ``singular_values``: by module, descending, min(R, m, n) of them.
-        - ``overlaps``: by module, for each component after the first, how much of it lies in the span of the right
-          factors of the earlier ones, in [0, 1]; see `aroma.spectra.span_overlaps`.
-        - ``average_rank``, ``effective_rank``: means over the modules; None where there are none.
 
     Raises:
         NonFiniteError: An update holds NaN or infinity.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from transformers import ProgressCallback, Trainer, set_seed
 from aroma.checkpoint import verify_checkpoint
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json, write_text
-from aroma.outputs import open_folder
+from aroma.outputs import new_folder, open_folder
 from aroma.sharding import processes_of_node, refuse_together
 
 from ..methods import METHODS, Method, make_method
@@ -31,7 +30,7 @@ from ..tasks.classification import ClassifierJob
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
 from .machine import provenance
-from .recorder import EventLog, Recorder, Usage, history_of
+from .recorder import EventLog, Recorder, history_of
 from .result import result_of
 from .trial import Trial, TrialFiles, differing_keys, load_trial, save_trial
 from .work import Work, work_of
@@ -70,10 +69,10 @@ def run_trial(
         CheckpointError: A checkpoint to go on from is damaged.
         NonFiniteError: NaN or infinity in training.
     """
-    usage, processes, files = Usage(), join(), TrialFiles(Path(folder))
+    recorder, processes, files = Recorder(), join(), TrialFiles(Path(folder))
     with refuse_together(processes.device):
         _check_folder(trial, files)
-        run = None if files.result.exists() else _prepare(trial, files, processes, usage)
+        run = None if files.result.exists() else _prepare(trial, files, processes, recorder)
     if run is not None:
         if processes.is_main_process:
             files.root.mkdir(parents=True, exist_ok=True)
@@ -101,18 +100,13 @@ def join() -> PartialState:
 
 def _check_folder(trial: Trial, files: TrialFiles) -> None:
     """Refuse a folder of another trial, and one that cannot be written to; nothing is left there."""
-    open_folder("folder", files.root)
     if files.trial.exists():
+        open_folder("folder", files.root)
         if differing := differing_keys(trial, load_trial(files.trial)):
             remedy = f"it differs in {', '.join(differing)}. Give another folder, or move that one away"
             raise bad_value("folder", str(files.root), f"the trial there was made with other settings: {remedy}")
         return
-    # What may be there before trial.json is, and what is half written.
-    own = re.compile(r"recipe\.yaml|failure\.json|.*\.log|\..*\.tmp")
-    found = [path.name for path in files.root.iterdir()] if files.root.is_dir() else []
-    if strangers := sorted(name for name in found if not own.fullmatch(name)):
-        remedy = f"it holds {strangers[0]}, and nothing is overwritten; give another folder"
-        raise bad_value("folder", str(files.root), remedy)
+    new_folder("folder", files.root, "give another folder")
 
 
 def resumable_checkpoint(files: TrialFiles) -> Path | None:
@@ -174,7 +168,7 @@ class Run:
     provenance: dict[str, Any]
 
 
-def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, usage: Usage) -> Run:
+def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder: Recorder) -> Run:
     """Do everything that can fail before anything is written, the cheapest first."""
     training, checkpoint = trial.training, resumable_checkpoint(files)
     if checkpoint is not None:
@@ -202,7 +196,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, usage: Us
     if method.data_option is not None and checkpoint is None:
         model.to(processes.device)
         method.initialize(model, draw_batches(train, work, training, processes.device))
-    recorder = Recorder(method, usage)
+    recorder.method = method
     return Run(trial, files, processes, method, work, train, held_out, model, steps, checkpoint, recorder, found)
 
 
@@ -304,7 +298,7 @@ def _untrained(run: Run) -> Fit:
 def _leave(run: Run, fit: Fit) -> None:
     """Write all but the result; on one line, for a curve has thousands of pairs of numbers."""
     files, model = run.files, fit.trainer.model
-    curve = {"planned_steps": run.steps, **run.recorder.curve.as_dict()}
+    curve = {"planned_steps": run.steps, **vars(run.recorder.curve)}
     history = history_of(fit.trainer.state.log_history, run.work.traced)
     for path, value in ((files.curve, curve), (files.history, history)):
         write_text(path, json.dumps(value, allow_nan=False) + "\n")

@@ -210,9 +210,7 @@ class ExactResume:
     ) -> None:
         super().__init__(**options)
         self._hooks, self._evaluate_set, self._describe = hooks, evaluate, describe
-        self.add_callback(LossWindow(self))
-        if hooks is not None:  # else AromaCallback does it
-            self.add_callback(CheckpointRecorder())
+        self.add_callback(ResumeState(self, records=hooks is not None))  # else AromaCallback records
         if not counts_items:
             # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
             # mean over their micro-batch, and would be summed up.
@@ -309,35 +307,16 @@ class EpochLengthSampler(LengthGroupedSampler):
         return order
 
 
-class CheckpointRecorder(TrainerCallback, ExportableState):
-    """Records the files of every checkpoint, as AromaCallback does, so that only whole ones are gone on from."""
+class ResumeState(TrainerCallback, ExportableState):
+    """Keeps in checkpoints what the Trainer forgets, and records their files, so that only whole ones are resumed.
 
-    def __init__(self) -> None:
-        self._records = CheckpointRecords()
+    Args:
+        trainer: The Trainer: the loss since its last log is kept, or a resumed one would log the mean of fewer steps.
+        records: Whether files are recorded; False where AromaCallback does it.
+    """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin with a training."""
-        self._records.begin(args, state)
-
-    def state(self) -> dict[str, Any]:
-        """Write the record: the Trainer asks when all files are there but its last."""
-        self._records.write()
-        return {"args": {}, "attributes": {}}
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the record."""
-        self._records.complete()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End with a training."""
-        self._records.end()
-
-
-class LossWindow(TrainerCallback, ExportableState):
-    """Keeps the loss since the last log in checkpoints; else a resumed Trainer would log the mean of fewer steps."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, records: bool) -> None:
+        self._trainer, self._records = trainer, CheckpointRecords() if records else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On resume, go on with the sum of the checkpoint."""
@@ -346,8 +325,25 @@ class LossWindow(TrainerCallback, ExportableState):
             window = saved["attributes"]
             self._trainer._tr_loss = torch.tensor(window["loss"], device=args.device)
             self._trainer._globalstep_last_logged = window["logged"]
+        if self._records is not None:
+            self._records.begin(args, state)
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint; it asks before the training begins, too."""
+        """Return what the Trainer stores in a checkpoint; it asks when all files are there but its last.
+
+        It asks before the training begins, too.
+        """
+        if self._records is not None:
+            self._records.write()
         loss, logged = getattr(self._trainer, "_tr_loss", 0.0), getattr(self._trainer, "_globalstep_last_logged", 0)
         return {"args": {}, "attributes": {"loss": float(loss), "logged": logged}}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the record."""
+        if self._records is not None:
+            self._records.complete()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End with a training."""
+        if self._records is not None:
+            self._records.end()
