@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import re
 import subprocess
 import sys
 from functools import cache
@@ -55,10 +54,6 @@ def _git(*arguments: str) -> str | None:
 
 def peak_bytes() -> int:
     """Return the peak of this process's resident memory, in bytes."""
-    # Not getrusage where it can be avoided: on Linux its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -186,8 +186,10 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     train, held_out = method.hold_out(work.job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
-        check_warmup(training, steps)
         method.check_steps(steps)
+        if training.warmup_steps >= steps:
+            remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
+            raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     found = provenance()
@@ -195,7 +197,11 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     model = method.build(work.job.load_model(), steps)
     if method.data_option is not None and checkpoint is None:
         model.to(processes.device)
-        method.initialize(model, draw_batches(train, work, training, processes.device))
+        # Drawn without repetition, with the run's seed.
+        order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
+        loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
+        batches = [batch.to(processes.device) for batch in islice(loader, INITIALIZATION_BATCHES)]
+        method.initialize(model, batches)
     recorder.method = method
     return Run(trial, files, processes, method, work, train, held_out, model, steps, checkpoint, recorder, found)
 
@@ -212,26 +218,12 @@ def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str
     return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
 
 
-def draw_batches(train: Dataset, work: Work, training: TrainSpec, device: torch.device) -> list[Any]:
-    """Return the batches that a method computes its start from, drawn without repetition with the run's seed."""
-    order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
-    loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
-    return [batch.to(device) for batch in islice(loader, INITIALIZATION_BATCHES)]
-
-
 def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:
     """Return the optimizer steps of a run over `examples` training examples, as the Trainer counts them."""
     if training.max_steps is not None:
         return training.max_steps
     batches = math.ceil(examples / (training.batch_size * processes))
     return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
-
-
-def check_warmup(training: TrainSpec, steps: int) -> None:
-    """Raise ConfigError if a run of `steps` optimizer steps ends before its warm-up."""
-    if training.warmup_steps >= steps:
-        remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
-        raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
 
 
 # Training and evaluation ---------------------------------------------------------------------------------------------

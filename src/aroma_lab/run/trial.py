@@ -84,13 +84,9 @@ class Trial:
             raise bad_value("trial.purpose", self.purpose, "give one of report, select")
         check_training(self.training)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the trial as a JSON-able dict."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
-        """Return the trial that `as_dict` described; KeyError or TypeError for a key that is unknown or missing."""
+        """Return the trial of a dict as `asdict` makes it; KeyError or TypeError for an unknown or missing key."""
         data: Any = values.get("data")
         sections: dict[str, Any] = {
             "task": TaskSpec(**values["task"]),
@@ -104,7 +100,7 @@ class Trial:
 
 def save_trial(trial: Trial, path: str | os.PathLike[str]) -> None:
     """Write a trial as JSON, atomically."""
-    write_json(path, trial.as_dict())
+    write_json(path, asdict(trial))
 
 
 def load_trial(path: str | os.PathLike[str]) -> Trial:
@@ -121,14 +117,9 @@ def load_trial(path: str | os.PathLike[str]) -> Trial:
         raise CheckpointError(f"{path}: edited, no trial ({error}); restore the file that was written") from error
 
 
-def differing_keys(one: Trial, other: Trial) -> list[str]:
-    """Return the dotted keys in which two trials differ, in the order of the file."""
-    return differing(one.as_dict(), other.as_dict())
-
-
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys in which two nested mappings differ, in their order."""
-    left, right = _flatten(one), _flatten(other)
+def differing_keys(one: Any, other: Any) -> list[str]:
+    """Return the dotted keys in which two trials, or nested mappings, differ, in the order of the file."""
+    left, right = (_flatten(value if isinstance(value, Mapping) else asdict(value)) for value in (one, other))
     return [key for key in {**left, **right} if key not in left or key not in right or left[key] != right[key]]
 
 
@@ -136,8 +127,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested `values` by dotted key, sequences as lists, as JSON has them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+        inner = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return {key: [*value] if isinstance(value, tuple) else value for key, value in flat.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from aroma.errors import bad_value
 from aroma.files import read_json, write_json
 from aroma.outputs import open_folder
 
-from ..run.trial import Trial, differing, load_trial
+from ..run.trial import Trial, differing_keys, load_trial
 from .grid import Grid, Settings, check_settings, check_trials, make_trial
 from .trials import RUNNER, Ended, Runs, Watch, run_all
 
@@ -103,7 +103,7 @@ class SearchPlan:
     def values(self, name: str) -> Settings:
         """Return the values that a trial tries; none before it has begun."""
         file = self.runs.files(name).trial
-        content = load_trial(file).as_dict() if file.exists() else {}
+        content = asdict(load_trial(file)) if file.exists() else {}
         parts = {key: key.partition(".") for key in self.search.distributions if content}
         return {key: content[part][rest] if rest else content[part] for key, (part, _, rest) in parts.items()}
 
@@ -127,7 +127,7 @@ def run_search(search: Search, watch: Watch = lambda *_: None, runner: str = RUN
     open_folder("output", search.folder)
     plan, file = SearchPlan(search), search.folder / SEARCH_FILE
     record = {"searched": {key: value for key, value in search.as_dict().items() if key not in _FREE}}
-    if file.exists() and (keys := differing(read_json(file)["searched"], record["searched"])):
+    if file.exists() and (keys := differing_keys(read_json(file)["searched"], record["searched"])):
         remedy = f"{SEARCH_FILE} there is of a search with another {', '.join(keys)}; give another output"
         raise bad_value("output", search.output, remedy)
     if any(plan.runs.ended(name) is None for name in plan.names()):
