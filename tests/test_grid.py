@@ -75,14 +75,6 @@ def test_the_grids_of_the_results_load_and_their_selections_are_of_them(path):
             }
 
 
-def test_the_resolved_grid_is_read_back_as_it_was(tmp_path):
-    select = {"over": {RATE: [1e-3, 2e-3]}, "seed": 9, "training": {"max_steps": 3}}
-    overrides = [{"task": "rte", "method": ["head"], "options.x": [1, "a"], "task.max_length": 99}]
-    changes = {"select": select, "overrides": overrides, "processes": 3}
-    grid = whole_grid(**changes)
-    assert load_grid(write_yaml(tmp_path / "grid.yaml", grid.as_dict())) == grid
-
-
 def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
     methods = {"lora-0.5": {"kind": "lora"}, "lora": {"kind": "lora"}}
     path = write_yaml(tmp_path / "grid.yaml", grid_values(tmp_path, methods=methods))
@@ -268,16 +260,6 @@ def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_run(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_decided_trial_needs_its_data_no_more(out):
-    task = {**MESSAGES, "source": "/nope"}
-    grid = fake_grid(out, tasks={"messages": task}, methods={"head": {"kind": "head_only"}}, seeds=[0])
-    assert len(run(grid).finished) == 1, "with a stand-in"
-    assert run_grid(grid).skipped == ["messages/head/seed-0"]
-    shutil.rmtree(out)
-    with pytest.raises(DataError, match="source='/nope'"):
-        run_grid(grid)
-
-
 # Choosing -----------------------------------------------------------------------------------------------------------
 
 
@@ -367,13 +349,3 @@ def test_the_command_runs_lists_and_reports(out, tmp_path, capsys, monkeypatch):
     code = "import sys; from aroma.cli import main; main(sys.argv[1:]); print({'torch', 'pandas'} & {*sys.modules})"
     command = [sys.executable, "-c", code, "lab", "run", file, "--list"]
     assert subprocess.check_output(command, text=True).splitlines()[-1] == "set()", "a list loads no heavy library"
-
-
-@pytest.mark.parametrize("selects", [False, True])
-def test_a_run_too_short_for_growth_is_refused_before_anything_runs(tmp_path, selects):
-    short = {"max_steps": 5, "warmup_steps": 2}
-    changes = {"select": {"over": {RATE: [1e-3]}, "training": short}} if selects else {"training": short}
-    grid = make_grid(grid_values(tmp_path / "out", methods={"grown": {"kind": "aroma"}}, **changes))
-    with pytest.raises(ConfigError, match=r"^methods\.grown: inner_check_interval=10: it is longer than the run of 5"):
-        run_grid(grid)
-    assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from aroma_lab.run.run import run_trial
 from aroma_lab.study.grid import expand, load_grid
 from aroma_lab.study.run import run_grid
 from fake_trial import SAVED_EVERY
-from study_files import grid_values, output_of, real_grid, start_command, wait_until, write_yaml
+from study_files import grid_values, real_grid, start_command, wait_until, write_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -84,16 +84,6 @@ def test_a_killed_or_interrupted_command_takes_its_workers_along(grid_file: Path
     wait_until(lambda: not any(map(is_alive, processes)), seconds=5)
     assert not any((folder / "failure.json").exists() for folder in folders(grid_file))  # interrupted, not failed
     assert finish(grid_file) == (4, 0)
-
-
-def test_commands_on_one_folder_share_its_trials_and_take_up_those_of_a_killed_one(grid_file: Path) -> None:
-    doomed, following = start_command(grid_file), start_command(grid_file)
-    wait_until(lambda: all(lines(folder) for folder in folders(grid_file)))
-    doomed.kill()
-    doomed.communicate()
-    now, earlier, failed = map(int, output_of(following).split())
-    assert (now + earlier, failed) == (4, 0)
-    assert finish(grid_file) == (0, 4)
 
 
 def test_kills_at_any_moment_lose_nothing_finished(grid_file: Path) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import re
 import shutil
 import statistics
@@ -16,7 +15,7 @@ from aroma.cli import main
 from aroma.errors import AromaError, CheckpointError, ConfigError, DataError
 from aroma_lab.cli import lab_report
 from aroma_lab.report import figures
-from aroma_lab.report.formats import EMPTY, SUFFIXES, Table, signed_points
+from aroma_lab.report.formats import EMPTY, SUFFIXES, Table
 from aroma_lab.report.run_page import run_facts
 from aroma_lab.report.runs import TABLE, collect_runs, read_runs
 from aroma_lab.report.statistics import not_learnt, paired_difference
@@ -82,18 +81,6 @@ def test_tables_have_the_numbers_on_record_from_folders_and_from_a_table_of_runs
     values = pd.read_csv(io.StringIO(found.written("csv")))
     pd.testing.assert_frame_equal(values, expected, rtol=1e-12, atol=1e-14, check_dtype=False)
     assert found.written("markdown") == table(folder, kind).written("markdown")
-
-
-def test_a_table_of_runs_keeps_what_made_each_run(collected):
-    folder = FROZEN / "runs/mrpc/aroma/seed-1"
-    trial, result = (json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "result"))
-    frame = pd.read_parquet(collected[FROZEN] / TABLE)
-    row = frame[frame.name == "mrpc/aroma/seed-1"].iloc[0]
-    kept = json.loads(row["result"])
-    assert json.loads(row["trial"]) == trial
-    assert kept.items() <= result.items()
-    assert set(result) - set(kept) <= {"singular_values", "overlaps"}
-    assert (row.score, row.seed, row.git_revision) == (result["score"], 1, result["git_revision"])
 
 
 def test_the_baseline_decides_the_difference(grid):
@@ -220,15 +207,6 @@ def test_a_run_without_one_of_the_sets_or_tasks_has_no_average(tmp_path):
     assert found["average"]["aroma"] == "– (0 of 1)"
 
 
-def test_the_inner_criterion_is_counted_loop_by_loop():
-    # First loops on MRPC fire at 110, 120, 110, 120 with seeds 0 and 2, the other way round with seed 1; second loops
-    # at 140, 150, 160 and, of the last matrix, never.
-    row = raw(FROZEN, "inner").loc["aroma"]
-    steps = sorted([110] * 6 + [120] * 6 + [140, 150, 160] * 3)
-    assert row[["task", "matrices", "fired", "never"]].tolist() == ["mrpc", "all", 21, 3]
-    assert row[["lower_quartile", "median", "upper_quartile"]].tolist() == [steps[5], steps[10], steps[15]]
-
-
 # What is said beside the numbers
 
 
@@ -240,18 +218,6 @@ def test_failed_unfinished_and_absent_runs_are_listed_in_every_format():
         assert "Not begun: rte/aroma-no-reset/seed-2." in words
 
 
-def test_a_method_that_only_failed_keeps_its_row(grid):
-    for result in grid.glob("runs/*/aroma/*/result.json"):
-        result.unlink()
-        (result.parent / "failure.json").write_text(json.dumps({"error": "ValueError", "message": "no"}))
-    found = table(grid)
-    assert shown(found).loc["aroma"].iloc[0] == "– (0 of 3)"
-    assert sum(note.startswith("Failed: ") for note in found.notes) == 7
-    for result in grid.glob("runs/**/result.json"):
-        result.unlink()
-    assert "No run has finished." in table(grid).caption
-
-
 def test_survivors_of_a_failure_do_not_win_a_column():
     found = table(FROZEN)
     assert raw(FROZEN).rte_mean.idxmax() == "adalora-r8", "of two surviving seeds"
@@ -260,39 +226,6 @@ def test_survivors_of_a_failure_do_not_win_a_column():
     assert best == {("rte", "lora-r8"), ("mrpc", "aroma"), ("rte", "aroma"), ("average", "aroma")}
     last = shown(table(OF_SETS, "sets")).loc["aroma-r8"]
     assert (last["average"], last.iloc[-1]) == ("40.72 (1 of 2)", "+1.67")
-
-
-def test_the_caption_says_how_it_was_measured(grid):
-    for words in (
-        "over 3 seeds (0, 1, 2)",
-        "mrpc: accuracy on all 1,725 of test; trained on 3,301 examples, 367 held out of training.",
-        "600 steps of 32 examples, in bf16 mixed precision.",
-        "Weights: those of the last step.",
-        "training.learning_rate among 0.0005, 0.001 and 0.002",
-        "Difference to lora-r8: of runs of the same task and seed, mean ± standard error.",
-    ):
-        assert words in table(FROZEN).caption
-    edit(grid / "runs/mrpc/lora-r8/seed-0/result.json", lambda content: content.update(asked_examples=21))
-    assert "lora-r8: asks 21 of the training examples, which train nothing." in table(grid).caption
-    for path in grid.glob("**/result.json"):
-        edit(path, lambda content: content["examples"].pop("held_out", None))
-    found = table(grid, "ranks")
-    assert "by the score on what is trained on" in found.caption
-    assert "held-out loss" not in found.shown
-    (grid / "selection.json").unlink()
-    assert "These runs chose nothing" in table(grid).caption
-
-
-def test_what_was_not_alike_is_noted(grid):
-    place = next((grid / "runs/select/mrpc/lora-r8").iterdir())
-    edit(place / "result.json", lambda content: content.update(reported={"test": {"accuracy": 0.8}}))
-    edit(grid / "runs/rte/aroma/seed-0/result.json", lambda content: content.update(cpu_count=64))
-    notes = " ".join(table(grid).notes)
-    assert "Different torch: 2.13.0+cpu (26 runs); 2.12.1+cpu (mrpc/head-only/seed-2)." in notes
-    assert "Different cpu_count: 2 (26 runs); 64 (rte/aroma/seed-0)." in notes
-    assert f"Runs that chose settings also evaluated reported examples: select/mrpc/lora-r8/{place.name}." in notes
-    edge = "The optimum of head-only on rte is at the edge of what was tried: add training.learning_rate=0.004."
-    assert edge in notes
 
 
 # Tasks that were not learnt
@@ -416,11 +349,6 @@ def test_latex_takes_the_table(kind, hostile, tmp_path):
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True).stdout
     assert "Output written on page.pdf (1 page" in said
-
-
-def test_differences_have_a_sign_unless_they_round_to_nothing():
-    words = {0.0: "0.00", 0.0123: "+1.23", -0.0123: "−1.23", -0.00001: "0.00", 0.00001: "0.00"}
-    assert {value: signed_points(value) for value in words} == words
 
 
 # Pages

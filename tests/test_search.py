@@ -10,10 +10,10 @@ import pytest
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.study.grid import load_grid, make_grid
+from aroma_lab.study.grid import make_grid
 from aroma_lab.study.search import Search, run_search
 from fake_trial import score_of
-from study_files import DECAY, RATE, output_of, real_grid, runs_in, search_values, start_command, write_yaml
+from study_files import RATE, output_of, real_grid, runs_in, search_values, start_command, write_yaml
 
 
 @pytest.fixture
@@ -53,15 +53,6 @@ def test_a_search_file_that_cannot_work_is_one_clear_error(
         search_of(tmp_path, **changes)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_arguments_win_over_overrides_and_these_over_the_file_and_nest_the_space(tmp_path: Path) -> None:
-    file = write_yaml(tmp_path / "search.yaml", search_values(tmp_path / "out"))
-    nested = [f"space.{RATE}.low=1e-4", f"space.{DECAY}={{choices: [0.0, 0.1]}}"]
-    overrides = ["trials=7", "training.max_steps=9", *nested]
-    search = load_grid(file, overrides, Search, trials=8, processes=3)
-    assert (search.trials, search.processes, search.training.max_steps, search.sampler) == (8, 3, 9, "random")
-    assert search.space == {RATE: {"low": 1e-4, "high": 1e-1, "log": True}, DECAY: {"choices": [0.0, 0.1]}}
 
 
 def test_a_search_runs_each_trial_once_and_more_trials_run_only_what_is_new(tmp_path: Path, log: Path) -> None:

@@ -144,12 +144,6 @@ def test_a_selection_is_widened_to_the_best_and_around_it_and_never_beyond_its_b
     assert end.chosen == dict(zip((RATE, HEAD_RATE), chosen, strict=True))
 
 
-def test_a_selection_ends_where_no_value_lies_beyond():
-    grid = whole_grid(select={"over": {"task.held_out": [0.2, 0.9]}, "widen": 1})
-    found, end = rounds(grid, lambda _, values: (values["task.held_out"], 0.0))
-    assert (found, end.chosen) == ([[(0.2,), (0.9,)]], {"task.held_out": 0.9})
-
-
 def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_them():
     rule = {"over": {RATE: [1, 2, 3]}, "by": "loss", "seed": 100, "again": [101, 102]}
     grid = whole_grid(select=rule)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
@@ -20,14 +19,13 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from aroma_lab import methods
 from aroma_lab.methods import Lora, make_method
-from aroma_lab.run.run import planned_steps, run_trial
+from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import load_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.classification import encode, load_tokenizer
 from aroma_lab.tasks.data import load_task
 from aroma_lab.tasks.model import load_classifier
-from aroma_lab.training.job import Objective
-from aroma_lab.training.trainer import make_optimizer, training_arguments
+from aroma_lab.training.trainer import make_optimizer
 from quick import slow_but
 from trial_runs import METHODS, STEPS, read, save_material, trial_of
 
@@ -84,13 +82,6 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert result["average_rank"] == pytest.approx(result["total_rank"] / 12)
     assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
     assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_frozen_pooler_is_the_backbones(material: Path, tmp_path: Path, method: str) -> None:
-    result = run_trial(trial_of(material, method, max_steps=8, save_steps=None, train_pooler=False), tmp_path / "run")
-    assert result["pooler"] == {"trains": False, "reason": "as training.train_pooler says"}
-    assert result["parameters"]["head"] == 2 * 17
 
 
 def test_curve_history_and_result_agree(finished: Path) -> None:
@@ -225,15 +216,6 @@ def test_a_selecting_trial_does_not_look_at_what_is_reported(material: Path, tmp
 # What is counted -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_adalora_loses_rank_on_the_way(material: Path, tmp_path: Path) -> None:
-    result = run_trial(trial_of(material, "adalora"), tmp_path / "run")
-    curve = read(tmp_path / "run" / "curve.json")
-    assert curve["total_rank"][0] == [0, 4 * 12]
-    assert curve["total_rank"][-1][1] == sum(result["ranks"].values()) == pytest.approx(2 * 12, abs=1)
-    assert result["parameters"]["initial"] > result["parameters"]["average"] > result["parameters"]["final"]
-
-
 def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Path) -> None:
     options = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1, "outer_tolerance": 1e6}
     trial = replace(trial_of(material, "aroma"), options=options)
@@ -306,34 +288,3 @@ def test_a_run_that_diverges_fails(material: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="at optimizer step"):
         run_trial(trial, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_a_run_has_to_outlast_its_first_check() -> None:
-    spec = TrainSpec(epochs=2.5, batch_size=8, gradient_accumulation_steps=3, warmup_steps=12)
-    steps = planned_steps(spec, 100)
-    assert steps == 13  # 13 batches, 5 optimizer steps an epoch
-    method = make_method("aroma", {"inner_check_interval": 5, "max_inner_steps": 10})
-    method.check_steps(steps)
-    with pytest.raises(ConfigError, match="inner_check_interval=5: it is longer than the run of 4"):
-        method.check_steps(4)
-
-
-def test_no_two_seeds_and_epochs_share_an_order_of_the_examples(tmp_path: Path) -> None:
-    data = Dataset.from_dict({"x": list(range(40))})
-
-    def orders(seed: int) -> list[list[int]]:
-        training = TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0)
-        arguments = training_arguments(training, Objective(None, None, None, "accuracy"), tmp_path)
-        arguments.remove_unused_columns = False
-        trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
-        torch.manual_seed(99)
-        loader = trainer.get_train_dataloader()
-        found = []
-        for epoch in range(3):
-            loader.set_epoch(epoch)
-            found.append([x for batch in loader for x in batch])
-        return found
-
-    found = [order for seed in (0, 1, 2) for order in orders(seed)]
-    assert len({tuple(order) for order in found}) == 9
-    assert found[:3] == orders(0)
