@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from aroma.cli import main
-from aroma.export import load_with_adapter
 from aroma_lab.run.machine import git_revision
-from aroma_lab.run.recorder import EventLog, Recorder
+from aroma_lab.run.recorder import Recorder
 from aroma_lab.tasks.evaluate import evaluate_adapter
 from full_disk import room_for
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
@@ -225,21 +224,6 @@ def test_a_finished_run_and_a_folder_in_use_are_refused(files, run, tmp_path, ca
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-def test_the_event_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
-    path = tmp_path / "events.jsonl"
-    path.write_text('{"step": 5}\n{"step": 10}\n{"step": 15}\n{"step": 1')
-    EventLog(path, upto=10)
-    assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
-    EventLog(path, upto=0)
-    assert path.read_text() == ""
-
-
-def test_a_run_leaves_a_card_and_its_labels(run, tmp_path):
-    assert "## Ranks" in (run / "adapter" / "README.md").read_text()
-    assert main(["export", str(run / "adapter"), str(tmp_path / "served"), "--uniform"]) == 0
-    assert load_with_adapter(tmp_path / "served").config.id2label == {0: "high", 1: "low"}
-
-
 # Evaluating, inspecting, exporting -----------------------------------------------------------------------------------
 
 
@@ -295,27 +279,6 @@ def test_inspect_shows_a_summary_a_grid_and_a_picture(run, tmp_path, capsys, mon
     assert all(len(line) <= 80 for line in lines[1 : lines.index("", 3)])
     assert any("--max-lora-rank 8" in line for line in lines)
     assert picture.read_text().startswith("<?xml")
-
-
-def test_inspect_shows_one_line_a_matrix_and_json(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    result = read(run / "result.json")
-    assert main(["inspect", str(run / "adapter"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {matrix["name"]: matrix["rank"] for matrix in told["matrices"]} == result["ranks"]
-    for matrix in told["matrices"]:
-        assert matrix["effective_rank"] == pytest.approx(result["effective_ranks"][matrix["name"]])
-        assert matrix["parameters"] == matrix["rank"] * sum(matrix["shape"])
-    assert told["total_rank"] == result["total_rank"]
-    assert main(["inspect", str(run / "adapter"), "--json", str(tmp_path / "ranks.json")]) == 0
-    assert read(tmp_path / "ranks.json") == told
-    capsys.readouterr()
-    assert main(["inspect", str(run / "adapter"), "--sort", "effective"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "×" in line and "m×n" not in line]
-    ordered = sorted(told["matrices"], key=lambda matrix: -matrix["effective_rank"])
-    assert [row[:2] + row[3:4] for row in rows] == [
-        [str(matrix["layer"]), matrix["kind"], str(matrix["rank"])] for matrix in ordered
-    ]
 
 
 def test_exports_predict_the_same(files, run, tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from aroma_lab.study.grid import expand, make_grid
 from aroma_lab.study.selection import beyond, first_of, select
@@ -59,23 +58,6 @@ def test_the_best_is_chosen_of_equal_ones_by_the_other_measure_and_never_a_faile
     numbers = [one and one[by == "loss"] for one in outcomes]
     tried = [[{RATE: rate}, number] for rate, number in zip((1.0, 2.0, 3.0), numbers, strict=True)]
     assert found.entry == {"chosen": found.chosen, "tried": tried}
-
-
-def test_a_grid_lists_several_pairs_of_rates_and_its_selection_picks_the_best_pair_of_each_method():
-    over = {RATE: [1e-3, 3e-3], HEAD_RATE: [2e-3, 6e-3]}
-    only = [{"method": "head", "over": {RATE: None}}, {"task": "rte", "method": "lora", "over": {RATE: [0.5]}}]
-    grid = whole_grid(select={"over": over, "overrides": only})
-
-    def points(task, method):
-        return [tuple(values.values()) for _, values in select(grid, task, method, {}.get).tried]
-
-    assert points("mrpc", "lora") == [(rate, head) for rate in (1e-3, 3e-3) for head in (2e-3, 6e-3)]
-    assert points("mrpc", "head") == points("rte", "head") == [(2e-3,), (6e-3,)], "nothing else has a rate"
-    assert points("rte", "lora") == [(0.5, 2e-3), (0.5, 6e-3)]
-    trials = expand(grid, {("mrpc", "lora"): {RATE: 3e-3, HEAD_RATE: 2e-3}})
-    assert [trial.name for trial in trials] == ["mrpc/lora/seed-0", "mrpc/lora/seed-1"]
-    assert {(trial.training.learning_rate, trial.training.head_learning_rate) for trial in trials} == {(3e-3, 2e-3)}
-    assert make_grid(yaml.safe_load(yaml.safe_dump(grid.as_dict(), sort_keys=False))) == grid
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from aroma.errors import CheckpointError
 from aroma.files import read_json
 from aroma_lab.run.run import resumable_checkpoint, run_trial
 from aroma_lab.run.trial import TrialFiles
-from aroma_lab.training.trainer import EpochLengthSampler
 from ranks import processes
 from trainer_runs import resealed
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
@@ -155,24 +154,6 @@ def test_a_checkpoint_of_another_model_is_refused(killed: Path, material: Path, 
     resealed(file.parent)
     with pytest.raises(CheckpointError, match="has the shape nothing"):
         run_trial(trial_of(material), run)
-
-
-def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone() -> None:
-    class Lengths:
-        batch_size = 4
-        lengths = (3, 9, 4, 8, 2, 7, 1, 6, 5, 3, 9, 4, 8, 2, 7, 1, 6, 5)
-
-    def order(seed: int, epoch: int) -> list[int]:
-        sampler = EpochLengthSampler(Lengths, seed)
-        sampler.set_epoch(epoch)
-        torch.rand(seed + epoch + 1)  # what others draw does not matter
-        assert list(sampler) == list(sampler)
-        return list(sampler)
-
-    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
-    assert orders == [order(seed, epoch) for seed in range(3) for epoch in range(3)]
-    assert all(sorted(indices) == list(range(18)) for indices in orders)
-    assert len({tuple(indices) for indices in orders}) == 9
 
 
 def test_earlier_attempts_count(killed: Path, material: Path, tmp_path: Path) -> None:

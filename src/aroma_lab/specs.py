@@ -13,12 +13,8 @@ from aroma.errors import AromaError, ConfigError, bad_value
 MADE = "made"
 """Name of the model of a task that makes it, from its seed."""
 
-MADE_KEYS = {
-    "planted_net": ("seed", "ranks", "noise", "layers", "width", "examples"),
-    "planted_encoder": ("seed", "ranks", "noise", "strength"),
-    "memory": ("seed", "pairs", "layers", "width"),
-}
-"""Kinds of tasks whose right answer is made, and the keys of `MadeTask` that each of them has."""
+MADE_KINDS = ("planted_net", "planted_encoder", "memory")
+"""Kinds of tasks whose right answer is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +49,12 @@ class MadeTask:
         """Return (not raise) the error about one key of this task."""
         return bad_value(self.field(key), value, remedy, error)
 
-    def check_made(self, kind: str | None) -> None:
-        """Raise ConfigError for a value that cannot work, or a key that tasks of this kind do not have."""
+    def check_made(self) -> None:
+        """Raise ConfigError for a value that cannot work."""
         least = {"seed": 0, "noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
-        for name in (one.name for one in fields(MadeTask)):
-            if (value := getattr(self, name)) is None:
-                continue
-            if name not in MADE_KEYS.get(kind or "", ()):
-                having = " and ".join(kind for kind, keys in MADE_KEYS.items() if name in keys)
-                raise self.bad(name, value, f"only tasks of kind {having} have it; leave it out")
-            if name in least and not value >= least[name]:
-                raise self.bad(name, value, f"give {least[name]} or more")
+        for name, smallest in least.items():
+            if (value := getattr(self, name)) is not None and not value >= smallest:
+                raise self.bad(name, value, f"give {smallest} or more")
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
             raise self.bad("ranks", self.ranks, "give one rank or more, each 0 or more, as [0, 1, 2, 4]")
 

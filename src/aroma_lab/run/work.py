@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aroma.errors import DataError, bad_value
 
-from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
+from ..specs import MADE, MADE_KINDS, DataSpec, ModelSpec
 from ..tasks import memory, planted
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
@@ -63,12 +63,9 @@ def work_of(trial: Trial) -> Work:
     model = ModelSpec(name, trial.gguf_file, trial.dtype, trial.quantization)
     if trial.data is not None:
         return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
-    if trial.task.kind in MADE_KEYS:
+    if trial.task.kind in MADE_KINDS:
         return _work_of_made(trial, name)
     if trial.task.kind in LANGUAGE_KINDS:
-        if trial.training.train_pooler != "auto":
-            remedy = "a language model has no pooler; leave it out"
-            raise bad_value("training.train_pooler", trial.training.train_pooler, remedy)
         return _work_of_language(trial, model, reported)
     data = load_task(trial.task, reported=reported)
     task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
@@ -112,9 +109,6 @@ def _work_of_made(trial: Trial, encoder: str) -> Work:
         return Work(job, planted.METRIC, HELD_OUT, planted.METRIC, job.evaluated, job.planted)
     if trial.model != MADE:
         raise bad_value("model", trial.model, f"a task of kind {spec.kind} makes its own; give {MADE}")
-    if trial.training.group_by_length:
-        remedy = f"examples of a task of kind {spec.kind} are of one length; leave it out"
-        raise bad_value("training.group_by_length", True, remedy)
     if spec.kind == "memory":
         # What was trained on is what is asked for: a pair that was held out could not be known.
         return Work(memory.MemoryJob.make(spec, seed), memory.METRIC, memory.PAIRS, memory.METRIC, (memory.PAIRS,))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ..specs import MADE_KEYS, MadeTask
+from ..specs import MADE_KINDS, MadeTask
 
 HELD_OUT = "held_out"
 """Name, in results, of the examples held out from the training data; no reported split can have it."""
@@ -100,10 +100,10 @@ class TaskSpec(MadeTask):
                 raise self.bad(key, value, f"give {minimum} or more")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise self.bad("name", self.name, "it names folders; write it with letters, digits, '-', '_' and '.'")
-        if self.kind not in (None, "classification", "regression", *LANGUAGE_KINDS, *MADE_KEYS):
-            kinds = f"classification, regression, {', '.join((*LANGUAGE_KINDS, *MADE_KEYS))}, or null"
+        if self.kind not in (None, "classification", "regression", *LANGUAGE_KINDS, *MADE_KINDS):
+            kinds = f"classification, regression, {', '.join((*LANGUAGE_KINDS, *MADE_KINDS))}, or null"
             raise self.bad("kind", self.kind, f"give {kinds}")
-        self.check_made(self.kind)
+        self.check_made()
         if not 0 < self.held_out < 1:
             raise self.bad("held_out", self.held_out, "give a share between 0 and 1, as 0.1")
         if self.reported is not None and (not self.reported or {"train", HELD_OUT} & self.reported.keys()):
