@@ -208,9 +208,9 @@ def test_lora_that_is_told_the_ranks_learns_everything(tmp_path: Path) -> None:
     errors = {}
     for method in (Oracle(planted=work.planted), make_method("lora", {"r": 1, "alpha": 2.0})):
         model = method.build(work.job.load_model(), loop.max_steps)
-        fit = make_trainer(method, model, work.objective, loop, tmp_path, work.job.train, progress=False)
-        fit.train()
-        errors[type(method)] = work.job.predict(fit.trainer, "fresh").metrics["error"]
+        trainer = make_trainer(method, model, work.objective, loop, tmp_path, work.job.train, progress=False)
+        trainer.train()
+        errors[type(method)] = work.job.predict(trainer, "fresh").metrics["error"]
     assert errors[Oracle] < 0.01
     assert errors[Lora] > 10 * errors[Oracle], "rank 1 everywhere is not enough"
 

@@ -28,7 +28,7 @@ from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
 from ..training.job import Job, TrainerKind
-from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
+from ..training.trainer import logits_alone, make_trainer, training_arguments
 from .machine import provenance
 from .recorder import EventLog, Recorder, history_of
 from .result import result_of
@@ -186,10 +186,10 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     train, held_out = method.hold_out(work.job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
-        method.check_steps(steps)
         if training.warmup_steps >= steps:
             remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
             raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
+        method.check_steps(steps)
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     found = provenance()
@@ -230,29 +230,29 @@ def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int
 
 
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
-    fit = _train(run, progress) if run.method.trains else _untrained(run)
+    trainer = _train(run, progress) if run.method.trains else _untrained(run)
     first = run.processes.is_main_process
     if first:  # what was trained is kept before an evaluation may fail
-        _leave(run, fit)
-    predictions = {split: run.work.job.predict(fit.trainer, split) for split in run.work.job.evaluated}
-    found = [result_of(run, fit, predictions) if first else {}]
+        _leave(run, trainer)
+    predictions = {split: run.work.job.predict(trainer, split) for split in run.work.job.evaluated}
+    found = [result_of(run, trainer, predictions) if first else {}]
     if run.processes.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
 
 
-def _train(run: Run, progress: bool) -> Fit:
+def _train(run: Run, progress: bool) -> Trainer:
     job, training, first = run.work.job, run.trial.training, run.processes.is_main_process
     sets = {split: job.eval_sets[split] for split in run.work.traced} if training.eval_steps is not None else None
     at = 0 if run.checkpoint is None else int(run.checkpoint.name.partition("-")[2])
-    fit = make_trainer(
+    trainer = make_trainer(
         run.method,
         run.model,
         run.work.objective,
         training,
         run.files.checkpoints,
-        train=run.train,
-        validation=sets or None,
+        run.train,
+        sets,
         held_out=run.held_out,
         callbacks=[run.recorder],
         on_event=EventLog(run.files.events, upto=at) if first else None,
@@ -260,38 +260,38 @@ def _train(run: Run, progress: bool) -> Fit:
         describe=job.describe,
     )
     try:
-        fit.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     finally:
-        for one in fit.trainer.callback_handler.callbacks:
+        for one in trainer.callback_handler.callbacks:
             if isinstance(one, ProgressCallback) and one.training_bar is not None:
                 one.training_bar.close()  # after an error or Ctrl-C; else the message would stand in the bar's line
-    return fit
+    return trainer
 
 
-def _untrained(run: Run) -> Fit:
+def _untrained(run: Run) -> Trainer:
     """Return what evaluates a model that nothing trains, in the precision of those that are trained beside it."""
-    objective, model = replace(run.work.objective, trainer=TrainerKind()), run.model
+    objective = replace(run.work.objective, trainer=TrainerKind())
     loop = replace(run.trial.training, eval_steps=None, save_steps=None, checkpoint="last")
     trainer = Trainer(
-        model=model,
+        model=run.model,
         args=training_arguments(loop, objective, run.files.checkpoints),
         data_collator=objective.collator,
         processing_class=objective.processor,
         compute_metrics=objective.metrics,
         preprocess_logits_for_metrics=logits_alone,
     )
-    trainer.accelerator.prepare_model(model, evaluation_mode=True)
-    run.recorder.note(0, model)
+    trainer.accelerator.prepare_model(run.model, evaluation_mode=True)
+    run.recorder.note(0, run.model)
     if run.processes.is_main_process:
         EventLog(run.files.events, upto=0)
-    return Fit(trainer)
+    return trainer
 
 
-def _leave(run: Run, fit: Fit) -> None:
+def _leave(run: Run, trainer: Trainer) -> None:
     """Write all but the result; on one line, for a curve has thousands of pairs of numbers."""
-    files, model = run.files, fit.trainer.model
+    files, model = run.files, trainer.model
     curve = {"planned_steps": run.steps, **vars(run.recorder.curve)}
-    history = history_of(fit.trainer.state.log_history, run.work.traced)
+    history = history_of(trainer.state.log_history, run.work.traced)
     for path, value in ((files.curve, curve), (files.history, history)):
         write_text(path, json.dumps(value, allow_nan=False) + "\n")
     if run.trial.purpose == "report" and run.method.trains:
