@@ -1,8 +1,9 @@
-"""Stands in for `aroma_lab.study.workers.attempt`: a trial that only counts steps, without PyTorch.
+"""Stands in for `aroma_lab.study.attempt`: a trial that only counts steps, without PyTorch.
 
 The trial's options say how it goes: `pause` (seconds per step; else $FAKE_SECONDS for all), `fail` ("raise", "exit",
 "kill", or "kill once": at half of the steps), `until` (a file; while it is absent, the trial fails). Steps and ends
-are appended to `steps.log` in the folder, and the trial's name to $FAKE_LOG, so that a test sees what was run twice.
+are appended to `steps.log` in the folder, and the trial's name to `log.txt` beside the output folder, so that a test
+sees what was run twice.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ def score_of(learning_rate: float) -> float:
     return 1 / (1 + abs(learning_rate * 1e3 - 1))
 
 
-def attempt(trial: Any, folder: Path) -> None:
+def run_trial(trial: Any, folder: Path) -> None:
     """Run a trial."""
-    log(Path(os.environ.get("FAKE_LOG", os.devnull)), trial.name)
+    runs = next(parent for parent in folder.parents if parent.name == "runs")
+    log(runs.parents[1] / "log.txt", trial.name)
     write(folder / "pid.json", os.getpid())
     options, planned = trial.options, trial.training.max_steps
     pause = options.get("pause", float(os.environ.get("FAKE_SECONDS", "0")) / planned)

@@ -58,7 +58,6 @@ def write_run(output: Path, task: str, method: str, seed: int, **changes: Any) -
         "ranks": ranks,
         "effective_ranks": {module: 0.75 * rank for module, rank in ranks.items()},
         "inner_checks": [],
-        "epoch_seconds": [60.0, 60.0],
         **PROVENANCE,
         **changes,
     }

@@ -17,8 +17,6 @@ from typing import Any
 
 import yaml
 
-import fake_trial
-
 TESTS = Path(__file__).parent
 RATE, DECAY = "training.learning_rate", "training.weight_decay"
 HEAD_RATE = "training.head_learning_rate"
@@ -75,12 +73,12 @@ def write_yaml(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def start_command(file: Path, log: Path, seconds: float = 0) -> subprocess.Popen[str]:
-    """Run a grid file with stand-ins in a process of its own; they take so long and write to `log`."""
+def start_command(file: Path, seconds: float = 0) -> subprocess.Popen[str]:
+    """Run a grid file with stand-ins in a process of its own; they take so long."""
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, str(TESTS / "study_files.py"), str(file)],
-        env={**os.environ, "PYTHONPATH": paths, "FAKE_LOG": str(log), "FAKE_SECONDS": str(seconds)},
+        env={**os.environ, "PYTHONPATH": paths, "FAKE_SECONDS": str(seconds)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -111,7 +109,7 @@ def main(file: str) -> None:
     from aroma_lab.study.grid import load_grid
     from aroma_lab.study.run import run_grid
 
-    outcome = run_grid(load_grid(file), attempt=fake_trial.attempt)
+    outcome = run_grid(load_grid(file), runner="fake_trial")
     print(len(outcome.finished), len(outcome.skipped), len(outcome.failed))
 
 

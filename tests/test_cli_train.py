@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from aroma.cli import main
-from aroma.export import load_with_adapter
 from aroma_lab.run.machine import git_revision
-from aroma_lab.run.recorder import EventLog, Recorder
+from aroma_lab.run.recorder import Recorder
 from aroma_lab.tasks.saved import evaluate_adapter
 from full_disk import room_for
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
@@ -221,21 +220,6 @@ def test_a_finished_run_and_a_folder_in_use_are_refused(files, run, tmp_path, ca
         assert main(["train", recipe, *arguments]) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "precious"
-
-
-def test_the_event_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
-    path = tmp_path / "events.jsonl"
-    path.write_text('{"step": 5}\n{"step": 10}\n{"step": 15}\n{"step": 1')
-    EventLog(path, upto=10)
-    assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
-    EventLog(path, upto=0)
-    assert path.read_text() == ""
-
-
-def test_a_run_leaves_a_card_and_its_labels(run, tmp_path):
-    assert "## Ranks" in (run / "adapter" / "README.md").read_text()
-    assert main(["export", str(run / "adapter"), str(tmp_path / "served"), "--uniform"]) == 0
-    assert load_with_adapter(tmp_path / "served").config.id2label == {0: "high", 1: "low"}
 
 
 # Evaluating, inspecting, exporting -----------------------------------------------------------------------------------

@@ -15,11 +15,10 @@ import yaml
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.run.machine import free_memory, peak_bytes
-from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
+from aroma_lab.study.grid import check_trials, expand, load_grid, make_grid
 from aroma_lab.study.run import list_grid, run_grid
 from aroma_lab.study.selection import select
-from fake_trial import attempt, score_of
+from fake_trial import score_of
 from study_files import DECAY, RATE, TESTS, grid_values, runs_in, whole_grid, write_yaml
 
 EXAMPLES = sorted((TESTS.parent / "examples" / "lab").glob("*.yaml"))
@@ -27,9 +26,8 @@ BAD = {"kind": "x", "fail": "raise", "until": "absent"}
 
 
 @pytest.fixture
-def out(monkeypatch, tmp_path) -> Path:
+def out(tmp_path) -> Path:
     """The output folder of a grid whose trials are stand-ins."""
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
     return tmp_path / "out"
 
 
@@ -37,7 +35,7 @@ def fake_grid(output, **changes):
     return make_grid(grid_values(output, **changes))
 
 
-run = partial(run_grid, attempt=attempt)
+run = partial(run_grid, runner="fake_trial")
 
 
 def steps(output, name):
@@ -57,7 +55,7 @@ def test_the_examples_are_grids_and_say_how_they_are_run():
         grid = load_grid(path)
         trials = expand(grid)
         assert len(trials) == len(grid.tasks) * len(grid.methods) * len(grid.seeds)
-        check_methods(trials)
+        check_trials(trials, [])
         assert f"aroma lab run examples/lab/{path.name}" in path.read_text()
 
 
@@ -71,14 +69,6 @@ def test_the_grids_of_the_results_load_and_their_selections_are_of_them(path):
             assert {json.dumps(one.values) for one in select(grid, task, method, {}.get).tried} <= {
                 json.dumps(values) for values, _ in entry["tried"]
             }
-
-
-def test_the_resolved_grid_is_read_back_as_it_was(tmp_path):
-    select = {"over": {RATE: [1e-3, 2e-3]}, "seed": 9, "training": {"max_steps": 3}}
-    overrides = [{"task": "rte", "method": ["head"], "options.x": [1, "a"], "task.max_length": 99}]
-    changes = {"select": select, "overrides": overrides, "processes": 3}
-    grid = whole_grid(**changes)
-    assert load_grid(write_yaml(tmp_path / "grid.yaml", grid.as_dict())) == grid
 
 
 def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
@@ -233,14 +223,6 @@ def test_a_trial_that_failed_is_run_anew_when_the_grid_changes(out):
     assert trial_json(out, "mrpc/bad/seed-0")["options"] == {}
 
 
-def test_the_peak_memory_of_a_trial_is_its_own():
-    held = bytearray(b"x" * (300 << 20))
-    before = peak_bytes()
-    del held
-    free_memory()
-    assert peak_bytes() < before - (200 << 20)
-
-
 # Tasks that cannot be loaded ----------------------------------------------------------------------------------------
 
 
@@ -272,16 +254,6 @@ def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_run(tmp_path
         run_grid(grid)
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_decided_trial_needs_its_data_no_more(out):
-    task = {**MESSAGES, "source": "/nope"}
-    grid = fake_grid(out, tasks={"messages": task}, methods={"head": {"kind": "head_only"}}, seeds=[0])
-    assert len(run(grid).finished) == 1, "with a stand-in"
-    assert run_grid(grid).skipped == ["messages/head/seed-0"]
-    shutil.rmtree(out)
-    with pytest.raises(DataError, match="source='/nope'"):
-        run_grid(grid)
 
 
 # Choosing -----------------------------------------------------------------------------------------------------------
@@ -373,13 +345,3 @@ def test_the_command_runs_lists_and_reports(out, tmp_path, capsys, monkeypatch):
     code = "import sys; from aroma.cli import main; main(sys.argv[1:]); print({'torch', 'pandas'} & {*sys.modules})"
     command = [sys.executable, "-c", code, "lab", "run", file, "--list"]
     assert subprocess.check_output(command, text=True).splitlines()[-1] == "set()", "a list loads no heavy library"
-
-
-@pytest.mark.parametrize("selects", [False, True])
-def test_a_run_too_short_for_growth_is_refused_before_anything_runs(tmp_path, selects):
-    short = {"max_steps": 5, "warmup_steps": 2}
-    changes = {"select": {"over": {RATE: [1e-3]}, "training": short}} if selects else {"training": short}
-    grid = make_grid(grid_values(tmp_path / "out", methods={"grown": {"kind": "aroma"}}, **changes))
-    with pytest.raises(ConfigError, match=r"^methods\.grown: inner_check_interval=10: it is longer than the run of 5"):
-        run_grid(grid)
-    assert not (tmp_path / "out").exists()

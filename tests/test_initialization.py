@@ -125,7 +125,7 @@ def test_a_run_that_goes_on_draws_nothing_anew(
     trial = trial_of(material, "eva")
     monkeypatch.setattr(runner, "resumable_checkpoint", lambda files: tmp_path)
     monkeypatch.setattr(Lora, "initialize", lambda *_: pytest.fail("it was started anew"))
-    runner._prepare(trial, runner.TrialFiles(tmp_path), runner.join(), runner.Usage())
+    runner._prepare(trial, runner.TrialFiles(tmp_path), runner.join(), runner.Recorder())
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_a_start_is_refused_where_there_are_no_data_for_it(init: Any, material: 
     trial = replace(trial_of(material), options={"init": init})
     two: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(ConfigError, match=f"init='{init}': it is computed by one process; start one"):
-        runner._prepare(trial, runner.TrialFiles(tmp_path / "run"), two, runner.Usage())
+        runner._prepare(trial, runner.TrialFiles(tmp_path / "run"), two, runner.Recorder())
     planted = TaskSpec(name="net", kind="planted_net", layers=2, width=8, examples=24)
     elsewhere = replace(trial, model="made", task=planted, training=replace(trial.training, group_by_length=False))
     with pytest.raises(ConfigError, match=f"init='{init}': only classification and regression have the texts"):

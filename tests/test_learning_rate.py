@@ -254,17 +254,3 @@ def test_used_and_told_in_a_plain_loop(uneven: Any, name: str, accelerated: bool
     assert told == recorder.used
     assert rates(optimizer) == rates(undisturbed_optimizer)
     assert list(schedule.get_last_lr()) == list(undisturbed.get_last_lr())
-
-
-def test_without_a_scheduler_the_rate_of_the_optimizer_is_climbed_to(uneven: Any) -> None:
-    model, events, recorder = adapted(**uneven), [], Recorder()
-    optimizer = two_groups(model)
-    attach(model, optimizer, total_steps=STEPS, on_event=events.append)
-    optimizer.register_step_pre_hook(recorder.note)
-    for batch in batches():
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    expected = [[rate * factor for rate in RATES] for factor in factors(events)]
-    assert recorder.used == [pytest.approx(step, rel=1e-12) for step in expected]
-    assert rates(optimizer) == list(RATES)

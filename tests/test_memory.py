@@ -84,7 +84,6 @@ def test_more_rank_holds_more_of_many_pairs_and_one_holds_few(tmp_path: Path) ->
         ({"pairs": 0}, r"tasks\.memory\.pairs=0: give 1 or more"),
         ({"pairs": 64**3 + 1}, r"tasks\.memory\.pairs=262145: there are 262144 different keys"),
         ({"width": 12}, r"tasks\.memory\.width=12: attention has 4 heads of even width; give a multiple of 8"),
-        ({"noise": 0.1}, r"tasks\.memory\.noise=0\.1: only tasks of kind planted_net and planted_encoder have it"),
     ],
 )
 def test_a_task_that_cannot_work_is_refused(task: dict[str, Any], message: str) -> None:

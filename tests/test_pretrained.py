@@ -78,7 +78,7 @@ def test_it_is_scored_and_nothing_else_is_done(files: Path, tmp_path: Path) -> N
     assert result["examples"] == {"train": 45, "held_out": 15, "easy": 29}
     assert (result["steps"], result["planned_steps"], result["stopped_early"]) == (0, 12, False)
     assert result["parameters"] == {"initial": 0, "average": 0.0, "final": 0, "head": 0}
-    assert (result["ranks"], result["average_rank"], result["epoch_seconds"]) == ({}, None, [])
+    assert (result["ranks"], result["average_rank"], result["train_seconds"]) == ({}, None, 0)
     assert read(tmp_path / "run" / "curve.json")["parameters"] == [[0, 0]]
     assert read(tmp_path / "run" / "history.json") == {"loss": [], "learning_rate": [], "evaluations": []}
     assert not (tmp_path / "run" / "adapter").exists()

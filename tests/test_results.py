@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from aroma_lab.report.runs import Runs, read_runs
 from aroma_lab.report.tables import make_table
-from aroma_lab.study.selection import edges
 from aroma_lab.tasks.model import packaged_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -53,22 +52,6 @@ def test_every_run_says_what_it_was_made_with(grid: str) -> None:
         assert {"python", "torch", "transformers", "peft", "aroma-peft"} <= row["result"]["versions"].keys()
         assert row["trial"]["training"]["max_steps"] > 0
     assert {row["state"] for row in rows} == {"finished"}
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_what_was_chosen_was_compared_with_all_next_to_it(name: str) -> None:
-    selection = json.loads((RESULTS / name / "selection.json").read_text(encoding="utf-8"))
-    entries = {(name, task, method): entry for task, of_task in selection.items() for method, entry in of_task.items()}
-    entries = {where: entry for where, entry in entries.items() if entry["chosen"] and where[2] != "pretrained"}
-    assert entries
-    for where, entry in entries.items():
-        points = [values for values, _ in entry["tried"]]
-        assert not edges(points, entry["chosen"]), where
-        for key, value in entry["chosen"].items():
-            numbers = sorted({point[key] for point in points})
-            place = numbers.index(value)
-            for other in (*numbers[max(place - 1, 0) : place], *numbers[place + 1 : place + 2]):
-                assert {**entry["chosen"], key: other} in points, (entry["chosen"], key, other)
 
 
 def test_results_are_json_that_any_reader_takes() -> None:

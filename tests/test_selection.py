@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 
-from aroma_lab.study.folder import Ended
 from aroma_lab.study.grid import expand, make_grid
 from aroma_lab.study.selection import beyond, first_of, select
+from aroma_lab.study.trials import Ended
 from study_files import HEAD_RATE, RATE, whole_grid
 
 
@@ -59,23 +58,6 @@ def test_the_best_is_chosen_of_equal_ones_by_the_other_measure_and_never_a_faile
     numbers = [one and one[by == "loss"] for one in outcomes]
     tried = [[{RATE: rate}, number] for rate, number in zip((1.0, 2.0, 3.0), numbers, strict=True)]
     assert found.entry == {"chosen": found.chosen, "tried": tried}
-
-
-def test_a_grid_lists_several_pairs_of_rates_and_its_selection_picks_the_best_pair_of_each_method():
-    over = {RATE: [1e-3, 3e-3], HEAD_RATE: [2e-3, 6e-3]}
-    only = [{"method": "head", "over": {RATE: None}}, {"task": "rte", "method": "lora", "over": {RATE: [0.5]}}]
-    grid = whole_grid(select={"over": over, "overrides": only})
-
-    def points(task, method):
-        return [tuple(values.values()) for _, values in select(grid, task, method, {}.get).tried]
-
-    assert points("mrpc", "lora") == [(rate, head) for rate in (1e-3, 3e-3) for head in (2e-3, 6e-3)]
-    assert points("mrpc", "head") == points("rte", "head") == [(2e-3,), (6e-3,)], "nothing else has a rate"
-    assert points("rte", "lora") == [(0.5, 2e-3), (0.5, 6e-3)]
-    trials = expand(grid, {("mrpc", "lora"): {RATE: 3e-3, HEAD_RATE: 2e-3}})
-    assert [trial.name for trial in trials] == ["mrpc/lora/seed-0", "mrpc/lora/seed-1"]
-    assert {(trial.training.learning_rate, trial.training.head_learning_rate) for trial in trials} == {(3e-3, 2e-3)}
-    assert make_grid(yaml.safe_load(yaml.safe_dump(grid.as_dict(), sort_keys=False))) == grid
 
 
 @pytest.mark.parametrize(
@@ -142,12 +124,6 @@ def test_a_selection_is_widened_to_the_best_and_around_it_and_never_beyond_its_b
     found, end = rounds(whole_grid(select=rule), outcome_of)
     assert found[1:] == way
     assert end.chosen == dict(zip((RATE, HEAD_RATE), chosen, strict=True))
-
-
-def test_a_selection_ends_where_no_value_lies_beyond():
-    grid = whole_grid(select={"over": {"task.held_out": [0.2, 0.9]}, "widen": 1})
-    found, end = rounds(grid, lambda _, values: (values["task.held_out"], 0.0))
-    assert (found, end.chosen) == ([[(0.2,), (0.9,)]], {"task.held_out": 0.9})
 
 
 def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_them():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
@@ -12,23 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
-from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from aroma_lab import methods
 from aroma_lab.methods import Lora, make_method
-from aroma_lab.run.recorder import Curve, history_of, inner_checks_of
-from aroma_lab.run.run import check_warmup, planned_steps, run_trial, seeded_options
-from aroma_lab.run.trial import differing_keys, load_trial, save_trial
+from aroma_lab.run.run import run_trial
+from aroma_lab.run.trial import load_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.classification import encode, load_tokenizer
 from aroma_lab.tasks.data import load_task
 from aroma_lab.tasks.model import load_classifier
-from aroma_lab.training.job import Objective
-from aroma_lab.training.trainer import make_optimizer, training_arguments
+from aroma_lab.training.trainer import make_optimizer
 from quick import slow_but
 from trial_runs import METHODS, STEPS, read, save_material, trial_of
 
@@ -49,19 +46,9 @@ def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The description -----------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_comes_back_equal_from_json_and_what_differs_is_named(material: Path, tmp_path: Path) -> None:
-    trial = trial_of(material, "aroma", head_learning_rate=1e-3)
-    save_trial(trial, tmp_path / "trial.json")
-    assert load_trial(tmp_path / "trial.json") == trial
-    assert differing_keys(trial, trial) == []
-    task, training = replace(trial.task, max_length=9), replace(trial.training, seed=3)
-    other = replace(trial, options={**trial.options, "r": 4}, task=task, training=training, purpose="select")
-    assert differing_keys(trial, other) == ["task.max_length", "training.seed", "purpose", "options.r"]
-
-
 @pytest.mark.parametrize("edit", [{"methd": "lora"}, {"training": {"epoch": 3}}, {"task": "mrpc"}], ids=str)
 def test_an_edited_trial_file_is_refused(material: Path, tmp_path: Path, edit: dict[str, Any]) -> None:
-    values = {**trial_of(material).as_dict(), **edit}
+    values = {**asdict(trial_of(material)), **edit}
     (tmp_path / "trial.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"trial\.json: edited, no trial"):
         load_trial(tmp_path / "trial.json")
@@ -83,8 +70,7 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
     assert 0 < result["held_out_loss"] < 10
     assert result["parameters"]["head"] == 16 * 2 + 2 + 16 * 17, "with the pooler"
-    assert result["wall_seconds"] > sum(result["epoch_seconds"]) > 0
-    assert len(result["epoch_seconds"]) == 2
+    assert result["wall_seconds"] > result["train_seconds"] > 0
     assert result["cpu_seconds"] > 0
     assert 50 < result["peak_memory_mib"] < 100_000
     assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
@@ -96,13 +82,6 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert result["average_rank"] == pytest.approx(result["total_rank"] / 12)
     assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
     assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_frozen_pooler_is_the_backbones(material: Path, tmp_path: Path, method: str) -> None:
-    result = run_trial(trial_of(material, method, max_steps=8, save_steps=None, train_pooler=False), tmp_path / "run")
-    assert result["pooler"] == {"trains": False, "reason": "as training.train_pooler says"}
-    assert result["parameters"]["head"] == 2 * 17
 
 
 def test_curve_history_and_result_agree(finished: Path) -> None:
@@ -155,7 +134,7 @@ def test_a_folder_of_something_else_is_refused(finished: Path, material: Path, t
     with pytest.raises(ConfigError, match=r"it differs in options\.max_inner_steps, training\.seed\."):
         run_trial(other, finished)
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(ConfigError, match=r"it holds thesis\.txt, and nothing is overwritten"):
+    with pytest.raises(OutputError, match="is not an empty folder, and nothing is overwritten"):
         run_trial(trial_of(material), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -237,27 +216,6 @@ def test_a_selecting_trial_does_not_look_at_what_is_reported(material: Path, tmp
 # What is counted -----------------------------------------------------------------------------------------------------
 
 
-def test_the_average_counts_what_trains_in_each_planned_step() -> None:
-    curve = Curve()
-    for step, parameters in enumerate([100, 100, 40, 40, 0]):
-        curve.note(step, parameters, {"a": step // 2, "b": 1})
-    # Steps 1 and 2 trained 100, steps 3 and 4 trained 40; after the stop at 4 nothing did.
-    assert curve.parameters == [[0, 100], [2, 40], [4, 0]]
-    assert curve.average_parameters(10) == (2 * 100 + 2 * 40 + 6 * 0) / 10
-    assert curve.average_parameters(4) == (2 * 100 + 2 * 40) / 4
-    assert curve.ranks == {"a": [[0, 0], [2, 1], [4, 2]], "b": [[0, 1]]}
-    assert curve.total_rank == [[0, 1], [2, 2], [4, 3]]
-
-
-@pytest.mark.slow
-def test_adalora_loses_rank_on_the_way(material: Path, tmp_path: Path) -> None:
-    result = run_trial(trial_of(material, "adalora"), tmp_path / "run")
-    curve = read(tmp_path / "run" / "curve.json")
-    assert curve["total_rank"][0] == [0, 4 * 12]
-    assert curve["total_rank"][-1][1] == sum(result["ranks"].values()) == pytest.approx(2 * 12, abs=1)
-    assert result["parameters"]["initial"] > result["parameters"]["average"] > result["parameters"]["final"]
-
-
 def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Path) -> None:
     options = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1, "outer_tolerance": 1e6}
     trial = replace(trial_of(material, "aroma"), options=options)
@@ -295,40 +253,6 @@ def test_examples_that_a_method_asks_are_not_trained_on(
     assert (result["examples"]["train"], result["asked_examples"]) == (96, 24)
 
 
-def test_inner_checks_are_the_first_converged_ones() -> None:
-    def event(kind: str, outer: int, inner: int, module: str | None, converged: bool) -> dict[str, Any]:
-        names = ("kind", "outer_step", "inner_step", "module", "converged")
-        return dict(zip(names, (kind, outer, inner, module, converged), strict=True))
-
-    events = [
-        event("checked", 1, 10, "a", False),
-        event("checked", 1, 20, "a", True),
-        event("checked", 1, 20, "b", False),
-        event("checked", 1, 30, "a", True),
-        event("merged", 1, 30, "a", True),
-        event("checked", 2, 10, "a", True),
-        event("finished", 2, 10, None, True),
-    ]
-    assert inner_checks_of(events) == [[1, 20, "a"], [2, 10, "a"]]
-
-
-def test_splits_with_a_common_beginning_are_told_apart() -> None:
-    log = [
-        {"step": 1, "loss": 0.5, "learning_rate": 0.1, "epoch": 0.1},
-        {"step": 2, "eval_test_accuracy": 0.1, "eval_test_runtime": 3.0, "eval_test_loss": 2.0, "epoch": 0.2},
-        {"step": 2, "eval_test_b_accuracy": 0.2, "epoch": 0.2},
-        {"step": 3, "train_loss": 1.0, "train_runtime": 5.0},
-    ]
-    assert history_of(log, ["test", "test_b"]) == {
-        "loss": [[1, 0.5]],
-        "learning_rate": [[1, 0.1]],
-        "evaluations": [
-            {"step": 2, "split": "test", "accuracy": 0.1, "loss": 2.0},
-            {"step": 2, "split": "test_b", "accuracy": 0.2},
-        ],
-    }
-
-
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
@@ -364,45 +288,3 @@ def test_a_run_that_diverges_fails(material: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="at optimizer step"):
         run_trial(trial, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_open_seeds_of_a_method_are_the_trials() -> None:
-    assert seeded_options("lora", {"r": 3}, 5) == {"r": 3}
-    assert seeded_options("aroma", {"r": 3}, 5) == {"r": 3, "component_seed": 5}
-    assert seeded_options("aroma", {"component_seed": None}, 5) == {"component_seed": 5}
-    assert seeded_options("aroma", {"component_seed": 9}, 5) == {"component_seed": 9}
-    assert seeded_options("relora_merge", {}, 5) == {"seed": 5}
-
-
-def test_a_run_has_to_outlast_its_warm_up_and_its_first_check() -> None:
-    spec = TrainSpec(epochs=2.5, batch_size=8, gradient_accumulation_steps=3, warmup_steps=12)
-    steps = planned_steps(spec, 100)
-    assert steps == 13  # 13 batches, 5 optimizer steps an epoch
-    check_warmup(spec, steps)
-    with pytest.raises(ConfigError, match=r"training\.warmup_steps=12: the run of 12 optimizer steps"):
-        check_warmup(spec, 12)
-    method = make_method("aroma", {"inner_check_interval": 5, "max_inner_steps": 10})
-    method.check_steps(steps)
-    with pytest.raises(ConfigError, match="inner_check_interval=5: it is longer than the run of 4"):
-        method.check_steps(4)
-
-
-def test_no_two_seeds_and_epochs_share_an_order_of_the_examples(tmp_path: Path) -> None:
-    data = Dataset.from_dict({"x": list(range(40))})
-
-    def orders(seed: int) -> list[list[int]]:
-        training = TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0)
-        arguments = training_arguments(training, Objective(None, None, None, "accuracy"), tmp_path)
-        arguments.remove_unused_columns = False
-        trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
-        torch.manual_seed(99)
-        loader = trainer.get_train_dataloader()
-        found = []
-        for epoch in range(3):
-            loader.set_epoch(epoch)
-            found.append([x for batch in loader for x in batch])
-        return found
-
-    found = [order for seed in (0, 1, 2) for order in orders(seed)]
-    assert len({tuple(order) for order in found}) == 9
-    assert found[:3] == orders(0)

@@ -16,7 +16,7 @@ from aroma.files import require_adapter_folder
 
 from .language.data import joined_files
 from .language.gguf_source import PACKAGED as PACKAGED_LANGUAGE_MODEL
-from .specs import MADE_KEYS, Recipe
+from .specs import Recipe
 from .tasks.sources import read_file, require_data_file
 from .tasks.spec import Layout
 
@@ -32,7 +32,7 @@ def check_sources(recipe: Recipe) -> None:
     data = recipe.data
     for split in ("train", "validation", "test") if data.name is None else ():
         where, source = f"data.{split}", getattr(data, split)
-        if source is not None and data.task in ("causal_lm", *MADE_KEYS):
+        if source is not None and data.task == "causal_lm":
             for path in joined_files(source):
                 require_data_file(where, path)
         elif source is not None:

@@ -1,4 +1,4 @@
-"""Settings on disk: YAML files and KEY=VALUE overrides become dataclasses, each value checked by jsonargparse."""
+"""Settings on disk: YAML files and KEY=VALUE overrides become dataclasses, each value typed by jsonargparse."""
 
 from __future__ import annotations
 
@@ -29,42 +29,55 @@ def typed_fields(
         whole: What an unknown key does not belong to, as `"a grid"`.
 
     Raises:
-        ConfigError: An unknown key, or a value of a wrong type.
+        ConfigError: An unknown key (the nearest is named), or a value of a wrong type.
     """
     types, prefix = get_type_hints(kind) if isinstance(kind, type) else kind, f"{where}." if where else ""
     for key, value in values.items():
         if key not in types:
-            raise unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in types], whole)
-    return {key: typed(f"{prefix}{key}", value, types[key]) for key, value in values.items()}
+            # A key of the right name in the wrong section is nearer than one that is merely spelled alike.
+            alike = [name for name in types if name.rpartition(".")[2] == key.rpartition(".")[2]]
+            nearest = alike or difflib.get_close_matches(key, types, n=1, cutoff=0.0)
+            hint = f"the nearest is {prefix + nearest[0]!r}" if nearest else "it has none; leave it out"
+            raise bad_value(prefix + key, value, f"{whole} has no such key; {hint}")
+    return {key: typed(prefix + key, value, types[key]) for key, value in values.items()}
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
     """Return one `value` as `kind` ("1e-4" is a float, 1.5 is no int); ConfigError under `key` if it is none."""
-    if kind is Any:
+    if kind is Any or (value is None and NoneType in get_args(kind)):
         return value
-    if value is None and NoneType not in get_args(kind):
-        raise bad_value(key, value, f"give {_type_name(kind)}; it cannot be null")
     try:
-        return _parser(kind).parse_object({"value": value})["value"]
-    except ArgumentError as error:
-        raise bad_value(key, value, f"give {_type_name(kind)}") from error
+        if value is not None:
+            return _parser(kind).parse_object({"value": value})["value"]
+    except ArgumentError:
+        pass
+    raise bad_value(key, value, f"give {_type_name(kind)}")
 
 
-def unknown_key(key: str, value: Any, known: Iterable[str], whole: str) -> ConfigError:
-    """Return (not raise) the error for a dotted key that `whole` lacks, naming the nearest of those `known`."""
-    # A key of the right name in the wrong section is nearer than one that is merely spelled alike.
-    alike = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    nearest = alike or difflib.get_close_matches(key, [*known], n=1, cutoff=0.0)
-    hint = f"the nearest is {nearest[0]!r}" if nearest else "it has none; leave it out"
-    return bad_value(key, value, f"{whole} has no such key; {hint}", ConfigError)  # type: ignore[return-value]
+@cache
+def _parser(kind: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    return parser
+
+
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_TYPE_NAMES |= {NoneType: "null", list: "a list", dict: "a mapping"}
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is list:
+        return f"a list of {_TYPE_NAMES.get(get_args(kind)[0], 'a value').removeprefix('a ')}s"
+    return _TYPE_NAMES.get(get_origin(kind) or kind) or " or ".join(map(_type_name, get_args(kind)))
 
 
 def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
     """Yield dotted key, default and meaning (the text below the field) of every field of a dataclass, in order."""
     from docstring_parser import parse_from_object
 
-    bases = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
-    docs = {entry.arg_name: entry.description or "" for base in bases for entry in parse_from_object(base).params}
+    docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(kind).params}
     hints = get_type_hints(kind)
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
@@ -78,35 +91,30 @@ def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
 # Files and overrides -------------------------------------------------------------------------------------------------
 
 
-def read_mapping(field: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds; ConfigError if it holds none. `field` is its name in errors."""
+def load_values(field: str, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the mapping of a YAML file, with overrides such as `"training.batch_size=16"`, the value as YAML.
+
+    Keys may hold dots themselves, as the label `lora-0.5` of a method: the longest that fits is meant.
+
+    Args:
+        field: What the file is, for errors.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no mapping; or an override is none.
+    """
     try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        values = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise bad_value(field, str(path), f"cannot be read ({error}); give a YAML file") from error
     if not isinstance(values, dict | None):
         raise bad_value(field, str(path), f"it holds a {type(values).__name__}; a {field} is a mapping of keys")
-    return values or {}
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML text, which stands at `where`; ConfigError if it is none."""
-    try:
-        return _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())}); quote texts that hold ': '") from error
-
-
-def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Put the values of `overrides`, such as `"training.batch_size=16"` with the value as YAML, into nested `values`.
-
-    Keys of `values` may hold dots themselves, as the label `lora-0.5` of a method: the longest that fits is meant.
-    """
+    values = values or {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise bad_value("override", override, "write KEY=VALUE, as training.batch_size=16")
-        _put(values, key, parse_yaml(text, f"the value of {key}"), key)
+        _put(values, key, _parse_yaml(text, f"the value of {key}"), key)
+    return values
 
 
 def _put(values: dict[str, Any], key: str, value: Any, whole: str) -> None:
@@ -144,31 +152,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-# Types ---------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _parser(kind: Any) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
-    return parser
-
-
-_TYPE_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    NoneType: "null",
-    list: "a list of values",
-}
-
-
-def _type_name(kind: Any) -> str:
-    arguments = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if get_origin(kind) in (list, dict):
-        items = _TYPE_NAMES.get(arguments[-1], "a value").removeprefix("a ")
-        return f"a {'list' if get_origin(kind) is list else 'mapping'} of {items}s"
-    return _TYPE_NAMES.get(kind) or " or ".join(map(_type_name, arguments))
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())}); quote texts that hold ': '") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -14,12 +13,8 @@ from aroma.errors import AromaError, ConfigError, bad_value
 MADE = "made"
 """Name of the model of a task that makes it, from its seed."""
 
-MADE_KEYS = {
-    "planted_net": ("seed", "ranks", "noise", "layers", "width", "examples"),
-    "planted_encoder": ("seed", "ranks", "noise", "strength"),
-    "memory": ("seed", "pairs", "layers", "width"),
-}
-"""Kinds of tasks whose right answer is made, and the keys of `MadeTask` that each of them has."""
+MADE_KINDS = ("planted_net", "planted_encoder", "memory")
+"""Kinds of tasks whose right answer is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +22,7 @@ class MadeTask:
     """What is made of a task whose answer is known: planted updates, or pairs to be remembered."""
 
     seed: int | None = None
-    """Of planted and memory tasks: seed of all that is made; null: `training.seed`, so that every seed has a net and
-    examples of its own."""
+    """Seed of all that is made; null: the trial's, so that every seed has a net and examples of its own."""
     ranks: list[int] | None = None
     """Of planted tasks: ranks of the planted updates, dealt out to the matrices in turn and shuffled by the seed;
     `[2]` plants rank 2 everywhere, `[0]` nothing; null: 0 0 0 0 1 1 2 2 4 4 8 8."""
@@ -55,17 +49,12 @@ class MadeTask:
         """Return (not raise) the error about one key of this task."""
         return bad_value(self.field(key), value, remedy, error)
 
-    def check_made(self, kind: str | None) -> None:
-        """Raise ConfigError for a value that cannot work, or a key that tasks of this kind do not have."""
+    def check_made(self) -> None:
+        """Raise ConfigError for a value that cannot work."""
         least = {"seed": 0, "noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
-        for name in (one.name for one in fields(MadeTask)):
-            if (value := getattr(self, name)) is None:
-                continue
-            if name not in MADE_KEYS.get(kind or "", ()):
-                having = " and ".join(kind for kind, keys in MADE_KEYS.items() if name in keys)
-                raise self.bad(name, value, f"only tasks of kind {having} have it; leave it out")
-            if name in least and not value >= least[name]:
-                raise self.bad(name, value, f"give {least[name]} or more")
+        for name, smallest in least.items():
+            if (value := getattr(self, name)) is not None and not value >= smallest:
+                raise self.bad(name, value, f"give {smallest} or more")
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
             raise self.bad("ranks", self.ranks, "give one rank or more, each 0 or more, as [0, 1, 2, 4]")
 
@@ -87,16 +76,12 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class DataSpec(MadeTask):
+class DataSpec:
     """Where examples come from and which columns mean what."""
 
-    task: Literal["classification", "regression", "causal_lm", "planted_net", "planted_encoder", "memory"] = (
-        "classification"
-    )
+    task: Literal["classification", "regression", "causal_lm"] = "classification"
     """`classification` (one label a text), `regression` (one number a text), or `causal_lm` (a language model that
-    learns to answer, from messages, prompts and completions, or text). Three whose right answer is known:
-    `planted_net` (a made net learns updates of known ranks), `planted_encoder` (an encoder learns the hidden states of
-    itself with such updates, on the texts of `train`), and `memory` (a made language model learns random pairs)."""
+    learns to answer, from messages, prompts and completions, or text)."""
     name: str | None = None
     """Hub name or local folder of a data set for `datasets.load_dataset`; null: local files."""
     config: str | None = None
@@ -121,10 +106,6 @@ class DataSpec(MadeTask):
     """Seed of that split; apart from `training.seed`, so that seeds share their data."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
-
-    def field(self, key: str) -> str:
-        """Return the name of a key as a recipe writes it: `data.train`."""
-        return f"data.{key}"
 
 
 @dataclass(frozen=True)
@@ -210,14 +191,6 @@ def adapter_keys() -> dict[str, AdapterKey]:
     return keys
 
 
-def adapter_options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return every key of a section `adapter` with its value; components are drawn by `seed` unless it has its own."""
-    values = {name: key.default for name, key in adapter_keys().items()} | dict(given)
-    if values["component_seed"] is None:
-        values["component_seed"] = seed
-    return values
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One run, whole: model, data, adapter, training, and the folder it leaves."""
@@ -237,14 +210,13 @@ class Recipe:
         if self.model.dtype == "float16":
             remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
             raise bad_value("model.dtype", "float16", remedy)
-        if data.name is None and data.train is None and data.task not in ("planted_net", "memory"):
+        if data.name is None and data.train is None:
             remedy = "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
             raise bad_value("data.train", None, remedy)
         if not 0 < data.validation_fraction < 1:
             raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1")
         if data.max_length < 3:
             raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two")
-        data.check_made(data.task)
         check_training(self.training)
 
 

@@ -14,8 +14,8 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command
 
 if TYPE_CHECKING:
-    from ..study.folder import Ended
     from ..study.grid import Grid
+    from ..study.trials import Ended
 
 
 def add_parser(commands: Any) -> None:

@@ -10,7 +10,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
 from aroma.errors import bad_value
 
-from ..run.files import REPORT, TrialFiles
+from ..run.trial import REPORT, TrialFiles
 
 
 def add_parser(commands: Any) -> None:

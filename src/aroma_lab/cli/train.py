@@ -13,7 +13,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 from aroma.errors import ConfigError, bad_value
 
-from ..run.files import REPORT, TrialFiles
+from ..run.trial import REPORT, TrialFiles
 
 if TYPE_CHECKING:
     from ..specs import Recipe
@@ -25,26 +25,6 @@ _EXAMPLES = examples(
     "aroma train examples/recipes/smollm2-commonsense.yaml",
     "torchrun --nproc-per-node 2 -m aroma train examples/recipes/mrpc.yaml     # on two GPUs",
 )
-
-
-_KEYS = """keys of a recipe that most people set, with their defaults:
-  model.name: null                     hub name or local folder of the pretrained model
-  model.quantization: null             nf4 or int8
-  data.task: "classification"          or regression, causal_lm
-  data.train: null                     a CSV, TSV, JSONL or Parquet file; a split, if data.name is a hub data set
-  data.test: null                      evaluated once, after training
-  data.text: "text"                    its column; data.text_pair, data.label
-  data.max_length: 256                 tokens
-  adapter.outer_tolerance: 0.005       a component of a smaller share of its weight is dropped
-  training.epochs: 3.0                 or training.max_steps
-  training.batch_size: 32              on one device
-  training.learning_rate: 0.0005       of adapters; training.head_learning_rate
-  training.save_steps: 500             steps between checkpoints
-  training.seed: 0
-  training.bf16: false                 mixed precision
-  output: "runs/aroma"                 folder of the run
-
-All keys and what they mean: aroma train --keys, or those of a section: aroma train --keys adapter"""
 
 
 class _Keys(argparse.Action):
@@ -65,7 +45,7 @@ def add_parser(commands: Any) -> None:
         help="train a classifier, a regression or a language model from a recipe",
         description="Train what a recipe says, from files or the hub: a sequence classifier, a regression, or a\n"
         "causal language model on instructions, chats or plain text.",
-        epilog=f"{_KEYS}\n\n{_EXAMPLES}",
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

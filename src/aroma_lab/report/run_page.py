@@ -12,7 +12,7 @@ from aroma.errors import DataError, bad_value
 from aroma.files import read_json, write_text
 from aroma.report.run import LORA_RANK, MatrixFacts, Result, RunFacts, run_page
 
-from ..run.files import TrialFiles
+from ..run.trial import TrialFiles
 from .protocol import holds_out
 from .runs import read_runs
 

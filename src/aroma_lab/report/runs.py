@@ -21,7 +21,7 @@ import yaml
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import write_bytes
 
-from ..run.files import RUNS, TrialFiles
+from ..run.trial import RUNS, TrialFiles
 
 TABLE = "runs.parquet"
 """Name of the table of runs, in the output folder of a grid."""

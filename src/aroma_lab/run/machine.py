@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import platform
-import re
 import subprocess
 import sys
-from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -57,21 +54,10 @@ def _git(*arguments: str) -> str | None:
 
 def peak_bytes() -> int:
     """Return the peak of this process's resident memory, in bytes."""
-    # Not getrusage where it can be avoided: on Linux its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_gpu_bytes() -> int:
-    """Return the peak of what PyTorch has allocated on the current GPU, in bytes; 0 without one."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def keep_freed_memory() -> bool:
@@ -83,18 +69,3 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
     return bool(mallopt and mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, -1))
-
-
-def free_memory() -> None:
-    """Give back what this process has used, and begin its peaks anew, so that the next trial's are its own."""
-    import torch
-
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)
-        with suppress(OSError):  # not every container allows it
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of resident memory
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

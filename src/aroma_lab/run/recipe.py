@@ -15,13 +15,12 @@ from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import new_folder
 
-from ..settings import apply_overrides, describe, flatten, read_mapping, typed, typed_fields, unknown_key
-from ..specs import MADE_KEYS, DataSpec, Recipe, adapter_keys, adapter_options
+from ..settings import describe, flatten, load_values, typed, typed_fields
+from ..specs import Recipe, adapter_keys
 from ..tasks.spec import TaskSpec
-from .files import TrialFiles
-from .trial import Trial
+from .trial import Trial, TrialFiles
 
-_ADAPTER, _WHOLE = "adapter", "a recipe"
+_WHOLE = "a recipe"
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
@@ -30,9 +29,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         ConfigError: No such file, no YAML, or as `make_recipe`.
     """
-    values = read_mapping("recipe", path)
-    apply_overrides(values, overrides)
-    return make_recipe(values)
+    return make_recipe(load_values("recipe", path, overrides))
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -41,60 +38,63 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key (the nearest is named), or a value of a wrong type or out of range.
     """
-    kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
-    given: dict[str, dict[str, Any]] = {section: {} for section in (*kinds, _ADAPTER)}
-    made: dict[str, Any] = {}
+    kinds = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
+    given: dict[str, Any] = {name: {} for name in (*kinds, "adapter", "")}
     for key, value in flatten(values, given).items():
-        section, dot, name = key.partition(".")
-        if dot and section in given:
-            given[section][name] = value
-        elif key == "output":
-            made[key] = typed(key, value, str)
-        elif key in given:
-            raise bad_value(key, value, f"it is a section; give it keys, as {key}.NAME")
-        else:
-            raise unknown_key(key, value, [name for name, _, _ in recipe_help()], _WHOLE)
-    for section, kind in kinds.items():
-        made[section] = kind(**typed_fields(kind, given[section], section, _WHOLE))
-    recipe = Recipe(**made)
-    if not given[_ADAPTER]:
+        section, _, name = key.rpartition(".") if key.partition(".")[0] in given else ("", "", key)
+        given[section][name] = value
+    top = given.pop("")
+    for section in given.keys() & top.keys():
+        raise bad_value(section, top[section], f"it is a section; give it keys, as {section}.NAME")
+    if unknown := top.keys() - {"output"}:
+        typed_fields(
+            dict.fromkeys(name for name, _, _ in recipe_help()), {min(unknown): top[min(unknown)]}, "", _WHOLE
+        )
+    made = {name: kind(**typed_fields(kind, given[name], name, _WHOLE)) for name, kind in kinds.items()}
+    recipe = Recipe(**made, **{key: typed(key, value, str) for key, value in top.items()})
+    if not given["adapter"]:
         return recipe
     types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
-    return replace(recipe, adapter=typed_fields(types, given[_ADAPTER], _ADAPTER, _WHOLE))
+    return replace(recipe, adapter=typed_fields(types, given["adapter"], "adapter", _WHOLE))
 
 
 def recipe_help() -> Iterator[tuple[str, Any, str]]:
     """Yield key, default and meaning of every field of a recipe, in the order of the file."""
     for key, default, meaning in describe(Recipe):
-        if key != _ADAPTER:
+        if key != "adapter":
             yield key, default, meaning
             continue
         for name, entry in adapter_keys().items():
-            yield f"{_ADAPTER}.{name}", entry.default, entry.meaning
+            yield f"adapter.{name}", entry.default, entry.meaning
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe, defaults included, atomically."""
     adapter = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
-    write_text(path, yaml.safe_dump({**asdict(recipe), _ADAPTER: adapter}, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump({**asdict(recipe), "adapter": adapter}, sort_keys=False, allow_unicode=True))
 
 
 def trial_of(recipe: Recipe) -> Trial:
-    """Return the one trial that a recipe is."""
-    model, name = recipe.model, _task_name(recipe.data)
-    assert model.name is not None, "Recipe checks it"
+    """Return the one trial that a recipe is; components are drawn by its seed unless the adapter has its own."""
+    data, seed = recipe.data, recipe.training.seed
+    # For tables: of the data set's configuration, the data set, or the training file.
+    path = data.name or Path((data.train or "").partition("+")[0]).stem
+    name = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
+    options = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
+    if options["component_seed"] is None:
+        options["component_seed"] = seed
     return Trial(
-        name=f"{name}/aroma/seed-{recipe.training.seed}",
-        model=model.name,
+        name=f"{name}/aroma/seed-{seed}",
+        model=recipe.model.name or "",
         task=TaskSpec(name=name),
         method="aroma",
         kind="aroma",
-        options=adapter_options(recipe.adapter, recipe.training.seed),
+        options=options,
         training=recipe.training,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        gguf_file=model.gguf_file,
-        data=recipe.data,
+        dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
+        gguf_file=recipe.model.gguf_file,
+        data=data,
     )
 
 
@@ -137,11 +137,3 @@ def run_recipe(
             on_note(note)
 
     return run_trial(trial_of(recipe), files.root, progress=progress, keep_checkpoints=True, on_start=start)
-
-
-def _task_name(data: DataSpec) -> str:
-    """Return a name for tables: of the data set's configuration, the data set, the training file, or what is made."""
-    if data.task in MADE_KEYS:
-        return data.task
-    path = data.name or Path((data.train or "").partition("+")[0]).stem
-    return re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"

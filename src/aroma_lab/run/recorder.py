@@ -19,7 +19,7 @@ from aroma.events import Event
 from aroma.files import write_text
 
 from ..methods import Method
-from .machine import peak_bytes, peak_gpu_bytes
+from .machine import peak_bytes
 
 Changes = list[list[int]]
 """Pairs of optimizer step and value; a value holds from its step on, until the next pair's."""
@@ -60,62 +60,42 @@ class Curve:
         ]
         return sum(areas) / planned_steps
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the curve, JSON-able."""
-        return {"parameters": self.parameters, "total_rank": self.total_rank, "ranks": self.ranks}
 
+class Recorder(TrainerCallback, ExportableState):
+    """Records the curve and the cost of a run, across resumes.
 
-class Usage:
-    """Cost of a run since this object was made, plus the cost of earlier attempts up to their last checkpoint.
+    It is called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
 
     Attributes:
-        epochs: Training time of each epoch begun, in seconds; the last need not be whole. Evaluations, checkpoints and
-            recording do not count.
-        earlier: The total of the earlier attempts.
+        method: The method that trains.
+        curve: Its ranks and parameters.
+        train_seconds: Time of all optimizer steps. Evaluations, checkpoints and recording do not count.
     """
 
+    method: Method
+
     def __init__(self) -> None:
-        self.epochs: list[float] = []
-        self.earlier = dict.fromkeys(("wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
+        self.curve, self.train_seconds = Curve(), 0.0
         self._wall, self._cpu, self._since = time.monotonic(), time.process_time(), 0.0
+        self._earlier = dict.fromkeys(("wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
 
-    def begin(self) -> None:
-        """Count training time from now on."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._since = time.perf_counter()
+    def note(self, step: int, model: Any) -> None:
+        """Record ranks and parameters after optimizer step `step`."""
+        self.curve.note(step, self.method.active_parameters(model), self.method.ranks(model))
 
-    def end_step(self, epoch: float) -> None:
-        """Add what has passed since `begin` to the epoch; `epoch` is the Trainer's count, fractions included."""
-        before = self._since
-        self.begin()
-        index = math.ceil(epoch) - 1
-        self.epochs += [0.0] * (index + 1 - len(self.epochs))
-        self.epochs[index] += self._since - before
+    def cost(self) -> dict[str, float]:
+        """Return the cost so far, of earlier attempts up to their last checkpoint too.
 
-    def total(self) -> dict[str, float]:
-        """Return the cost so far: CPU seconds are those of all threads, GPU memory is what PyTorch allocated."""
-        earlier = self.earlier
+        CPU seconds are those of all threads, GPU memory is what PyTorch allocated.
+        """
+        earlier = self._earlier
+        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return {
             "wall_seconds": earlier["wall_seconds"] + time.monotonic() - self._wall,
             "cpu_seconds": earlier["cpu_seconds"] + time.process_time() - self._cpu,
             "peak_memory_mib": max(earlier["peak_memory_mib"], peak_bytes() / 2**20),
-            "peak_gpu_memory_mib": max(earlier["peak_gpu_memory_mib"], peak_gpu_bytes() / 2**20),
+            "peak_gpu_memory_mib": max(earlier["peak_gpu_memory_mib"], gpu / 2**20),
         }
-
-
-class Recorder(TrainerCallback, ExportableState):
-    """Records the curve and the training time of a run, across resumes.
-
-    It is called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
-    """
-
-    def __init__(self, method: Method, usage: Usage) -> None:
-        self.curve, self.usage, self._method = Curve(), usage, method
-
-    def note(self, step: int, model: Any) -> None:
-        """Record ranks and parameters after optimizer step `step`."""
-        self.curve.note(step, self._method.active_parameters(model), self._method.ranks(model))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Record the start, or go on from a checkpoint; CheckpointError if that is no trial's."""
@@ -124,21 +104,22 @@ class Recorder(TrainerCallback, ExportableState):
         elif (saved := state.stateful_callbacks.get(type(self).__name__)) is None:
             raise CheckpointError("trainer_state.json: the checkpoint is no trial's; begin the trial anew")
         else:
-            curve, usage = saved["attributes"]["curve"], saved["attributes"]["usage"]
-            self.curve.parameters, self.curve.total_rank = curve["parameters"], curve["total_rank"]
-            self.curve.ranks = dict(curve["ranks"])
-            self.usage.epochs, self.usage.earlier = list(usage["epochs"]), dict(usage["total"])
-        self.usage.begin()
+            attributes = saved["attributes"]
+            vars(self.curve).update(attributes["curve"], ranks=dict(attributes["curve"]["ranks"]))
+            self.train_seconds, self._earlier = attributes["train_seconds"], attributes["cost"]
+        self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Record the step."""
-        self.usage.end_step(state.epoch)
+        before = self._since
+        self._begin()
+        self.train_seconds += self._since - before
         self.note(state.global_step, model)
-        self.usage.begin()
+        self._begin()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exclude the evaluation from the training time."""
-        self.usage.begin()
+        self._begin()
 
     on_save = on_evaluate
 
@@ -153,9 +134,13 @@ class Recorder(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer stores in a checkpoint, where it sorts keys: modules keep their order in a list."""
-        curve = {**self.curve.as_dict(), "ranks": [[name, changes] for name, changes in self.curve.ranks.items()]}
-        usage = {"epochs": self.usage.epochs, "total": self.usage.total()}
-        return {"args": {}, "attributes": {"curve": curve, "usage": usage}}
+        curve = {**vars(self.curve), "ranks": [*self.curve.ranks.items()]}
+        return {"args": {}, "attributes": {"curve": curve, "train_seconds": self.train_seconds, "cost": self.cost()}}
+
+    def _begin(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._since = time.perf_counter()
 
 
 class EventLog:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import Trainer
 
 from aroma.errors import NonFiniteError, bad_value
+from aroma.integrations.callback import AromaCallback
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
 from ..methods.head import pooler_of
@@ -16,29 +18,29 @@ from ..tasks.classification import ClassifierJob
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
-from ..training.trainer import Fit
 from .recorder import inner_checks_of
 
 if TYPE_CHECKING:
     from .run import Run
 
 
-def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
     """Return the content of `result.json`.
 
     Args:
-        fit: Its Trainer, which has trained if the method does.
+        trainer: It has trained if the method does.
         predictions: By split: the held-out and, if the trial reports, the reported examples.
     """
     trial, method, work, recorder = run.trial, run.method, run.work, run.recorder
-    job, curve, model = work.job, recorder.curve, fit.trainer.model
-    steps, ranks, components = fit.trainer.state.global_step, method.ranks(model), method.components(model)
+    job, curve, model = work.job, recorder.curve, trainer.model
+    steps, ranks, components = trainer.state.global_step, method.ranks(model), method.components(model)
     held_out = predictions[work.held_out]
     reported = {split: one.metrics for split, one in predictions.items() if split != work.held_out}
     # Made tasks are always evaluated on fresh examples too. A recipe may have none but those that validate.
     is_reported = bool(reported) and trial.purpose == "report"
     events = run.files.events.read_text(encoding="utf-8").splitlines()
     of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
+    growth = next((one for one in trainer.callback_handler.callbacks if isinstance(one, AromaCallback)), None)
     average = curve.average_parameters(run.steps)
     result: dict[str, Any] = {
         "name": trial.name,
@@ -70,14 +72,14 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         },
         "pooler": pooler_of(model),
         # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
-        **spectra_of(components, r=getattr(method, "r", 1) if fit.growth is not None else 1),
+        **spectra_of(components, r=getattr(method, "r", 1) if growth is not None else 1),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
         "trained_rank": average / of_rank_one if of_rank_one else None,
-        **_of_growth(fit),
-        **{name: round(value, 3) for name, value in recorder.usage.total().items()},
-        "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
+        **_of_growth(growth),
+        **{name: round(value, 3) for name, value in recorder.cost().items()},
+        "train_seconds": round(recorder.train_seconds, 3),
         "inner_checks": inner_checks_of(map(json.loads, events)),
         "processes": run.processes.num_processes,
         **run.provenance,
@@ -90,34 +92,25 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     return result
 
 
-def _of_growth(fit: Fit) -> dict[str, Any]:
-    if fit.growth is None:
-        return {"relative_updates": {}, "states": {}, "explanation": None}
-    controller = fit.growth.controller
-    assert controller is not None, "it has trained"
+def _of_growth(growth: AromaCallback | None) -> dict[str, Any]:
+    controller = growth and growth.controller
     return {
-        "relative_updates": controller.relative_updates(),
-        "states": {module.name: module.state for module in controller.summary()},
-        "explanation": controller.explanation(),
+        "relative_updates": controller.relative_updates() if controller else {},
+        "states": {module.name: module.state for module in controller.summary()} if controller else {},
+        "explanation": controller.explanation() if controller else None,
     }
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:
-    """Return the spectra of a model's updates, JSON-able.
+    """Return the spectra of a model's updates by module name, JSON-able, and their means (None without modules).
+
+    `ranks` counts the columns of B and rows of A whose product is not zero, at most min(m, n): two components in one
+    direction count twice, as in the paper. `effective_ranks` are those of Appendix C, `singular_values` descend, and
+    `overlaps` say how much of each component after the first lies in the span of the earlier ones, in [0, 1].
 
     Args:
-        components: B (m, R) and A (R, n) of the whole update by module name, the scale folded in; a module that was
-            adapted and ended at rank 0 has R = 0.
+        components: B (m, R) and A (R, n) of the whole update, the scale folded in; R = 0 of a module at rank 0.
         r: Rank of one component, for the overlaps.
-
-    Returns:
-        - ``ranks``: by module, how many columns of B and rows of A make a product that is not zero, at most
-          min(m, n). Two components in one direction count twice, as in the paper.
-        - ``effective_ranks``: by module (Appendix C).
-        - ``singular_values``: by module, descending, min(R, m, n) of them.
-        - ``overlaps``: by module, for each component after the first, how much of it lies in the span of the right
-          factors of the earlier ones, in [0, 1]; see `aroma.spectra.span_overlaps`.
-        - ``average_rank``, ``effective_rank``: means over the modules; None where there are none.
 
     Raises:
         NonFiniteError: An update holds NaN or infinity.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,19 +21,18 @@ from aroma.checkpoint import verify_checkpoint
 from aroma.distributed import processes_of_node, refuse_together
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json, write_text
-from aroma.outputs import open_folder
+from aroma.outputs import new_folder, open_folder
 
 from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
 from ..training.job import Job, TrainerKind
-from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
-from .files import TrialFiles
+from ..training.trainer import logits_alone, make_trainer, training_arguments
 from .machine import provenance
-from .recorder import EventLog, Recorder, Usage, history_of
+from .recorder import EventLog, Recorder, history_of
 from .result import result_of
-from .trial import Trial, differing_keys, load_trial, save_trial
+from .trial import Trial, TrialFiles, differing_keys, load_trial, save_trial
 from .work import Work, work_of
 
 if TYPE_CHECKING:
@@ -71,10 +69,10 @@ def run_trial(
         CheckpointError: A checkpoint to go on from is damaged.
         NonFiniteError: NaN or infinity in training.
     """
-    usage, processes, files = Usage(), join(), TrialFiles(Path(folder))
+    recorder, processes, files = Recorder(), join(), TrialFiles(Path(folder))
     with refuse_together():
         _check_folder(trial, files)
-        run = None if files.result.exists() else _prepare(trial, files, processes, usage)
+        run = None if files.result.exists() else _prepare(trial, files, processes, recorder)
     if run is not None:
         if processes.is_main_process:
             files.root.mkdir(parents=True, exist_ok=True)
@@ -102,18 +100,13 @@ def join() -> PartialState:
 
 def _check_folder(trial: Trial, files: TrialFiles) -> None:
     """Refuse a folder of another trial, and one that cannot be written to; nothing is left there."""
-    open_folder("folder", files.root)
     if files.trial.exists():
+        open_folder("folder", files.root)
         if differing := differing_keys(trial, load_trial(files.trial)):
             remedy = f"it differs in {', '.join(differing)}. Give another folder, or move that one away"
             raise bad_value("folder", str(files.root), f"the trial there was made with other settings: {remedy}")
         return
-    # What may be there before trial.json is, and what is half written.
-    own = re.compile(r"recipe\.yaml|failure\.json|.*\.log|\..*\.tmp")
-    found = [path.name for path in files.root.iterdir()] if files.root.is_dir() else []
-    if strangers := sorted(name for name in found if not own.fullmatch(name)):
-        remedy = f"it holds {strangers[0]}, and nothing is overwritten; give another folder"
-        raise bad_value("folder", str(files.root), remedy)
+    new_folder("folder", files.root, "give another folder")
 
 
 def resumable_checkpoint(files: TrialFiles) -> Path | None:
@@ -175,7 +168,7 @@ class Run:
     provenance: dict[str, Any]
 
 
-def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, usage: Usage) -> Run:
+def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder: Recorder) -> Run:
     """Do everything that can fail before anything is written, the cheapest first."""
     training, checkpoint = trial.training, resumable_checkpoint(files)
     if checkpoint is not None:
@@ -193,7 +186,9 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, usage: Us
     train, held_out = method.hold_out(work.job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
-        check_warmup(training, steps)
+        if training.warmup_steps >= steps:
+            remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
+            raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
         method.check_steps(steps)
     if training.threads is not None:
         torch.set_num_threads(training.threads)
@@ -202,8 +197,12 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, usage: Us
     model = method.build(work.job.load_model(), steps)
     if method.data_option is not None and checkpoint is None:
         model.to(processes.device)
-        method.initialize(model, draw_batches(train, work, training, processes.device))
-    recorder = Recorder(method, usage)
+        # Drawn without repetition, with the run's seed.
+        order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
+        loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
+        batches = [batch.to(processes.device) for batch in islice(loader, INITIALIZATION_BATCHES)]
+        method.initialize(model, batches)
+    recorder.method = method
     return Run(trial, files, processes, method, work, train, held_out, model, steps, checkpoint, recorder, found)
 
 
@@ -219,13 +218,6 @@ def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str
     return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
 
 
-def draw_batches(train: Dataset, work: Work, training: TrainSpec, device: torch.device) -> list[Any]:
-    """Return the batches that a method computes its start from, drawn without repetition with the run's seed."""
-    order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
-    loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
-    return [batch.to(device) for batch in islice(loader, INITIALIZATION_BATCHES)]
-
-
 def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:
     """Return the optimizer steps of a run over `examples` training examples, as the Trainer counts them."""
     if training.max_steps is not None:
@@ -234,40 +226,33 @@ def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int
     return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
 
 
-def check_warmup(training: TrainSpec, steps: int) -> None:
-    """Raise ConfigError if a run of `steps` optimizer steps ends before its warm-up."""
-    if training.warmup_steps >= steps:
-        remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
-        raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
-
-
 # Training and evaluation ---------------------------------------------------------------------------------------------
 
 
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
-    fit = _train(run, progress) if run.method.trains else _untrained(run)
+    trainer = _train(run, progress) if run.method.trains else _untrained(run)
     first = run.processes.is_main_process
     if first:  # what was trained is kept before an evaluation may fail
-        _leave(run, fit)
-    predictions = {split: run.work.job.predict(fit.trainer, split) for split in run.work.job.evaluated}
-    found = [result_of(run, fit, predictions) if first else {}]
+        _leave(run, trainer)
+    predictions = {split: run.work.job.predict(trainer, split) for split in run.work.job.evaluated}
+    found = [result_of(run, trainer, predictions) if first else {}]
     if run.processes.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
 
 
-def _train(run: Run, progress: bool) -> Fit:
+def _train(run: Run, progress: bool) -> Trainer:
     job, training, first = run.work.job, run.trial.training, run.processes.is_main_process
     sets = {split: job.eval_sets[split] for split in run.work.traced} if training.eval_steps is not None else None
     at = 0 if run.checkpoint is None else int(run.checkpoint.name.partition("-")[2])
-    fit = make_trainer(
+    trainer = make_trainer(
         run.method,
         run.model,
         run.work.objective,
         training,
         run.files.checkpoints,
-        train=run.train,
-        validation=sets or None,
+        run.train,
+        sets,
         held_out=run.held_out,
         callbacks=[run.recorder],
         on_event=EventLog(run.files.events, upto=at) if first else None,
@@ -275,38 +260,38 @@ def _train(run: Run, progress: bool) -> Fit:
         describe=job.describe,
     )
     try:
-        fit.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     finally:
-        for one in fit.trainer.callback_handler.callbacks:
+        for one in trainer.callback_handler.callbacks:
             if isinstance(one, ProgressCallback) and one.training_bar is not None:
                 one.training_bar.close()  # after an error or Ctrl-C; else the message would stand in the bar's line
-    return fit
+    return trainer
 
 
-def _untrained(run: Run) -> Fit:
+def _untrained(run: Run) -> Trainer:
     """Return what evaluates a model that nothing trains, in the precision of those that are trained beside it."""
-    objective, model = replace(run.work.objective, trainer=TrainerKind()), run.model
+    objective = replace(run.work.objective, trainer=TrainerKind())
     loop = replace(run.trial.training, eval_steps=None, save_steps=None, checkpoint="last")
     trainer = Trainer(
-        model=model,
+        model=run.model,
         args=training_arguments(loop, objective, run.files.checkpoints),
         data_collator=objective.collator,
         processing_class=objective.processor,
         compute_metrics=objective.metrics,
         preprocess_logits_for_metrics=logits_alone,
     )
-    trainer.accelerator.prepare_model(model, evaluation_mode=True)
-    run.recorder.note(0, model)
+    trainer.accelerator.prepare_model(run.model, evaluation_mode=True)
+    run.recorder.note(0, run.model)
     if run.processes.is_main_process:
         EventLog(run.files.events, upto=0)
-    return Fit(trainer)
+    return trainer
 
 
-def _leave(run: Run, fit: Fit) -> None:
+def _leave(run: Run, trainer: Trainer) -> None:
     """Write all but the result; on one line, for a curve has thousands of pairs of numbers."""
-    files, model = run.files, fit.trainer.model
-    curve = {"planned_steps": run.steps, **run.recorder.curve.as_dict()}
-    history = history_of(fit.trainer.state.log_history, run.work.traced)
+    files, model = run.files, trainer.model
+    curve = {"planned_steps": run.steps, **vars(run.recorder.curve)}
+    history = history_of(trainer.state.log_history, run.work.traced)
     for path, value in ((files.curve, curve), (files.history, history)):
         write_text(path, json.dumps(value, allow_nan=False) + "\n")
     if run.trial.purpose == "report" and run.method.trains:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from aroma.errors import CheckpointError, bad_value
@@ -13,6 +13,29 @@ from aroma.files import read_json, write_json
 
 from ..specs import DataSpec, TrainSpec, check_training
 from ..tasks.spec import TaskSpec
+
+RUNS = "runs"
+"""Folder, in the output of a grid or a search, of the trials' folders."""
+
+REPORT = "report.html"
+"""Name of the page to look at, in the folder of a run or of a grid."""
+
+
+class TrialFiles:
+    """Names of what a run leaves in `root`; `checkpoints` of a grid's trial only while it is not finished."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.trial = root / "trial.json"  # the resolved configuration
+        self.recipe = root / "recipe.yaml"  # of a run that has one
+        self.adapter = root / "adapter"  # what was trained: the plain LoRA adapter, where it is one
+        self.checkpoints = root / "checkpoints"
+        self.events = root / "events.jsonl"  # of AROMA's controller, a JSON object a line
+        self.history = root / "history.json"  # losses, learning rates and evaluations by optimizer step
+        self.curve = root / "curve.json"  # trainable parameters and ranks by optimizer step
+        self.result = root / "result.json"  # written last, so a folder that has it is a finished run's
+        self.failure = root / "failure.json"  # what went wrong at the last attempt
+        self.log = root / "worker.log"  # what a worker printed
 
 
 @dataclass(frozen=True)
@@ -59,13 +82,9 @@ class Trial:
             raise bad_value("trial.purpose", self.purpose, "give one of report, select")
         check_training(self.training)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the trial as a JSON-able dict."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
-        """Return the trial that `as_dict` described; KeyError or TypeError for a key that is unknown or missing."""
+        """Return the trial of a dict as `asdict` makes it; KeyError or TypeError for an unknown or missing key."""
         data: Any = values.get("data")
         sections: dict[str, Any] = {
             "task": TaskSpec(**values["task"]),
@@ -78,7 +97,7 @@ class Trial:
 
 def save_trial(trial: Trial, path: str | os.PathLike[str]) -> None:
     """Write a trial as JSON, atomically."""
-    write_json(path, trial.as_dict())
+    write_json(path, asdict(trial))
 
 
 def load_trial(path: str | os.PathLike[str]) -> Trial:
@@ -95,14 +114,9 @@ def load_trial(path: str | os.PathLike[str]) -> Trial:
         raise CheckpointError(f"{path}: edited, no trial ({error}); restore the file that was written") from error
 
 
-def differing_keys(one: Trial, other: Trial) -> list[str]:
-    """Return the dotted keys in which two trials differ, in the order of the file."""
-    return differing(one.as_dict(), other.as_dict())
-
-
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys in which two nested mappings differ, in their order."""
-    left, right = _flatten(one), _flatten(other)
+def differing_keys(one: Any, other: Any) -> list[str]:
+    """Return the dotted keys in which two trials, or nested mappings, differ, in the order of the file."""
+    left, right = (_flatten(value if isinstance(value, Mapping) else asdict(value)) for value in (one, other))
     return [key for key in {**left, **right} if key not in left or key not in right or left[key] != right[key]]
 
 
@@ -110,8 +124,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested `values` by dotted key, sequences as lists, as JSON has them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+        inner = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return {key: [*value] if isinstance(value, tuple) else value for key, value in flat.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aroma.errors import DataError, bad_value
 
-from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
+from ..specs import MADE, MADE_KINDS, DataSpec, ModelSpec
 from ..tasks import memory, planted, planted_encoder
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task
@@ -60,16 +60,11 @@ def work_of(trial: Trial) -> Work:
     if name == "minilm" and not Path(name).is_dir():
         name = str(packaged_encoder())
     model = ModelSpec(name, trial.gguf_file, trial.dtype, trial.quantization)
-    if trial.data is not None and trial.data.task in MADE_KEYS:
-        return _work_of_made(trial, trial.data, trial.data.task, _VALIDATION, name)
     if trial.data is not None:
         return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
-    if trial.task.kind in MADE_KEYS:
-        return _work_of_made(trial, trial.task, trial.task.kind, HELD_OUT, name)
+    if trial.task.kind in MADE_KINDS:
+        return _work_of_made(trial, name)
     if trial.task.kind in LANGUAGE_KINDS:
-        if trial.training.train_pooler != "auto":
-            remedy = "a language model has no pooler; leave it out"
-            raise bad_value("training.train_pooler", trial.training.train_pooler, remedy)
         return _work_of_language(trial, model, reported)
     data = load_task(trial.task, reported=reported)
     job = ClassifierJob.make(model, data.task, data.parts, trial.training.train_pooler)
@@ -94,42 +89,35 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
     return Work(job, found.metric, _VALIDATION, found.metric, (_VALIDATION,))
 
 
-def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, encoder: str) -> Work:
+def _work_of_made(trial: Trial, encoder: str) -> Work:
     """Return the work of a task whose right answer is made; `encoder` is the pretrained model, if it needs one."""
+    spec = trial.task
     for key in ("dtype", "quantization", "gguf_file"):
         if (value := getattr(trial, key)) not in ("float32", None):
-            raise bad_value(key, value, f"a task of kind {kind} is made for weights in float32; leave it out")
+            raise bad_value(key, value, f"a task of kind {spec.kind} is made for weights in float32; leave it out")
     seed = trial.training.seed if spec.seed is None else spec.seed
-    if kind == "planted_encoder":
-        texts = _split_texts_of(spec, held_out)
-        job = planted_encoder.encoder_job(spec, held_out, seed, encoder, texts, spec.max_length)
-        return Work(job, job.metric, held_out, job.metric, job.evaluated, job.planted)
+    if spec.kind == "planted_encoder":
+        texts = _split_texts_of(spec)
+        job = planted_encoder.encoder_job(spec, HELD_OUT, seed, encoder, texts, spec.max_length)
+        return Work(job, job.metric, HELD_OUT, job.metric, job.evaluated, job.planted)
     if trial.model != MADE:
-        raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
-    if trial.training.group_by_length:
-        remedy = f"examples of a task of kind {kind} are of one length; leave it out"
-        raise bad_value("training.group_by_length", True, remedy)
-    job = memory.memory_job(spec, seed) if kind == "memory" else planted.planted_job(spec, held_out, seed)
+        raise bad_value("model", trial.model, f"a task of kind {spec.kind} makes its own; give {MADE}")
+    job = memory.memory_job(spec, seed) if spec.kind == "memory" else planted.planted_job(spec, HELD_OUT, seed)
     return Work(job, job.metric, job.evaluated[0], job.metric, job.evaluated, job.planted)
 
 
-def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:
-    column, where = spec.text or "text", spec.field("train")
-    if isinstance(spec, DataSpec):
-        hub, file = spec.name, Path(spec.train or "")
-        share, of_share, wanted = spec.validation_fraction, "validation_fraction", None
+def _split_texts_of(spec: TaskSpec) -> dict[str, list[str]]:
+    """Read the texts of a planted encoder: those trained on, held out, and fresh."""
+    column, where, folder = spec.text or "text", spec.field("train"), Path(spec.source or "")
+    if spec.source is None or folder.is_dir():
+        _, columns = read_file(where, str(folder / (spec.train or "train.jsonl")), [[column]])
     else:
-        folder = Path(spec.source or "")
-        hub, file = None if folder.is_dir() else spec.source, folder / (spec.train or "train.jsonl")
-        share, of_share, wanted = spec.held_out, "held_out", spec.train_examples
-    if hub is None:
-        _, columns = read_file(where, str(file), [[column]])
-    else:
-        _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]])
-    texts = planted_encoder.split_texts(columns[column], share, spec.split_seed, held_out, spec.field(of_share))
-    if wanted is not None:
-        if wanted > len(texts["train"]):
-            remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
-            raise spec.bad("train_examples", wanted, remedy, DataError)
-        texts["train"] = texts["train"][:wanted]
+        _, columns = read_hub(where, spec.train or "train", spec.source, spec.config, [[column]])
+    field = spec.field("held_out")
+    texts = planted_encoder.split_texts(columns[column], spec.held_out, spec.split_seed, HELD_OUT, field)
+    wanted = spec.train_examples
+    if wanted is not None and wanted > len(texts["train"]):
+        remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
+        raise spec.bad("train_examples", wanted, remedy, DataError)
+    texts["train"] = texts["train"][:wanted]
     return texts

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 from aroma.errors import AromaError, bad_value
 
 from ..run.trial import Trial
-from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields
+from ..settings import flatten, load_values, typed, typed_fields
 from ..specs import TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
@@ -138,8 +138,7 @@ def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arg
     Raises:
         ConfigError: No such file, no YAML, or as `make_grid`.
     """
-    values = read_mapping("grid", path)
-    apply_overrides(values, overrides)
+    values = load_values("grid", path, overrides)
     return make_grid({**values, **{key: value for key, value in arguments.items() if value is not None}})
 
 
@@ -301,33 +300,24 @@ def make_trial(
     )
 
 
-def check_methods(trials: Iterable[Trial]) -> None:
-    """Make every method once, so that a wrong option is refused before anything runs. Loads PyTorch.
+def check_trials(trials: Iterable[Trial], to_run: Iterable[Trial]) -> None:
+    """Make every method of `trials` and read every task of those `to_run` once, before anything runs.
+
+    The tokenizer is loaded, the model is not. Reported files are opened only for tasks of trials that report them.
 
     Raises:
-        ConfigError: An unknown kind or option, or a value that cannot work, under the method's label.
+        AromaError: A wrong option, or a task that cannot be read, under the label of the method or the task.
     """
     from ..methods import make_method
+    from ..run.work import work_of
 
     for trial in _distinct(trials, lambda trial: [trial.kind, trial.options, trial.training.max_steps]):
         with _under(f"methods.{trial.method}"):
             method = make_method(trial.kind, trial.options)
             if trial.training.max_steps is not None:  # else the examples say how long a run is
                 method.check_steps(trial.training.max_steps)
-
-
-def check_tasks(trials: Iterable[Trial]) -> None:
-    """Read every task once, as its trials will, so that unusable data are refused before anything runs.
-
-    The tokenizer is loaded, the model is not. Reported files are opened only for tasks of trials that report them.
-
-    Raises:
-        AromaError: A task that cannot be read, under its name.
-    """
-    from ..run.work import work_of
-
     # Of equal tasks the last counts: a trial that reports reads all that one that selects does.
-    in_order = sorted(trials, key=lambda trial: trial.purpose == "report")
+    in_order = sorted(to_run, key=lambda trial: trial.purpose == "report")
     for trial in _distinct(in_order, lambda trial: [trial.model, asdict(trial.task)]):
         with _under(f"tasks.{trial.task.name}"):
             work_of(trial)

@@ -13,11 +13,9 @@ from aroma.files import write_text
 from aroma.outputs import open_folder
 
 from ..run.trial import Trial
-from . import workers
-from .folder import Ended, Runs, State
-from .grid import Grid, check_methods, check_tasks, expand
+from .grid import Grid, check_trials, expand
 from .selection import Selected, select, write_selection
-from .workers import Attempt, Watch, run_all
+from .trials import RUNNER, Ended, Runs, State, Watch, run_all
 
 GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
 _HEADER = "# The whole grid, defaults included. Written by `aroma lab run`, anew each time.\n"
@@ -69,7 +67,7 @@ def run_grid(
     methods: Sequence[str] | None = None,
     retry_failed: bool = False,
     watch: Watch = lambda *_: None,
-    attempt: Attempt = workers.attempt,
+    runner: str = RUNNER,
 ) -> Outcome:
     """Run all trials of a grid that have no result yet, with other commands on the same folder.
 
@@ -78,7 +76,7 @@ def run_grid(
         methods: Run these methods only; None for all.
         retry_failed: Run trials again that failed earlier.
         watch: Called with every trial that ends.
-        attempt: What runs a trial. Tests pass a stand-in, which needs neither methods nor data.
+        runner: Module that runs a trial; see `RUNNER`.
 
     Raises:
         ConfigError: A value that cannot work, or trials in the output folder that another grid made. Nothing has been
@@ -96,11 +94,10 @@ def run_grid(
         failure = plan.runs.files(trial.name).failure
         if failure.exists() and (retry_failed or plan.runs.state(trial) == "new"):  # new: other settings failed
             failure.unlink()
-    if attempt is workers.attempt:
+    if runner == RUNNER:
         # Whatever is chosen, the reported trials differ in nothing that could be refused later.
         everything = [*plan.trials(), *expand(plan.grid)]
-        check_methods(everything)
-        check_tasks(trial for trial in everything if plan.runs.ended(trial.name) is None)
+        check_trials(everything, [trial for trial in everything if plan.runs.ended(trial.name) is None])
     write_text(file, _HEADER + yaml.safe_dump(grid.as_dict(), sort_keys=False, allow_unicode=True))
 
     whole = GridPlan(grid)  # other commands may run other parts of it
@@ -109,7 +106,7 @@ def run_grid(
         _write_selection(whole)
         watch(name, ended, count, known)
 
-    ran = run_all(plan, note, attempt)
+    ran = run_all(plan, note, runner)
     _write_selection(whole)
     ends = {name: plan.runs.ended(name) or Ended(failure="its files were removed") for name in plan.names()}
     failed = {name: end.failure for name, end in ends.items() if end.failure is not None}

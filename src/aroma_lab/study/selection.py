@@ -20,8 +20,8 @@ from aroma.errors import AromaError
 from aroma.files import write_text
 
 from ..run.trial import Trial
-from .folder import Ended
 from .grid import Grid, Selection, Settings, make_trial, overridden
+from .trials import Ended
 
 _FURTHER = ",seed="
 """Stands in the name of a run between that of the first run of its settings and a further seed."""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ..specs import MADE_KEYS, MadeTask
+from ..specs import MADE_KINDS, MadeTask
 
 HELD_OUT = "held_out"
 """Name, in results, of the examples held out from the training data; no reported split can have it."""
@@ -61,8 +61,9 @@ class TaskSpec(MadeTask):
     ) = None
     """`classification` (one label a text), `regression` (one number a text), `causal_lm` (instructions, chats or plain
     text that a language model is to predict), `commonsense` (questions with candidates in the form of LLM-Adapters,
-    for a language model), or `planted_net`, `planted_encoder` and `memory`, whose right answer is known, see
-    `data.task` of a recipe; null: GLUE's, else a classification."""
+    for a language model). Three whose right answer is known: `planted_net` (a made net learns updates of known ranks),
+    `planted_encoder` (an encoder learns the hidden states of itself with such updates, on the texts of `train`), and
+    `memory` (a made language model learns random pairs). null: GLUE's, else a classification."""
     text: str | None = None
     """Column of the text; null: GLUE's, else `text`. Of causal_lm the column of plain text; null: instructions, chats
     or `text`, whichever the file has."""
@@ -95,10 +96,10 @@ class TaskSpec(MadeTask):
                 raise self.bad(key, value, f"give {minimum} or more")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise self.bad("name", self.name, "it names folders; write it with letters, digits, '-', '_' and '.'")
-        if self.kind not in (None, "classification", "regression", *LANGUAGE_KINDS, *MADE_KEYS):
-            kinds = f"classification, regression, {', '.join((*LANGUAGE_KINDS, *MADE_KEYS))}, or null"
+        if self.kind not in (None, "classification", "regression", *LANGUAGE_KINDS, *MADE_KINDS):
+            kinds = f"classification, regression, {', '.join((*LANGUAGE_KINDS, *MADE_KINDS))}, or null"
             raise self.bad("kind", self.kind, f"give {kinds}")
-        self.check_made(self.kind)
+        self.check_made()
         if not 0 < self.held_out < 1:
             raise self.bad("held_out", self.held_out, "give a share between 0 and 1, as 0.1")
         if self.reported is not None and (not self.reported or {"train", HELD_OUT} & self.reported.keys()):

@@ -53,12 +53,7 @@ class Objective:
 
 
 class Prediction(NamedTuple):
-    """What a model predicts of a whole set comes to.
-
-    Args:
-        metrics: Metrics by name, each over all examples of the set.
-        loss: Mean loss of an example or, of a language model, of a learned token.
-    """
+    """Metrics by name over a whole set, and the mean loss of an example or, of a language model, a learned token."""
 
     metrics: dict[str, float]
     loss: float

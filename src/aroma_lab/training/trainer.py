@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from aroma.checkpoint import record_save
 from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
-from aroma.integrations.callback import AromaCallback
 
 from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, trained_tensors
@@ -38,19 +36,6 @@ HOOKS_FILE = "hooks.safetensors"
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A Trainer and its callbacks.
-
-    Args:
-        trainer: Trains and evaluates.
-        growth: The callback with AROMA's controller; None for other methods.
-    """
-
-    trainer: Trainer
-    growth: AromaCallback | None = None
-
-
 class _Bar(ProgressCallback):
     """The Trainer's bar, with the loss beside it in place of a line for every log."""
 
@@ -66,19 +51,19 @@ def make_trainer(
     training: TrainSpec,
     folder: str | os.PathLike[str],
     train: Dataset,
-    validation: Dataset | dict[str, Dataset] | None = None,
+    validation: dict[str, Dataset] | None = None,
     *,
     held_out: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_event: Callable[[Event], None] | None = None,
     progress: bool = True,
     describe: Callable[[Any, Path], None] | None = None,
-) -> Fit:
+) -> Trainer:
     """Return a Trainer of `model`; only callbacks and trained parameters differ between methods.
 
     Args:
         folder: Where checkpoints go.
-        validation: What is evaluated on the way: examples, or several sets of them by name; None: nothing.
+        validation: Sets that are evaluated on the way, by name.
         held_out: Examples that the method asks and that are not trained on; see `Method.hold_out`.
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
@@ -88,8 +73,7 @@ def make_trainer(
         ConfigError: The method cannot train the model.
     """
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
-    growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
-    trainer = (objective.trainer.trainer_class or MethodTrainer)(
+    trainer: Trainer = (objective.trainer.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
         counts_items=objective.counts_items,
         evaluate=objective.evaluate,
@@ -106,7 +90,7 @@ def make_trainer(
         optimizers=(make_optimizer(model, training, method), None),
     )
     trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
-    return Fit(trainer, growth)
+    return trainer
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
