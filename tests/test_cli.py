@@ -78,7 +78,7 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         (*train, "data.train={}/train.jsonl", "data.label=lab"): "it has no column 'lab'",
         (*train, "data.test={}/absent.csv"): "absent.csv': no such file",
         (*train, "model.name={}/absent"): "absent': no such folder",
-        (*train, "model.name=robertta-base"): "model.name='robertta-base': neither a folder nor in the hub's cache",
+        (*train, "model.name=robertta-base"): "model.name='robertta-base': no such folder, nor a model",
         ("inspect", "{}/absent"): "absent': no such folder",
         ("export", "{}/absent", "{}/out", "--merged"): "absent': no such folder",
         ("eval", "{}/absent", "--data", "x.csv"): "absent': no such folder",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from aroma.errors import CheckpointError
 from aroma.files import write_json
@@ -65,10 +64,8 @@ def run_demo(
         The content of `result.json`.
 
     Raises:
-        ConfigError: A number of the loop is out of range.
-        OutputError: `out` is not empty, or cannot be written to.
-        DataError: A package of the demo is missing or has changed.
-        CheckpointError: An adapter does not predict the same in plain PEFT.
+        AromaError: A number of the loop is out of range, `out` cannot be used, a package of the demo is missing, or
+            an adapter does not predict the same in plain PEFT.
     """
     began = time.monotonic()
     check_training(training)
@@ -114,26 +111,24 @@ def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_same_answers(adapter: Path, accuracy: float) -> None:
-    """Compare what plain PEFT gets right of the test articles, in a process that cannot import aroma.
+    """Raise CheckpointError unless plain PEFT loads the adapter and gets as many test articles right."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-    Raises:
-        CheckpointError: The process failed, or its accuracy is another one.
-    """
     articles = split_articles(load_articles())[1]
-    job = {
-        "base_model": str(packaged_encoder()),
-        "adapter": str(adapter),
-        "texts": [article.text for article in articles],
-        "topics": [article.topic for article in articles],
-        "max_length": TASK.max_length,
-    }
-    # -P keeps this folder, with its general module names, off the program's path.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("plain_reload.py"))]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or "no error text").splitlines()[-1]
-        raise CheckpointError(f"adapter={str(adapter)!r}: plain PEFT cannot load it ({reason})")
-    right, expected = int(done.stdout), round(accuracy * len(articles))
-    if right != expected:
-        said = f"plain PEFT gets {right} of {len(articles)} articles right, and the trained model {expected}"
+    labels = sorted({article.topic for article in articles})
+    base = AutoModelForSequenceClassification.from_pretrained(packaged_encoder(), num_labels=len(labels))
+    try:
+        model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"adapter={str(adapter)!r}: plain PEFT cannot load it ({error})") from error
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    ask = pipeline("text-classification", model, tokenizer=tokenizer, truncation=True, max_length=TASK.max_length)
+    answers = ask([article.text for article in articles], batch_size=16)
+    right = sum(
+        labels[base.config.label2id[answer["label"]]] == article.topic
+        for answer, article in zip(answers, articles, strict=True)
+    )
+    if right != round(accuracy * len(articles)):
+        said = f"plain PEFT gets {right} of {len(articles)} articles right, and the trained model {accuracy:.2%}"
         raise CheckpointError(f"adapter={str(adapter)!r}: {said}; this is a defect of AROMA, please report it")

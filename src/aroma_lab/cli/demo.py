@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command
 
 from ..specs import TrainSpec, check_training
-
-FOLDER = "aroma-demo"
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "aroma demo",
         "aroma demo --out runs/demo --threads 2",
     )
-    parser.add_argument("--out", metavar="DIR", help="new or empty folder (aroma-demo, or aroma-demo-2, …)")
+    parser.add_argument("--out", metavar="DIR", default="aroma-demo", help="new or empty folder (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and adapters (%(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps (%(default)s)")
@@ -45,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Before PyTorch is loaded.
     loop = {"seed": arguments.seed, "threads": arguments.threads, "max_steps": arguments.steps}
     check_training(TrainSpec(**loop))
-    out = _unused_folder() if arguments.out is None else arguments.out
+    out = arguments.out
     new_folder("--out", out, "give another folder with --out")
     from aroma.cli.quiet import quiet
 
@@ -71,15 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(table)
     for line in (
         "All rows train the same head and pooler. One seed: a demonstration, no comparison of methods.",
-        "Plain PEFT, in a process without AROMA, loads both adapters and gives the same answers.",
+        "Plain PEFT loads both adapters and gives the same answers.",
         f"Left in {out}: {'/, '.join(ROWS)}/, {PICTURE}, result.json ({record['wall_seconds']:.0f} s).",
         f"To look at: aroma report {out}/evidence",
         f"Data: {SOURCE}.",
     ):
         console.print(line, highlight=False)
-
-
-def _unused_folder() -> Path:
-    """Return the first of aroma-demo, aroma-demo-2, … that is new or empty."""
-    names = itertools.chain([FOLDER], (f"{FOLDER}-{number}" for number in itertools.count(2)))
-    return next(path for path in map(Path, names) if not path.exists() or (path.is_dir() and not any(path.iterdir())))

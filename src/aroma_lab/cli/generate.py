@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         "let a language model answer a prompt",
         "Load a language model, with an adapter in plain PEFT, and let it answer. A file of prompts: aroma predict.",
         "aroma generate runs/smollm2-commonsense/adapter Hello!",
-        "aroma generate smollm2 - < prompt.txt",
+        "aroma generate smollm2 Hello! --max-new-tokens 64",
     )
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="folder of a language model's adapter, or of the model; or smollm2")
