@@ -38,7 +38,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key (the nearest is named), or a value of a wrong type or out of range.
     """
-    kinds = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
+    kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
     given: dict[str, Any] = {name: {} for name in (*kinds, "adapter", "")}
     for key, value in flatten(values, given).items():
         section, _, name = key.rpartition(".") if key.partition(".")[0] in given else ("", "", key)
