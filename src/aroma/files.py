@@ -241,7 +241,7 @@ def write_manifest(path: str | os.PathLike[str], content: Mapping[str, Any], nam
     """
     manifest = {**content, "files": {name: file_digest(Path(path).parent / name) for name in names}}
     write_json(path, {**manifest, "checksum": _checksum(manifest)})
-    return dict(manifest)
+    return manifest
 
 
 def read_manifest(path: str | os.PathLike[str], version: int) -> dict[str, Any]:
