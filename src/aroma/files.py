@@ -259,7 +259,7 @@ def read_manifest(path: str | os.PathLike[str], version: int) -> dict[str, Any]:
     if checksum != _checksum(manifest):
         remedy = "it does not fit the content, so the file was edited; use another checkpoint"
         raise bad_value(f"{path}: checksum", checksum, remedy, CheckpointError)
-    return manifest
+    return dict(manifest)
 
 
 def require_files(folder: Path, manifest: Mapping[str, Any]) -> None:

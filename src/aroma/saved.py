@@ -138,15 +138,12 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: It is missing, damaged or no configuration.
     """
     path = own_file(require_adapter_folder(folder), CONFIG_NAME)
-    config, kinds = (
-        read_json(path),
-        dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_type"), str),
-    )
-    kinds["auto_mapping"] = dict
+    config, names = read_json(path), ("base_model_name_or_path", "revision", "task_type", "peft_type")
     is_one = isinstance(config, dict) and "peft_type" in config
-    if not is_one or not all(isinstance(config.get(name), kind | None) for name, kind in kinds.items()):
+    is_one = is_one and all(isinstance(config.get(name), str | None) for name in names)
+    if not is_one or not isinstance(config.get("auto_mapping"), dict | None):
         raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
-    return config
+    return dict(config)
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
