@@ -157,7 +157,7 @@ def assert_ends_alike(found: dict[str, Any], told: Path) -> None:
 
 SAYS = {
     "without_root": ("ConfigError", "model='base_model.model.bert.pooler.dense.lora_A.default.weight': it trains"),
-    "optimizer_too_early": ("ConfigError", "after get_peft_model and, if you use it, fully_shard"),
+    "optimizer_too_early": ("ConfigError", "after get_peft_model and fully_shard"),
     "other_tolerances": ("ConfigError", "outer_tolerance="),
     "sharded_on_one": ("ConfigError", "fully_shard="),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),

@@ -139,10 +139,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = own_file(require_adapter_folder(folder), CONFIG_NAME)
     config: Any = read_json(path)
-    texts = ("base_model_name_or_path", "revision", "task_type", "peft_type")
-    kinds: dict[str, type] = {**dict.fromkeys(texts, str), "auto_mapping": dict}
+    names = ("base_model_name_or_path", "revision", "task_type", "peft_type")
     is_one = isinstance(config, dict) and "peft_type" in config
-    if not is_one or not all(isinstance(config.get(name), kind | None) for name, kind in kinds.items()):
+    is_one = is_one and all(isinstance(config.get(name), str | None) for name in names)
+    if not is_one or not isinstance(config.get("auto_mapping"), dict | None):
         raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
     return dict(config)
 
