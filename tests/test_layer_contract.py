@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
@@ -69,41 +68,6 @@ def test_the_output_may_be_written_to(write: str, shape: tuple[int, ...], frozen
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 torch.testing.assert_close(then_written(layer)(x), theirs[0], rtol=1e-5, atol=1e-5)
-
-
-_TINY = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-WRITERS: dict[str, Callable[[], nn.Module]] = {
-    "inplace ReLU": lambda: nn.Sequential(
-        nn.Embedding(50, N), nn.Linear(N, M), nn.ReLU(inplace=True), nn.Linear(M, 2)
-    ),
-    "DeBERTa": lambda: transformers.DebertaModel(
-        transformers.DebertaConfig(
-            **_TINY,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-            max_relative_positions=8,
-            position_biased_input=False,
-        )
-    ),
-    "OLMo": lambda: transformers.OlmoForCausalLM(
-        transformers.OlmoConfig(**_TINY, clip_qkv=8.0, pad_token_id=0, eos_token_id=1)
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_models_that_write_to_the_output_train(name: str) -> None:
-    targets = ["1", "3"] if name == "inplace ReLU" else "all-linear"
-    model = get_peft_model(WRITERS[name](), AromaConfig(target_modules=targets, max_inner_steps=10)).train()
-    output = model(torch.randint(2, 50, (2, 6)))
-    (output if isinstance(output, Tensor) else output[0]).square().sum().backward()
-    assert all(layer.pair("default")[0].grad is not None for layer in aroma_layers(model).values())
 
 
 # Half-precision bases ------------------------------------------------------------------------------------------------
@@ -282,16 +246,6 @@ def test_a_pair_that_does_not_train_keeps_nothing(pair: str, hooked: bool) -> No
     x = torch.randn(4, N, requires_grad=True)
     assert kept(layer, x) == []
     assert_same(layer, x, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_half_a_pair_that_trains_gets_its_gradient_alone(part: int) -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    layer.pair("default")[part].requires_grad_(False)
-    x = torch.randn(4, N, requires_grad=True)
-    assert_same(layer, x, rtol=1e-5, atol=1e-5)
-    assert layer.pair("default")[part].grad is None
-    assert layer.pair("default")[1 - part].grad is not None
 
 
 def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from aroma import AromaConfig, AromaController, aroma_layers, attach, save_adapter
+from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from aroma.errors import CheckpointError, ConfigError
 from aroma.tuner import live_adapter
 from models import ARCHITECTURES, METHOD, adapted, base, batch, ranks, train, trainable
@@ -46,14 +46,6 @@ def test_a_model_without_the_adapter_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"^adapter_name='{name}': .* has no AROMA adapter of that name; make"):
             save_adapter(model, tmp_path / "adapter", name)
     assert not (tmp_path / "adapter").exists()
-
-
-def test_a_controller_that_is_never_stepped_does_not_count(tmp_path: Path) -> None:
-    model = adapted("bert")
-    AromaController(model, optimizer_of(model), total_steps=20)
-    train(model, batch("bert"), optimizer_of(model), 3)
-    with pytest.warns(UserWarning, match="trained without its controller"):
-        model.save_pretrained(tmp_path)
 
 
 def test_a_training_without_a_controller_is_told_after_its_first_step(tmp_path: Path) -> None:
@@ -100,13 +92,6 @@ def test_the_head_of_a_task_trains_whole(task: str, ending: str, head: str) -> N
     model = get_peft_model(bert_for(ending), AromaConfig(task_type=task))
     assert not [name for name in aroma_layers(model) if head in name]
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad and head in name]
-
-
-def test_a_merge_says_so_too() -> None:
-    model = adapted("bert")
-    train(model, batch("bert"), optimizer_of(model), 3)
-    with pytest.warns(UserWarning, match="trained without its controller"):
-        model.merge_and_unload()
 
 
 def test_a_loaded_adapter_at_its_maximum_grows_no_further(tmp_path: Path) -> None:

@@ -29,10 +29,9 @@ TUNER_NAMES = {
     ),
     "peft.tuners.lora.layer:Linear": (
         "_move_adapter_to_device_of_base_layer",
-        "_check_forward_args",
         "_cast_input_dtype",
     ),
-    "torch.nn:Module": ("_apply", "_save_to_state_dict", "_load_from_state_dict", "_compiled_call_impl"),
+    "torch.nn:Module": ("_save_to_state_dict", "_load_from_state_dict", "_compiled_call_impl"),
     "torch.nn:Identity()": (
         "_modules",
         "_buffers",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -18,13 +18,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import tensors_digest
+from .finished import Factors
 
 if TYPE_CHECKING:
     from .config import AromaConfig
     from .layer import AromaLinear
-
-Factors: TypeAlias = tuple[Tensor, Tensor]
-"""Left and right factor of a low-rank matrix, (m, R) and (R, n)."""
 
 PEFT_PREFIX = "base_model.model."
 

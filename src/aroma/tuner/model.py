@@ -23,7 +23,7 @@ from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, is_component, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
-from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrolled
+from .warnings import HEADS, UncontrolledWatch, warn_frozen_head
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
@@ -124,17 +124,14 @@ class AromaModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # Before any of the other layers is merged.
-        for layer in aroma_layers(self).values():
-            layer.refuse_merge_if_quantised()
-        refuse_merge_if_tied(
-            self.model, {name: layer.get_base_layer() for name, layer in aroma_layers(self.model).items()}
-        )
-        for adapter_name in self.peft_config:
-            live = live_adapter(self, adapter_name)
-            pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
-            if not live.ever_controlled and any(bool(b.any()) for b, _ in pairs):
-                warn_uncontrolled()
+        layers = aroma_layers(self.model).items()
+        for name, layer in layers:
+            if layer.is_quantised or is_sharded(layer.get_base_layer().weight):
+                raise ConfigError(
+                    f"{name}: its weight is quantised or sharded, and cannot be merged in place; save the adapter and "
+                    "merge it in one process in 16 or 32 bits (aroma export --merged)"
+                )
+        refuse_merge_if_tied(self.model, {name: layer.get_base_layer() for name, layer in layers})
 
     @classmethod
     def _get_adapter_state_dict(
