@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, aroma_layers
 from aroma.tuner import AromaLinear
-from aroma.tuner.layout import plain_tensors
 from test_fused import FOLDED, M, N, answer, assert_same, composed, folding, grown, kept
 
 SHAPES = [(4, N), (2, 3, N)]
@@ -256,14 +255,13 @@ def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:
     layer.start_pair("default", torch.randn_like(a), torch.randn_like(b))
     x = torch.randn(4, N)
     expected = layer(x)
-    saved, _ = plain_tensors({"0": layer}, "default", {f"0.{key}": value for key, value in layer.state_dict().items()})
+    saved = get_peft_model_state_dict(model)
     with rescale_adapter_scale(model, 0.0):
         torch.testing.assert_close(layer(x), layer.base_layer(x))
         assert not layer.get_delta_weight("default").any()
     with rescale_adapter_scale(model, 0.25):
         scaled = layer(x)
-        state = {f"0.{key}": value for key, value in layer.state_dict().items()}
-        again, _ = plain_tensors({"0": layer}, "default", state)
+        again = get_peft_model_state_dict(model)
         layer.merge_pair("default")
         layer.start_pair("default", torch.zeros_like(a))
         torch.testing.assert_close(layer(x), scaled)

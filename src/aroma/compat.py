@@ -102,38 +102,29 @@ def is_compiled(module: nn.Module) -> bool:
     return compiled_module(module) is not None or module._compiled_call_impl is not None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of `module` are hooked, or its `forward` is replaced."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calls of one of the modules are hooked, or its `forward` is replaced."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in module.__dict__ or any(module.__dict__[kind] for kind in kinds) for module in modules) or (
+        any(getattr(nn_module, f"_global{kind}") for kind in kinds)
     )
 
 
-def has_global_hooks() -> bool:
-    """Whether calls of all modules are hooked."""
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
+def is_traced(x: Tensor) -> bool:
+    """Whether `x` (any shape) is being traced, so that a custom `autograd.Function` would be opaque.
 
-
-def is_jit_tracing() -> bool:
-    """Whether torch.jit traces a module."""
-    tracing: bool = jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing
-
-
-def is_transformed() -> bool:
-    """Whether forward-mode differentiation, a dispatch mode or a function transform is at work."""
+    The tracer may be a compiler, a function transform, forward-mode differentiation, or a dispatch mode (selective
+    checkpointing keeps results of operations, which may then not be written to). `x` itself counts if it is a tensor
+    subclass, has no data, is nested, or is a scalar, which no layer takes.
+    """
     return (
-        forward_ad._current_level >= 0
+        torch.compiler.is_compiling()
+        or jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or type(x) not in (Tensor, nn.Parameter)
+        or x.is_meta
+        or x.is_nested
+        or not x.dim()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME
 from ..card import write_ranks
 from ..errors import bad_value
 from ..files import write_json
+from .layout import plain_config
 from .live import take_collected
 from .state import write_adapter_state
 
@@ -34,24 +35,6 @@ class _Registered(str):
 
 
 PEFT_TYPE = _Registered("AROMA")
-
-METHOD_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "max_components",
-    "component_seed",
-    "inner_tolerance",
-    "inner_check_interval",
-    "max_inner_steps",
-    "outer_tolerance",
-    "min_components",
-    "inner_criterion",
-    "reset",
-    "prune_ratio",
-    "rewarmup_steps",
-)
-"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
 _LARGEST_USUAL_RANK = 8
 """Of a component; a larger `r` is likely meant as that of a LoraConfig, of a whole matrix."""
@@ -194,13 +177,13 @@ class AromaConfig(LoraConfig):
         if collected is None:
             super().save_pretrained(save_directory, **kwargs)
             return
-        plain = collected.plain.lora_config(self).to_dict()
+        state = collected.state
+        ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
+        plain = plain_config(self, ranks, collected.fan_in_fan_out)
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
-        ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
-        write_json(Path(save_directory) / CONFIG_NAME, ordered)
-        state = write_adapter_state(save_directory, collected, ordered)
-        ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
+        write_json(Path(save_directory) / CONFIG_NAME, plain)
+        write_adapter_state(save_directory, {**state, "adapter_config": plain}, collected.tensors)
         write_ranks(save_directory, ranks, state["config"])
 
 
@@ -245,6 +228,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Whether a value fits a field, and what to do if not."""
 
+METHOD_FIELDS = tuple(_CHECKS)
+"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
+
 _AS_IN_LORA = {
     "task_type",
     "peft_type",
@@ -261,21 +247,7 @@ _AS_IN_LORA = {
     "layers_pattern",
     "ensure_weight_tying",
 }
-"""Fields of LoraConfig that mean for AROMA what they mean there."""
-
-_WHY_NOT = {
-    "bias": "AROMA trains no biases",
-    "lora_bias": "a component has no bias",
-    "use_rslora": "the scale of a component is lora_alpha / r and never changes as the rank grows",
-    "use_dora": "DoRA's magnitude cannot be written as a plain LoRA adapter of growing rank",
-    "init_lora_weights": "b starts at 0 and a Kaiming-uniform, so that training starts at the pretrained model",
-    "target_parameters": "it grows linear layers; for experts use evidence on PEFT's LoraConfig",
-    "layer_replication": "replicated layers share a base weight",
-    "trainable_token_indices": "train token embeddings with a LoraConfig instead",
-    "rank_pattern": "AROMA finds the ranks; use max_components to bound them",
-    "alpha_pattern": "AROMA finds the ranks; use max_components to bound them",
-}
-"""Why a field of LoraConfig cannot be set. All others, also those of later versions, belong to variants of LoRA."""
+"""Fields of LoraConfig that mean for AROMA what they mean there; all others belong to variants of LoRA."""
 
 
 def _require_inherited(config: AromaConfig) -> None:
@@ -288,5 +260,5 @@ def _require_inherited(config: AromaConfig) -> None:
         # Of another type than its default a field says something, however empty it is.
         if (type(value) is type(default) and value == default) or (value is None and default == {}):
             continue
-        why = _WHY_NOT.get(item.name, "it belongs to a variant of LoRA, which cannot grow")
-        raise bad_value(item.name, value, f"not supported by AROMA: {why}; leave it unset, at {default!r}")
+        remedy = f"not supported by AROMA: a growing adapter cannot have it; leave it unset, at {default!r}"
+        raise bad_value(item.name, value, remedy)

@@ -18,7 +18,6 @@ from ..errors import bad_value
 from ..sharding import gathered, is_sharded, write
 from .finished import Factors, FinishedComponents, with_pair
 from .fused import Update, autocast_dtype, linear_with_update
-from .tracing import is_hooked, is_traced
 
 if TYPE_CHECKING:
     from .live import LiveAdapter
@@ -213,7 +212,7 @@ class AromaLinear(LoraLinear):
             self.unmerge()
         named = [] if self.disable_adapters or self.merged else self.active_adapters
         adapters = [*filter(self._adds, named)]
-        if len(adapters) == 1 and not args and not kwargs and not is_traced(x) and self._can_be_fused(x, adapters[0]):
+        if len(adapters) == 1 and not args and not kwargs and not compat.is_traced(x) and self._can_be_fused(x, adapters[0]):
             base = self.base_layer
             return linear_with_update(x, self._as_matrix(base.weight), base.bias, self._update(adapters[0]))
         return self._composed(x, adapters, *args, **kwargs)
@@ -241,7 +240,7 @@ class AromaLinear(LoraLinear):
         pair = [] if self.is_frozen(adapter_name) else [self.lora_A[adapter_name], self.lora_B[adapter_name]]
         if type(base) not in (nn.Linear, Conv1D) or any(type(one) is not nn.Linear for one in pair):
             return False
-        if is_hooked(base, *pair):
+        if compat.is_hooked(base, *pair):
             return False
         for parameter in (base.weight, base.bias):
             if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):

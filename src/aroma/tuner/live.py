@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..about import UNKNOWN
 from ..errors import ConfigError, bad_value
 from .layer import AromaLinear
 
 if TYPE_CHECKING:
     from .config import AromaConfig
-    from .layout import PlainAdapter
 
 
 class LiveAdapter:
@@ -36,7 +34,6 @@ class LiveAdapter:
         seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
         ever_controlled: Whether a controller has ever taken a step.
         dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
-        about: What is saved of the outputs of its model.
     """
 
     def __init__(self, config: AromaConfig) -> None:
@@ -45,7 +42,6 @@ class LiveAdapter:
         self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
         self.ever_controlled = False
         self.dtype_is_settled = False
-        self.about = UNKNOWN
         self._controller: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,10 +83,6 @@ class LiveAdapter:
             )
         self.seed = now["component_seed"]
 
-    def collected(self, config: AromaConfig, plain: PlainAdapter, exported: dict[str, Any] | None) -> None:
-        """Remember what was collected until PEFT writes `config`; an earlier collection is forgotten."""
-        _latest[:] = [Collected(self, config, plain, exported, self.step)]
-
 
 @dataclass(frozen=True)
 class Collected:
@@ -99,15 +91,17 @@ class Collected:
     Args:
         live: Its live state.
         config: The configuration that PEFT writes next.
-        plain: What is known of the collected tensors.
-        exported: The controller's `state_dict()`; None without a controller.
+        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
+        state: What `aroma_state.json` says, but for the configuration.
+        tensors: What the state of the run needs beside it, by name.
         step: The controller's optimizer step; None without one.
     """
 
     live: LiveAdapter
     config: AromaConfig
-    plain: PlainAdapter
-    exported: dict[str, Any] | None
+    fan_in_fan_out: bool
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
     step: int | None
 
 
@@ -117,6 +111,11 @@ _latest: list[Collected] = []
 PEFT collects tensors through the tuner's class, then calls `save_pretrained` of the configuration, and passes nothing
 from the first to the second.
 """
+
+
+def remember(collected: Collected) -> None:
+    """Keep `collected` until PEFT writes its configuration; an earlier one is forgotten."""
+    _latest[:] = [collected]
 
 
 def take_collected(config: AromaConfig) -> Collected | None:
@@ -131,11 +130,7 @@ def take_collected(config: AromaConfig) -> Collected | None:
 
 
 def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter:
-    """Return the live state of an adapter of `model`.
-
-    Args:
-        model: A PeftModel, an AromaModel, or a model with injected layers, wrapped or not.
-        adapter_name: Name of the adapter.
+    """Return the live state of an adapter of `model`, a PeftModel or a model with injected layers, wrapped or not.
 
     Raises:
         ConfigError: The model has no growing adapter of that name.
