@@ -12,9 +12,8 @@ import transformers
 from peft import get_peft_model
 
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
-from aroma.errors import CheckpointError, ConfigError
-from aroma.tuner import live_adapter
-from models import ARCHITECTURES, METHOD, adapted, base, batch, ranks, train, trainable
+from aroma.errors import ConfigError
+from models import ARCHITECTURES, adapted, base, batch, ranks, train, trainable
 
 TASKS = {
     "sequences": ("SEQ_CLS", "SequenceClassification", "classifier"),
@@ -122,10 +121,3 @@ def test_an_outer_step_after_the_end_does_nothing() -> None:
     number = growth.controller.outer_number
     assert growth.controller.outer_step() == []
     assert growth.controller.outer_number == number
-
-
-def test_a_run_of_a_rule_that_is_gone_is_one_clear_error() -> None:
-    saved = {"growth": "evidence", "significance": 0.05, "slots": None}
-    with pytest.raises(CheckpointError, match=r"^aroma_state\.json: growth='evidence': an earlier version .* run$"):
-        live_adapter(adapted("bert")).check_resumable(saved)
-    live_adapter(adapted("bert")).check_resumable({**AromaConfig(**METHOD).method(), "growth": "paper"})

@@ -46,7 +46,6 @@ TUNER_NAMES = {
         "_global_backward_hooks",
         "_global_backward_pre_hooks",
     ),
-    "torch:Tensor": ("_version",),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch:_C": ("_len_torch_dispatch_stack",),
     "torch:_C._functorch": ("peek_interpreter_stack",),
@@ -104,9 +103,19 @@ def is_compiled(module: nn.Module) -> bool:
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether calls of one of the modules are hooked, or its `forward` is replaced."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any("forward" in module.__dict__ or any(module.__dict__[kind] for kind in kinds) for module in modules) or (
-        any(getattr(nn_module, f"_global{kind}") for kind in kinds)
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+        or any(
+            "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            for own in map(vars, modules)
+        )
     )
 
 

@@ -67,7 +67,7 @@ class FinishedComponents(nn.Module):
         return self.storage_B[:, :count], self.storage_A[:count]
 
     def reserve(self, components: int, like: Tensor) -> None:
-        """Make room for `components` at once, and later as many again; dtype and device are those of `like`."""
+        """Make room for `components` at once, and later as many again, with dtype and device of `like` (any shape)."""
         self._reserved = -(-components // CHUNK) * CHUNK
         self._grow(self.rank, like)
 

@@ -118,7 +118,7 @@ class AromaLinear(LoraLinear):
 
     @torch.no_grad()
     def merge_pair(self, adapter_name: str, pair: Factors | None = None) -> None:
-        """Merge: the pair becomes a finished component; `pair` as in `components`."""
+        """Merge: the pair becomes finished components; `pair`, if known, is whole, b (m, r) and a (r, n)."""
         b, a = self.whole_pair(adapter_name) if pair is None else pair
         self.finished(adapter_name).append(b * self.own_scaling[adapter_name], a)
 
@@ -212,7 +212,13 @@ class AromaLinear(LoraLinear):
             self.unmerge()
         named = [] if self.disable_adapters or self.merged else self.active_adapters
         adapters = [*filter(self._adds, named)]
-        if len(adapters) == 1 and not args and not kwargs and not compat.is_traced(x) and self._can_be_fused(x, adapters[0]):
+        if (
+            len(adapters) == 1
+            and not args
+            and not kwargs
+            and not compat.is_traced(x)
+            and self._can_be_fused(x, adapters[0])
+        ):
             base = self.base_layer
             return linear_with_update(x, self._as_matrix(base.weight), base.bias, self._update(adapters[0]))
         return self._composed(x, adapters, *args, **kwargs)

@@ -30,20 +30,17 @@ class UncontrolledWatch:
 
     def __init__(self) -> None:
         self.layers: list[AromaLinear] = []
-        self._versions: dict[str, int] = {}
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Look at one layer; the device is asked only after b was written to."""
+        """Look at one layer, as long as its pair is 0; a sharded one would take all ranks."""
         if not self.layers or not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         layer = self.layers[0]
         for name in layer.active_adapters:
-            if name not in layer.lora_A or layer.live[name].ever_controlled:
+            if name not in layer.lora_A or layer.live[name].ever_controlled or layer.live[name].controller is not None:
                 continue
             b = layer.pair(name)[0]
-            # A sharded one would take all ranks.
-            is_ours = type(b) is nn.Parameter and b.requires_grad
-            if is_ours and self._versions.setdefault(name, b._version) != b._version and b.any():
+            if type(b) is nn.Parameter and b.requires_grad and b.any():
                 self.layers = []  # once is enough
                 warnings.warn(
                     "This AROMA adapter is trained without its controller, as a plain LoRA: no component is ever "
