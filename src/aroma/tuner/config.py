@@ -23,12 +23,7 @@ from .state import write_adapter_state
 class _Registered(str):
     """The name of a PEFT method that is not in PEFT's own enumeration; has a `value`, as its members do."""
 
-    __slots__ = ()
-
-    @property
-    def value(self) -> str:
-        """The name."""
-        return str.__str__(self)
+    value = property(str.__str__)
 
     def __str__(self) -> str:
         return f"PeftType.{self.value}"
@@ -48,38 +43,33 @@ class AromaConfig(LoraConfig):
     first inner loop lasts at most 1200 / 12 = 100 optimizer steps and is checked at steps 10, 20, …, 100. A module
     whose ‖b a‖_F grew by less than 10 % since the previous check is labelled converged. When all are labelled, or at
     step 100, each module either keeps its component (if ‖s b a‖_F ≥ 0.005 ‖W0 + s B A‖_F) and starts the next one, or
-    drops it and stays frozen.
-
-    ReLoRA is the special case without checks: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
+    drops it and stays frozen. Without checks it is ReLoRA: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
     max_components=8)`` trains eight components of equal length.
 
     Args:
-        r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks.
-        lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
-        lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training. Finished
-            components count as merged and have no dropout.
-        target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`; linear
-            layers only. For convolutions, embeddings and experts use evidence on PEFT's `LoraConfig`.
-        inner_tolerance (`float` or `None`, *optional*, defaults to 0.1): ε_in of equation (5). `None`: no inner
-            checks, every inner loop lasts `max_inner_steps`.
-        inner_check_interval (`int`, *optional*, defaults to 10): ΔT_in, in optimizer steps.
-        max_inner_steps (`int`, *optional*): T_in, in optimizer steps. `None`: a twelfth of the planned steps, at
-            least 50; for ReLoRA, the planned steps divided by `max_components`.
-        outer_tolerance (`float` or `None`, *optional*, defaults to 0.005): ε_out of equation (6). `None`: every
-            component is kept.
-        min_components (`int`, *optional*, defaults to 0): A module keeps this many components whatever equation (6)
-            says. The paper's released code behaves like 1.
-        max_components (`int`, *optional*): A module with this many components is frozen.
-        inner_criterion (`str`, *optional*, defaults to `"norm_change"`): `"norm_change"` is equation (5), the relative
-            change of the norm; `"update_change"` is the relative norm of the change.
-        reset (`str`, *optional*, defaults to `"prune"`): What happens to the optimizer state of (b, a) after a merge:
-            `"prune"` zeroes a random `prune_ratio` of the moments, the same entries in each, and keeps the step count
-            (section 3.2); `"zero"` zeroes moments and step count; `"none"` keeps everything (ablation of Table 4).
-        prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
-        rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
-            back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
-        component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
-            the adapter is made, so that `set_seed` decides it.
+        r: Rank of one component. The paper uses 1, and 8 for hard tasks.
+        lora_alpha: Every component is scaled by s = lora_alpha / r.
+        lora_dropout: Dropout on the input of the component in training; finished components have none.
+        target_modules: As in `LoraConfig`; linear layers only. For convolutions, embeddings and experts use evidence
+            on PEFT's `LoraConfig`.
+        inner_tolerance: ε_in of equation (5). `None`: every inner loop lasts `max_inner_steps`.
+        inner_check_interval: ΔT_in, in optimizer steps.
+        max_inner_steps: T_in, in optimizer steps. `None`: a twelfth of the planned steps, at least 50; for ReLoRA, the
+            planned steps divided by `max_components`.
+        outer_tolerance: ε_out of equation (6). `None`: every component is kept.
+        min_components: A module keeps this many components whatever equation (6) says. The paper's released code
+            behaves like 1.
+        max_components: A module with this many components is frozen.
+        inner_criterion: `"norm_change"` is equation (5), the relative change of the norm; `"update_change"` is the
+            relative norm of the change.
+        reset: What happens to the optimizer state of (b, a) after a merge: `"prune"` zeroes a random `prune_ratio` of
+            the moments, the same entries in each, and keeps the step count (section 3.2); `"zero"` zeroes moments and
+            step count; `"none"` keeps everything (ablation of Table 4).
+        prune_ratio: Share of moment entries that `"prune"` zeroes.
+        rewarmup_steps: Optimizer steps in which the learning rate climbs from 0 back to the schedule at the start of
+            every later inner loop (Figure 2). 0: no re-warm-up.
+        component_seed: Seed of the components' own generator. `None`: `torch.initial_seed()` when the adapter is made,
+            so that `set_seed` decides it.
 
     Raises:
         ConfigError: A value cannot work; the error names the field and the remedy.
