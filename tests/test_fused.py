@@ -178,21 +178,6 @@ def test_autocast_computes_in_its_dtype(base: str) -> None:
         assert error < 2 * (other.double() - true).norm() / true.norm() + 1e-3, "no worse than PyTorch's operations"
 
 
-def test_backward_may_run_inside_autocast_and_outside() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N, requires_grad=True)
-    gradients = []
-    for inside in (False, True):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = layer(x).float().square().sum()
-            if inside:
-                gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
-        if not inside:
-            gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_bfloat16_base_under_a_float32_pair_rounds_the_update_once(frozen: bool) -> None:
     layer = grown(nn.Linear(N, M), 3, frozen)
@@ -289,18 +274,6 @@ def test_hooks_and_replacements_of_the_base_layer_are_called() -> None:
     layer(x)
     handle.remove()
     assert len(seen) == 1 + 5, "the base layer, the pair, its dropout, and the layer"
-
-
-def test_a_base_layer_that_trains_gets_its_gradient() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    layer.base_layer.requires_grad_(True)
-    x = torch.randn(4, 3, N, requires_grad=True)
-    gradients = []
-    for function in (layer, lambda x: composed(layer, x)):
-        answer(function, layer, x)
-        gradients.append([p.grad.clone() for p in layer.base_layer.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_two_active_adapters_add_up() -> None:

@@ -13,7 +13,6 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
@@ -127,27 +126,6 @@ def test_a_derived_layer_is_called_as_it_is_and_its_result_left_alone(
 
 
 # Modes of PyTorch ----------------------------------------------------------------------------------------------------
-
-
-def test_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        net = nn.Sequential(nn.Linear(N, M))
-    model = get_peft_model(net, AromaConfig(target_modules=["0"], max_inner_steps=10))
-    y = model(torch.randn(4, N, device="meta"))
-    assert (y.device.type, y.shape) == ("meta", (4, M))
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-def test_forward_mode_differentiation(hooked: bool) -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    if hooked:
-        layer.base_layer.register_forward_hook(lambda *_: None)
-    x, direction = torch.randn(4, N), torch.randn(4, N)
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
-    B, A = layer.components("default")
-    expected = direction @ (layer.base_layer.weight + B @ A).T
-    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_growth_in_inference_mode_makes_buffers_that_train() -> None:
@@ -267,21 +245,3 @@ def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:
         torch.testing.assert_close(layer(x), scaled)
     torch.testing.assert_close(layer(x), expected)
     assert all(torch.equal(saved[key], again[key]) for key in saved)
-
-
-def test_hooks_on_the_modules_of_the_pair_are_called() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N, requires_grad=True)
-    expected = answer(layer, layer, x)
-    calls: list[str] = []
-    handles = [
-        layer.lora_A["default"].register_forward_hook(lambda *_: calls.append("A")),
-        layer.lora_B["default"].register_forward_pre_hook(lambda *_: calls.append("B")),
-        layer.lora_A["default"].register_full_backward_hook(lambda *_: calls.append("A back")),
-    ]
-    assert_equal(answer(layer, layer, x), expected)
-    assert calls == ["A", "B", "A back"]
-    for handle in handles:
-        handle.remove()
-    layer(x)
-    assert len(calls) == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -78,15 +78,6 @@ def test_a_run_over_an_offloaded_base_resumes(tmp_path: Path) -> None:
     assert train(resumed, batch("llama"), optimizer, STEPS - 6) == losses
     components = [{n: t for n, t in m.state_dict().items() if "lora_" in n} for m in (resumed, whole)]
     assert_same(*components)
-
-
-def test_a_device_map_without_offloading_hooks_the_layers_and_trains() -> None:
-    expected, losses = grow(adapted("llama"), batch("llama"), STEPS)
-    inner = dispatch_model(base("llama"), {**SPLIT, "model.layers.1": "cpu"}, main_device="cpu", force_hooks=True)
-    model = adapted("llama", inner)
-    growth, hooked = grow(model, batch("llama"), STEPS)
-    assert hooked == pytest.approx(losses, rel=1e-5)
-    assert growth.controller.total_rank == expected.controller.total_rank
 
 
 # Two devices, without any: tensors without data that know their device, and refuse to meet one of another ------------

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer
 
-from aroma import AromaCallback, AromaConfig, AromaController, Event, aroma_layers, attach, save_adapter
+from aroma import AromaCallback, AromaConfig, Event, aroma_layers, attach, save_adapter
 from aroma.errors import ConfigError
 from aroma.export import export_merged
 from aroma.tuner import AromaLinear
@@ -210,15 +210,6 @@ def test_a_small_update_survives_that_merging_into_bfloat16_loses(tmp_path: Path
     left = layer.base_layer.weight.detach().double() - weight
     assert (left - true).norm() > 0.8 * true.norm(), "most of it was rounded away, and noise put in its place"
     assert (left == 0).double().mean() > 0.5, "most weights did not change at all"
-
-
-def test_norms_over_a_bfloat16_base_see_a_small_update() -> None:
-    model, layer, weight = over_bfloat16(1e-3)
-    controller = AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=20)
-    (module,) = controller.modules
-    true = layer.finished("default").B.double() @ layer.finished("default").A.double()
-    assert module.weight_norm == pytest.approx(float((weight + true).norm()), rel=1e-9)
-    assert module.weight_norm != pytest.approx(float(weight.norm()), rel=1e-9)
 
 
 # Skipped steps under float16 -----------------------------------------------------------------------------------------

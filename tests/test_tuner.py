@@ -222,19 +222,6 @@ def test_only_a_finished_model_in_training_gets_a_gradient_for_nothing(wrap: Cal
     assert type(model(x)) is type(wrap(x))
 
 
-@pytest.mark.parametrize("disturbance", ["disable_adapter", "set_adapter"])
-def test_a_frozen_module_stays_frozen_through_peft_calls(disturbance: str) -> None:
-    model = adapted("bert")
-    layers = list(aroma_layers(model).values())
-    layers[0].freeze("default")
-    if disturbance == "disable_adapter":
-        with model.disable_adapter():
-            pass
-    else:
-        model.set_adapter("default")
-    assert [p.requires_grad for layer in layers[:2] for p in layer.pair("default")] == [False, False, True, True]
-
-
 def test_autograd_stops_below_the_lowest_unfrozen_module() -> None:
     model, inputs = adapted("bert"), batch("bert")
     set_ranks(model, [1], pair=True)

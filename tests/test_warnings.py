@@ -106,18 +106,3 @@ def test_a_loaded_adapter_at_its_maximum_grows_no_further(tmp_path: Path) -> Non
         name for name, rank in before.items() if rank >= 2
     }
     assert max(before.values()) == 3
-
-
-def test_a_run_too_short_to_grow_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"max_inner_steps=None gives 50 steps, and the run has 40"):
-        assert AromaConfig().resolve_inner_steps(40) == 50
-
-
-def test_an_outer_step_after_the_end_does_nothing() -> None:
-    model = adapted("bert", max_components=1)
-    growth = attach(model, optimizer_of(model), total_steps=40)
-    train(model, batch("bert"), growth.controller.optimizer, 40)
-    assert growth.finished
-    number = growth.controller.outer_number
-    assert growth.controller.outer_step() == []
-    assert growth.controller.outer_number == number

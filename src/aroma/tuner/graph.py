@@ -18,8 +18,7 @@ class GraphKeeper:
     """Forward hook of a model that gives its output the gradients a finished adapter no longer needs.
 
     One process: once every module is frozen and no head trains, no parameter is left in the graph. A loop may still
-    take another step, with early stopping switched off or in a Trainer that resumes a finished run. The loss then gets
-    a zero gradient, so that `backward` has something to do.
+    take another step (a Trainer that resumes a finished run): the loss then gets a zero gradient.
 
     Several processes: DistributedDataParallel waits in every backward for the gradient of each parameter that it found
     when the model was wrapped. Frozen pairs get theirs, zero, at the output. No layer computes anything for them, and

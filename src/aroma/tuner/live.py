@@ -7,8 +7,7 @@ A configuration is data; everything else that an adapter needs is here. All grow
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,38 +70,25 @@ class LiveAdapter:
         Raises:
             ConfigError: Naming every differing field with both values.
         """
-        now = self.method()
-        if not self.chose_seed:
-            now["component_seed"] = saved.get("component_seed")
+        now = self.method() if self.chose_seed else {**self.method(), "component_seed": saved.get("component_seed")}
         differing = [name for name in now if now[name] != saved.get(name)]
         if differing:
             values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
             raise ConfigError(
-                f"cannot resume with another configuration: {values}. Resume with the checkpoint's values, or start "
-                "a new run."
+                f"cannot resume with another configuration: {values}; give the checkpoint's values, or start a new run"
             )
         self.seed = now["component_seed"]
 
 
-@dataclass(frozen=True)
-class Collected:
-    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know.
-
-    Args:
-        live: Its live state.
-        config: The configuration that PEFT writes next.
-        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
-        state: What `aroma_state.json` says, but for the configuration.
-        tensors: What the state of the run needs beside it, by name.
-        step: The controller's optimizer step; None without one.
-    """
+class Collected(NamedTuple):
+    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know."""
 
     live: LiveAdapter
-    config: AromaConfig
-    fan_in_fan_out: bool
-    state: dict[str, Any]
-    tensors: dict[str, Tensor]
-    step: int | None
+    config: AromaConfig  # that PEFT writes next
+    fan_in_fan_out: bool  # whether a base layer stores its weight as (n, m)
+    state: dict[str, Any]  # what aroma_state.json says, but for the configuration
+    tensors: dict[str, Tensor]  # what the state of the run needs beside it, by name; of any shape
+    step: int | None  # the controller's optimizer step
 
 
 _latest: list[Collected] = []
@@ -119,7 +105,7 @@ def remember(collected: Collected) -> None:
 
 
 def take_collected(config: AromaConfig) -> Collected | None:
-    """Return what was collected for `config`; only once for each collection.
+    """Return what was collected for `config`, once.
 
     None if nothing was collected, or a step was made since: then `config` is written as the data it is.
     """

@@ -78,7 +78,7 @@ class AromaModel(LoraModel):
             _copy_adapter(model, original, adapter_name)
 
     def _bring_to_life(self, model: nn.Module, adapter_name: str) -> None:
-        """Give the new layers of an adapter their live state and their first pair, b = 0 (m, r) and a (r, n)."""
+        """Give the new layers of an adapter their live state and their first pair."""
         live = LiveAdapter(self.peft_config[adapter_name])
         for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
             layer.live[adapter_name] = live
