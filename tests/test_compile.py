@@ -101,36 +101,6 @@ def test_modules_that_freeze_at_different_times_make_no_new_graph() -> None:
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_the_optimizer_gets_no_gradient_of_a_frozen_pair_in_a_compiled_graph() -> None:
-    model = adapted("llama", **ALWAYS_GROW)
-    compiled = torch.compile(model, backend=Graphs())
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9, weight_decay=0.5)
-    attachment = attach(compiled, optimizer, total_steps=4)
-    module = attachment.controller.modules[0]
-    train(compiled, batch("llama"), optimizer, 1)
-    attachment.controller.matrices.freeze(module)
-    seen: list[Any] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append([parameter.grad for parameter in module.pair]))
-    train(compiled, batch("llama"), optimizer, 1)
-    assert seen == [[None, None]]
-    assert not any(parameter.any() for parameter in module.pair)
-
-
-@pytest.mark.slow
-def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_growth_and_a_freeze() -> None:
-    graphs = Graphs()
-    model = adapted("llama", **ALWAYS_GROW)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    attachment = attach(model, optimizer, total_steps=5)
-    compiled = torch.compile(model, backend=graphs)
-    train(compiled, batch("llama"), optimizer, 3)
-    assert len(graphs.graphs) == 2
-    attachment.controller.matrices.freeze(attachment.controller.modules[0])
-    train(compiled, batch("llama"), optimizer, 2)
-    assert len(graphs.graphs) == 3
-
-
 # Who is compiled -----------------------------------------------------------------------------------------------------
 
 

@@ -89,8 +89,3 @@ def test_what_means_the_same_as_in_lora_lasts_a_whole_life(given: dict[str, Any]
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in plain.named_parameters()}
     assert get_peft_model(base("bert"), read).targeted_module_names == model.targeted_module_names
     model.save_pretrained(tmp_path / "adapter")
-
-
-def test_layers_that_the_model_lacks_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"^target_modules=.*layers_to_transform"):
-        get_peft_model(base("bert"), AromaConfig(target_modules=["query"], layers_to_transform=[7]))

@@ -58,14 +58,6 @@ def test_one_seed_one_mask() -> None:
     assert torch.equal(keep_mask(offsets, 0.2, 9, 11, LIKE), keep_mask(offsets, 0.2, 9, 11, LIKE))
 
 
-def test_a_large_mask_is_made_of_pieces_at_offsets_of_their_own() -> None:
-    piece = dropout._PIECE
-    first, second = [piece - 1, 5, 17], [3, piece - 1, 0]
-    large = keep_mask([*first, *second], 0.2, 2, piece // 2 + 100, LIKE).view(-1)
-    assert torch.equal(large[:piece], keep_mask(first, 0.2, 1, piece, LIKE).view(-1))
-    assert torch.equal(large[piece:], keep_mask(second, 0.2, 1, 200, LIKE).view(-1))
-
-
 def test_a_mask_first_drawn_in_inference_mode_serves_training() -> None:
     like = torch.ones(1)
     with torch.inference_mode():

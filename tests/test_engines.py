@@ -79,7 +79,6 @@ def test_it_has_the_layout_and_the_scale_that_vllm_reads(rank: int | None) -> No
         assert lora.config["target_modules"] == sorted(aroma_layers(model))
 
 
-@pytest.mark.filterwarnings("ignore:This AROMA adapter was trained without its controller")
 def test_it_is_what_the_files_hold(tmp_path: Path) -> None:
     model = some(pair=True)
     save_adapter(model, tmp_path / "saved")

@@ -7,20 +7,16 @@ from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, aroma_layers
 from aroma.tuner import AromaLinear, fused
 from aroma.tuner.fused import linear_with_update
-from aroma.tuner.tracing import is_traced
-from models import adapted, batch, set_ranks
 from quick import slow_but
 
 N, M = 6, 5
@@ -182,21 +178,6 @@ def test_autocast_computes_in_its_dtype(base: str) -> None:
         assert error < 2 * (other.double() - true).norm() / true.norm() + 1e-3, "no worse than PyTorch's operations"
 
 
-def test_backward_may_run_inside_autocast_and_outside() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N, requires_grad=True)
-    gradients = []
-    for inside in (False, True):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = layer(x).float().square().sum()
-            if inside:
-                gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
-        if not inside:
-            gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_bfloat16_base_under_a_float32_pair_rounds_the_update_once(frozen: bool) -> None:
     layer = grown(nn.Linear(N, M), 3, frozen)
@@ -210,41 +191,7 @@ def test_a_bfloat16_base_under_a_float32_pair_rounds_the_update_once(frozen: boo
     torch.testing.assert_close(y.detach(), layer.base_layer(x).detach() + update, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_a_quantised_base(kind: str) -> None:
-    make: dict[str, Callable[[], nn.Module]] = {
-        "4bit": lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4"),
-        "8bit": lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
-    }
-    model = get_peft_model(
-        nn.Sequential(make[kind]().to("cpu")), AromaConfig(target_modules=["0"], max_inner_steps=10)
-    )
-    set_ranks(model, [3], pair=True)
-    layer = aroma_layers(model)["0"]
-    assert_same(layer, torch.randn(2, 3, 64, requires_grad=True), rtol=1e-4, atol=1e-4)
-
-
 # Inside PyTorch ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_gives_the_same_gradients(dropout: float) -> None:
-    layer = grown(nn.Linear(N, N), 3, lora_dropout=dropout)
-    x = torch.randn(4, N)
-
-    def twice(x: Tensor) -> Tensor:
-        return layer(torch.tanh(layer(x)))
-
-    def recomputed(x: Tensor) -> Tensor:
-        return checkpoint(twice, x, use_reentrant=False)
-
-    for one, other in zip(*(_seeded(layer, function, x) for function in (twice, recomputed)), strict=True):
-        assert torch.equal(one, other)
-
-
-def _seeded(layer: AromaLinear, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    torch.manual_seed(6)
-    return answer(function, layer, x.requires_grad_())
 
 
 def test_a_module_used_twice_gets_both_gradients() -> None:
@@ -276,21 +223,6 @@ def test_what_looks_into_the_operations_finds_them(kind: str) -> None:
     else:
         result = torch.jit.trace(layer, x, check_trace=False)(x)
     torch.testing.assert_close(result, layer(x))
-
-
-def test_gradients_of_every_example_by_a_function_transform() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N)
-    pair = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-
-    def loss(pair: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, pair, (x,)).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(pair, x)
-    layer(x).square().sum().backward()
-    for name, parameter in layer.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_layer_survives_eight_growths_with_one_graph() -> None:
@@ -344,18 +276,6 @@ def test_hooks_and_replacements_of_the_base_layer_are_called() -> None:
     assert len(seen) == 1 + 5, "the base layer, the pair, its dropout, and the layer"
 
 
-def test_a_base_layer_that_trains_gets_its_gradient() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    layer.base_layer.requires_grad_(True)
-    x = torch.randn(4, 3, N, requires_grad=True)
-    gradients = []
-    for function in (layer, lambda x: composed(layer, x)):
-        answer(function, layer, x)
-        gradients.append([p.grad.clone() for p in layer.base_layer.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_two_active_adapters_add_up() -> None:
     net = nn.Sequential(nn.Linear(N, M))
     model = get_peft_model(net, AromaConfig(target_modules=["0"], max_inner_steps=10))
@@ -369,15 +289,6 @@ def test_two_active_adapters_add_up() -> None:
     both = sum(B @ A for B, A in map(layer.components, ("default", "second")))
     torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ both.T, rtol=1e-4, atol=1e-4)
     assert_same(layer, x.requires_grad_(), rtol=1e-4, atol=1e-4)
-
-
-def test_a_disabled_adapter_leaves_the_base_layer_alone() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N)
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), layer.base_layer(x))
-    layer.enable_adapters(True)
-    assert not torch.allclose(layer(x), layer.base_layer(x))
 
 
 # What is kept for backward -------------------------------------------------------------------------------------------
@@ -416,15 +327,3 @@ def test_a_frozen_module_keeps_nothing(folded: bool) -> None:
     layer = grown(nn.Linear(N, M), 9, frozen=True)
     with folding(folded):
         assert kept(layer, torch.randn(4, N, requires_grad=True)) == []
-
-
-def test_a_whole_model_is_the_composed_one() -> None:
-    model, examples = adapted("bert"), batch("bert")
-    set_ranks(model, [0, 3, 9], pair=True)
-    model.eval()
-    mine = model(**examples).logits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aroma.tuner.layer.is_traced", lambda x: True)
-        theirs = model(**examples).logits
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert not is_traced(examples["input_ids"])

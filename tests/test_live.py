@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import get_peft_model, get_peft_model_state_dict
 
-from aroma import AromaConfig, AromaController, aroma_layers, verify_adapter
+from aroma import AromaConfig, aroma_layers, verify_adapter
 from aroma.errors import ConfigError
 from models import METHOD, adapted, base, batch, grow, train, trainable
 
@@ -73,20 +73,6 @@ def test_what_was_collected_is_written_once_and_for_its_own_model(tmp_path: Path
     assert kinds == {"copy": "AROMA", "config": "AROMA", "first": "LORA", "second": "AROMA"}
 
 
-def test_two_models_of_one_configuration_save_their_own(tmp_path: Path) -> None:
-    config = AromaConfig(**METHOD, task_type="SEQ_CLS")
-    one, other = get_peft_model(base("bert"), config), get_peft_model(base("bert"), config)
-    grow(one, batch("bert"), 6)
-    get_peft_model_state_dict(other)
-    one.save_pretrained(tmp_path / "one")
-    other.save_pretrained(tmp_path / "other")
-    ranks = [
-        [entry["rank"] for entry in verify_adapter(tmp_path / name)["modules"].values()] for name in ("one", "other")
-    ]
-    assert any(ranks[0])
-    assert not any(ranks[1]), "the component of zeros that stands in for none is no rank"
-
-
 # What a model does to its configuration: nothing ---------------------------------------------------------------------
 
 
@@ -114,16 +100,6 @@ def test_the_seed_in_use_is_saved_and_a_configuration_may_serve_twice(tmp_path: 
 
 
 # Where it is found ---------------------------------------------------------------------------------------------------
-
-
-def test_all_layers_share_it_also_without_the_peft_wrapper() -> None:
-    model = inject_adapter_in_model(AromaConfig(**METHOD), base("bert"))
-    live = live_adapter(model)
-    assert {id(layer.live["default"]) for layer in aroma_layers(model).values()} == {id(live)}
-    controller = AromaController(model, optimizer_of(model), total_steps=20)
-    assert live.controller is controller
-    with pytest.raises(ConfigError, match=r"^adapter_name='other': .*no AROMA adapter of that name.*get_peft_model"):
-        live_adapter(model, "other")
 
 
 def test_copies_and_pickles_are_not_driven_by_the_controller_of_the_original() -> None:

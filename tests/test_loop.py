@@ -238,13 +238,3 @@ def test_an_adapter_loaded_under_the_controller_stops_the_next_step(tmp_path: Pa
     model.load_adapter(str(tmp_path), "default", is_trainable=True)
     with pytest.raises(CheckpointError, match="load_adapter replaced the components"):
         train(model, batch("llama"), optimizer, 1)
-
-
-# Saying so -----------------------------------------------------------------------------------------------------------
-
-
-def test_trained_without_a_controller_the_first_save_says_so(tmp_path: Path) -> None:
-    model = adapted("llama")
-    train(model, batch("llama"), optimizer_of(model), 2)
-    with pytest.warns(UserWarning, match=r"trained without its controller.*aroma\.attach"):
-        model.save_pretrained(tmp_path)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from aroma import aroma_layers, attach, save_adapter
-from aroma.errors import ConfigError
 from aroma.measures import PairSnapshot, inner_values, pair_norms
-from aroma.tuner import AromaLinear
 from models import adapted, base, batch, grow, logits, ranks, train, trainable
 from trainer_runs import assert_same
 
@@ -81,42 +78,6 @@ def test_a_run_over_an_offloaded_base_resumes(tmp_path: Path) -> None:
     assert train(resumed, batch("llama"), optimizer, STEPS - 6) == losses
     components = [{n: t for n, t in m.state_dict().items() if "lora_" in n} for m in (resumed, whole)]
     assert_same(*components)
-
-
-def test_offloaded_weights_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    load = AromaLinear.weight_matrix
-    living: list[weakref.ref[Any]] = []
-    most = 0
-
-    def watched(layer: AromaLinear) -> Tensor:
-        nonlocal most
-        weight = load(layer)
-        assert layer.base_layer.weight.is_meta
-        living.append(weakref.ref(weight.untyped_storage()))
-        most = max(most, sum(reference() is not None for reference in living))
-        return weight
-
-    monkeypatch.setattr(AromaLinear, "weight_matrix", watched)
-    grow(adapted("llama", disk_offload(base("llama"), str(tmp_path), CPU)), batch("llama"), 4)
-    assert len(living) == 2 * 14, "at the start and at the first outer step"
-    assert most == 1
-
-
-def test_a_weight_that_nobody_can_load_is_refused() -> None:
-    model = adapted("llama")
-    layer = aroma_layers(model)["model.layers.0.mlp.up_proj"]
-    layer.base_layer.to("meta")
-    with pytest.raises(ConfigError, match=r"^base_layer.weight='meta': it has no data"):
-        attach(model, torch.optim.AdamW(trainable(model)), total_steps=STEPS)
-
-
-def test_a_device_map_without_offloading_hooks_the_layers_and_trains() -> None:
-    expected, losses = grow(adapted("llama"), batch("llama"), STEPS)
-    inner = dispatch_model(base("llama"), {**SPLIT, "model.layers.1": "cpu"}, main_device="cpu", force_hooks=True)
-    model = adapted("llama", inner)
-    growth, hooked = grow(model, batch("llama"), STEPS)
-    assert hooked == pytest.approx(losses, rel=1e-5)
-    assert growth.controller.total_rank == expected.controller.total_rank
 
 
 # Two devices, without any: tensors without data that know their device, and refuse to meet one of another ------------

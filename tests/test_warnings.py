@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from aroma import AromaConfig, AromaController, aroma_layers, attach, save_adapter
+from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from aroma.errors import ConfigError
 from models import ARCHITECTURES, adapted, base, batch, ranks, train, trainable
 
@@ -45,14 +45,6 @@ def test_a_model_without_the_adapter_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"^adapter_name='{name}': .* has no AROMA adapter of that name; make"):
             save_adapter(model, tmp_path / "adapter", name)
     assert not (tmp_path / "adapter").exists()
-
-
-def test_a_controller_that_is_never_stepped_does_not_count(tmp_path: Path) -> None:
-    model = adapted("bert")
-    AromaController(model, optimizer_of(model), total_steps=20)
-    train(model, batch("bert"), optimizer_of(model), 3)
-    with pytest.warns(UserWarning, match="trained without its controller"):
-        model.save_pretrained(tmp_path)
 
 
 def test_a_training_without_a_controller_is_told_after_its_first_step(tmp_path: Path) -> None:
@@ -101,13 +93,6 @@ def test_the_head_of_a_task_trains_whole(task: str, ending: str, head: str) -> N
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad and head in name]
 
 
-def test_a_merge_says_so_too() -> None:
-    model = adapted("bert")
-    train(model, batch("bert"), optimizer_of(model), 3)
-    with pytest.warns(UserWarning, match="trained without its controller"):
-        model.merge_and_unload()
-
-
 def test_a_loaded_adapter_at_its_maximum_grows_no_further(tmp_path: Path) -> None:
     model = adapted("bert", max_components=3)
     growth = attach(model, optimizer_of(model), total_steps=40)
@@ -121,18 +106,3 @@ def test_a_loaded_adapter_at_its_maximum_grows_no_further(tmp_path: Path) -> Non
         name for name, rank in before.items() if rank >= 2
     }
     assert max(before.values()) == 3
-
-
-def test_a_run_too_short_to_grow_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"max_inner_steps=None gives 50 steps, and the run has 40"):
-        assert AromaConfig().resolve_inner_steps(40) == 50
-
-
-def test_an_outer_step_after_the_end_does_nothing() -> None:
-    model = adapted("bert", max_components=1)
-    growth = attach(model, optimizer_of(model), total_steps=40)
-    train(model, batch("bert"), growth.controller.optimizer, 40)
-    assert growth.finished
-    number = growth.controller.outer_number
-    assert growth.controller.outer_step() == []
-    assert growth.controller.outer_number == number

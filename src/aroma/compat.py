@@ -29,10 +29,9 @@ TUNER_NAMES = {
     ),
     "peft.tuners.lora.layer:Linear": (
         "_move_adapter_to_device_of_base_layer",
-        "_check_forward_args",
         "_cast_input_dtype",
     ),
-    "torch.nn:Module": ("_apply", "_save_to_state_dict", "_load_from_state_dict", "_compiled_call_impl"),
+    "torch.nn:Module": ("_save_to_state_dict", "_load_from_state_dict", "_compiled_call_impl"),
     "torch.nn:Identity()": (
         "_modules",
         "_buffers",
@@ -47,7 +46,6 @@ TUNER_NAMES = {
         "_global_backward_hooks",
         "_global_backward_pre_hooks",
     ),
-    "torch:Tensor": ("_version",),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch:_C": ("_len_torch_dispatch_stack",),
     "torch:_C._functorch": ("peek_interpreter_stack",),
@@ -103,38 +101,39 @@ def is_compiled(module: nn.Module) -> bool:
     return compiled_module(module) is not None or module._compiled_call_impl is not None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of `module` are hooked, or its `forward` is replaced."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
-
-
-def has_global_hooks() -> bool:
-    """Whether calls of all modules are hooked."""
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calls of one of the modules are hooked, or its `forward` is replaced."""
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
+        or any(
+            "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            for own in map(vars, modules)
+        )
     )
 
 
-def is_jit_tracing() -> bool:
-    """Whether torch.jit traces a module."""
-    tracing: bool = jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing
+def is_traced(x: Tensor) -> bool:
+    """Whether `x` (any shape) is being traced, so that a custom `autograd.Function` would be opaque.
 
-
-def is_transformed() -> bool:
-    """Whether forward-mode differentiation, a dispatch mode or a function transform is at work."""
+    The tracer may be a compiler, a function transform, forward-mode differentiation, or a dispatch mode (selective
+    checkpointing keeps results of operations, which may then not be written to). `x` itself counts if it is a tensor
+    subclass, has no data, is nested, or is a scalar, which no layer takes.
+    """
     return (
-        forward_ad._current_level >= 0
+        torch.compiler.is_compiling()
+        or jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or type(x) not in (Tensor, nn.Parameter)
+        or x.is_meta
+        or x.is_nested
+        or not x.dim()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -56,9 +56,7 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
         if rank is not None and found > rank:
             raise bad_value("rank", rank, f"{name} has rank {found}; give at least that, and set max_components")
     fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-    config: dict[str, Any] = plain_config(live.config, ranks, fan_in_fan_out).to_dict()
-    config |= {"peft_type": "LORA", "inference_mode": True}
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+    config = {**plain_config(live.config, ranks, fan_in_fan_out), "peft_type": "LORA", "inference_mode": True}
     if rank is not None:
         config = uniform_config(config, ranks, rank)
     tensors: dict[str, Tensor] = {}

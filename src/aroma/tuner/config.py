@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME
 from ..card import write_ranks
 from ..errors import bad_value
 from ..files import write_json
+from .layout import plain_config
 from .live import take_collected
 from .state import write_adapter_state
 
@@ -22,36 +23,13 @@ from .state import write_adapter_state
 class _Registered(str):
     """The name of a PEFT method that is not in PEFT's own enumeration; has a `value`, as its members do."""
 
-    __slots__ = ()
-
-    @property
-    def value(self) -> str:
-        """The name."""
-        return str.__str__(self)
+    value = property(str.__str__)
 
     def __str__(self) -> str:
         return f"PeftType.{self.value}"
 
 
 PEFT_TYPE = _Registered("AROMA")
-
-METHOD_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "max_components",
-    "component_seed",
-    "inner_tolerance",
-    "inner_check_interval",
-    "max_inner_steps",
-    "outer_tolerance",
-    "min_components",
-    "inner_criterion",
-    "reset",
-    "prune_ratio",
-    "rewarmup_steps",
-)
-"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
 _LARGEST_USUAL_RANK = 8
 """Of a component; a larger `r` is likely meant as that of a LoraConfig, of a whole matrix."""
@@ -65,38 +43,33 @@ class AromaConfig(LoraConfig):
     first inner loop lasts at most 1200 / 12 = 100 optimizer steps and is checked at steps 10, 20, …, 100. A module
     whose ‖b a‖_F grew by less than 10 % since the previous check is labelled converged. When all are labelled, or at
     step 100, each module either keeps its component (if ‖s b a‖_F ≥ 0.005 ‖W0 + s B A‖_F) and starts the next one, or
-    drops it and stays frozen.
-
-    ReLoRA is the special case without checks: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
+    drops it and stays frozen. Without checks it is ReLoRA: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
     max_components=8)`` trains eight components of equal length.
 
     Args:
-        r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks.
-        lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
-        lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training. Finished
-            components count as merged and have no dropout.
-        target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`; linear
-            layers only. For convolutions, embeddings and experts use evidence on PEFT's `LoraConfig`.
-        inner_tolerance (`float` or `None`, *optional*, defaults to 0.1): ε_in of equation (5). `None`: no inner
-            checks, every inner loop lasts `max_inner_steps`.
-        inner_check_interval (`int`, *optional*, defaults to 10): ΔT_in, in optimizer steps.
-        max_inner_steps (`int`, *optional*): T_in, in optimizer steps. `None`: a twelfth of the planned steps, at
-            least 50; for ReLoRA, the planned steps divided by `max_components`.
-        outer_tolerance (`float` or `None`, *optional*, defaults to 0.005): ε_out of equation (6). `None`: every
-            component is kept.
-        min_components (`int`, *optional*, defaults to 0): A module keeps this many components whatever equation (6)
-            says. The paper's released code behaves like 1.
-        max_components (`int`, *optional*): A module with this many components is frozen.
-        inner_criterion (`str`, *optional*, defaults to `"norm_change"`): `"norm_change"` is equation (5), the relative
-            change of the norm; `"update_change"` is the relative norm of the change.
-        reset (`str`, *optional*, defaults to `"prune"`): What happens to the optimizer state of (b, a) after a merge:
-            `"prune"` zeroes a random `prune_ratio` of the moments, the same entries in each, and keeps the step count
-            (section 3.2); `"zero"` zeroes moments and step count; `"none"` keeps everything (ablation of Table 4).
-        prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
-        rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
-            back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
-        component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
-            the adapter is made, so that `set_seed` decides it.
+        r: Rank of one component. The paper uses 1, and 8 for hard tasks.
+        lora_alpha: Every component is scaled by s = lora_alpha / r.
+        lora_dropout: Dropout on the input of the component in training; finished components have none.
+        target_modules: As in `LoraConfig`; linear layers only. For convolutions, embeddings and experts use evidence
+            on PEFT's `LoraConfig`.
+        inner_tolerance: ε_in of equation (5). `None`: every inner loop lasts `max_inner_steps`.
+        inner_check_interval: ΔT_in, in optimizer steps.
+        max_inner_steps: T_in, in optimizer steps. `None`: a twelfth of the planned steps, at least 50; for ReLoRA, the
+            planned steps divided by `max_components`.
+        outer_tolerance: ε_out of equation (6). `None`: every component is kept.
+        min_components: A module keeps this many components whatever equation (6) says. The paper's released code
+            behaves like 1.
+        max_components: A module with this many components is frozen.
+        inner_criterion: `"norm_change"` is equation (5), the relative change of the norm; `"update_change"` is the
+            relative norm of the change.
+        reset: What happens to the optimizer state of (b, a) after a merge: `"prune"` zeroes a random `prune_ratio` of
+            the moments, the same entries in each, and keeps the step count (section 3.2); `"zero"` zeroes moments and
+            step count; `"none"` keeps everything (ablation of Table 4).
+        prune_ratio: Share of moment entries that `"prune"` zeroes.
+        rewarmup_steps: Optimizer steps in which the learning rate climbs from 0 back to the schedule at the start of
+            every later inner loop (Figure 2). 0: no re-warm-up.
+        component_seed: Seed of the components' own generator. `None`: `torch.initial_seed()` when the adapter is made,
+            so that `set_seed` decides it.
 
     Raises:
         ConfigError: A value cannot work; the error names the field and the remedy.
@@ -194,13 +167,13 @@ class AromaConfig(LoraConfig):
         if collected is None:
             super().save_pretrained(save_directory, **kwargs)
             return
-        plain = collected.plain.lora_config(self).to_dict()
+        state = collected.state
+        ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
+        plain = plain_config(self, ranks, collected.fan_in_fan_out)
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
-        ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
-        write_json(Path(save_directory) / CONFIG_NAME, ordered)
-        state = write_adapter_state(save_directory, collected, ordered)
-        ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
+        write_json(Path(save_directory) / CONFIG_NAME, plain)
+        write_adapter_state(save_directory, {**state, "adapter_config": plain}, collected.tensors)
         write_ranks(save_directory, ranks, state["config"])
 
 
@@ -245,6 +218,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Whether a value fits a field, and what to do if not."""
 
+METHOD_FIELDS = tuple(_CHECKS)
+"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
+
 _AS_IN_LORA = {
     "task_type",
     "peft_type",
@@ -261,21 +237,7 @@ _AS_IN_LORA = {
     "layers_pattern",
     "ensure_weight_tying",
 }
-"""Fields of LoraConfig that mean for AROMA what they mean there."""
-
-_WHY_NOT = {
-    "bias": "AROMA trains no biases",
-    "lora_bias": "a component has no bias",
-    "use_rslora": "the scale of a component is lora_alpha / r and never changes as the rank grows",
-    "use_dora": "DoRA's magnitude cannot be written as a plain LoRA adapter of growing rank",
-    "init_lora_weights": "b starts at 0 and a Kaiming-uniform, so that training starts at the pretrained model",
-    "target_parameters": "it grows linear layers; for experts use evidence on PEFT's LoraConfig",
-    "layer_replication": "replicated layers share a base weight",
-    "trainable_token_indices": "train token embeddings with a LoraConfig instead",
-    "rank_pattern": "AROMA finds the ranks; use max_components to bound them",
-    "alpha_pattern": "AROMA finds the ranks; use max_components to bound them",
-}
-"""Why a field of LoraConfig cannot be set. All others, also those of later versions, belong to variants of LoRA."""
+"""Fields of LoraConfig that mean for AROMA what they mean there; all others belong to variants of LoRA."""
 
 
 def _require_inherited(config: AromaConfig) -> None:
@@ -288,5 +250,5 @@ def _require_inherited(config: AromaConfig) -> None:
         # Of another type than its default a field says something, however empty it is.
         if (type(value) is type(default) and value == default) or (value is None and default == {}):
             continue
-        why = _WHY_NOT.get(item.name, "it belongs to a variant of LoRA, which cannot grow")
-        raise bad_value(item.name, value, f"not supported by AROMA: {why}; leave it unset, at {default!r}")
+        remedy = f"not supported by AROMA: a growing adapter cannot have it; leave it unset, at {default!r}"
+        raise bad_value(item.name, value, remedy)

@@ -22,11 +22,7 @@ _SEED = 20250405
 
 
 def draw_offsets(elements: int) -> Offsets:
-    """Draw the offsets of a mask from PyTorch's CPU generator, which checkpoints save and recomputation restores.
-
-    Args:
-        elements: Size of the mask.
-    """
+    """Draw a mask of `elements` from PyTorch's CPU generator, which checkpoints save and recomputation restores."""
     pieces = -(-elements // _PIECE)
     offsets: Offsets = torch.randint(_PIECE, (3 * pieces,), device="cpu").tolist()
     return offsets
@@ -52,14 +48,11 @@ def keep_mask(offsets: Offsets, p: float, tokens: int, features: int, like: Tens
 @torch.inference_mode(False)
 def _banks(p: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return three banks (2 · 2^21,) of zeros and ones, in each of which a share of exactly (1 - p)^(1/3) is 1."""
-    first, second, third = (_bank(p, number).to(device) for number in range(3))
-    return first, second, third
-
-
-def _bank(p: float, number: int) -> Tensor:
-    """Return one bank, (2 · 2^21,), on the CPU."""
-    generator = torch.Generator().manual_seed(_SEED + number)
-    draws = torch.rand(2 * _PIECE, generator=generator, dtype=torch.float64, device="cpu")
-    kept = round((1 - p) ** (1 / 3) * draws.numel())
-    keep = draws <= draws.kthvalue(kept).values if kept else torch.zeros_like(draws, dtype=torch.bool)
-    return keep.to(torch.uint8)
+    banks = []
+    for number in range(3):
+        generator = torch.Generator().manual_seed(_SEED + number)
+        draws = torch.rand(2 * _PIECE, generator=generator, dtype=torch.float64, device="cpu")
+        kept = round((1 - p) ** (1 / 3) * draws.numel())
+        keep = draws <= draws.kthvalue(kept).values if kept else torch.zeros_like(draws, dtype=torch.bool)
+        banks.append(keep.to(torch.uint8).to(device))
+    return banks[0], banks[1], banks[2]

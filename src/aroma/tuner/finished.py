@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 CHUNK = 8
 """Finished components are stored in chunks of this many rows, so that a compiled graph survives many growths."""
 
+Factors: TypeAlias = tuple[Tensor, Tensor]
+"""Left and right factor of a low-rank matrix, (m, R) and (R, n)."""
+
 
 class FinishedComponents(nn.Module):
     """The components of one module that no longer train: ΔW = B A, with the scale s already folded into B.
 
-    The storage is zero-padded, written in place, and grows in chunks (of 8 components unless `reserve` changes that).
-    It is never an inference tensor, which could not be trained with later. The state dict holds the `rank` components
-    without padding, so its shapes tell the rank.
+    The storage is zero-padded, written in place, and grows in chunks. It is never an inference tensor, which could not
+    be trained with later. The state dict holds the `rank` components without padding, so its shapes tell the rank.
 
     Args:
         in_features (`int`): n.
@@ -24,16 +26,14 @@ class FinishedComponents(nn.Module):
 
     Attributes:
         rank: R, the number of components.
-        chunk: Components by which the storage grows.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.rank = 0
-        self.chunk = CHUNK
-        self._least = 0
+        self._reserved = 0
         # Named as in the state dict: torch's distributed checkpoints match the names of buffers and entries.
-        self._store(torch.empty(0, in_features), torch.empty(out_features, 0))
+        self._buffers["A"], self._buffers["B"] = torch.empty(0, in_features), torch.empty(out_features, 0)
 
     @property
     def storage_A(self) -> Tensor:
@@ -44,10 +44,6 @@ class FinishedComponents(nn.Module):
     def storage_B(self) -> Tensor:
         """B with its padding, (m, capacity)."""
         return self._buffers["B"]  # type: ignore[return-value]
-
-    def _store(self, A: Tensor, B: Tensor) -> None:
-        """Replace the storage by A (capacity, n) and B (m, capacity)."""
-        self._buffers["A"], self._buffers["B"] = A, B
 
     @property
     def A(self) -> Tensor:
@@ -60,7 +56,7 @@ class FinishedComponents(nn.Module):
         return self.storage_B[:, : self.rank]
 
     @property
-    def padded(self) -> tuple[Tensor, Tensor]:
+    def padded(self) -> Factors:
         """B (m, K) and A (K, n) as the layer multiplies with them, zero-padded to a multiple of 8 components.
 
         A compiler gets the whole storage: its shape does not depend on the rank, so growing makes no new graph.
@@ -70,29 +66,24 @@ class FinishedComponents(nn.Module):
         count = -(-self.rank // CHUNK) * CHUNK
         return self.storage_B[:, :count], self.storage_A[:count]
 
-    def reserve(self, chunk: int, like: Tensor) -> None:
-        """Store components in chunks of `chunk`, a multiple of 8, from now on, and make the first one at once.
-
-        Args:
-            chunk: Components of a chunk.
-            like: Tensor of any shape, whose dtype and device the storage gets.
-        """
-        self.chunk, self._least = chunk, chunk
-        self._reserve(self.rank, like)
+    def reserve(self, components: int, like: Tensor) -> None:
+        """Make room for `components` at once, and later as many again, with dtype and device of `like` (any shape)."""
+        self._reserved = -(-components // CHUNK) * CHUNK
+        self._grow(self.rank, like)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def append(self, B: Tensor, A: Tensor) -> None:
         """Append components `B` (m, k), scale folded in, and `A` (k, n)."""
         new_rank = self.rank + A.shape[0]
-        self._reserve(new_rank, like=A)
+        self._grow(new_rank, like=A)
         self.storage_A[self.rank : new_rank] = A
         self.storage_B[:, self.rank : new_rank] = B
         self.rank = new_rank
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def pop(self, count: int) -> tuple[Tensor, Tensor]:
+    def pop(self, count: int) -> Factors:
         """Remove the last `count` components and return copies of them: (m, count) and (count, n)."""
         kept, B, A = self.rank - count, self.B, self.A
         # Rebuilt, not shortened: the padded shape must be that of a run that never held the popped components.
@@ -101,22 +92,20 @@ class FinishedComponents(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _reserve(self, rank: int, like: Tensor) -> None:
+    def _grow(self, rank: int, like: Tensor) -> None:
         """Make room for `rank` components, with the dtype and device of `like` (any shape)."""
-        capacity = max(self._least, -(-rank // self.chunk) * self.chunk)
-        if capacity <= len(self.storage_A):
-            return
-        A = like.new_zeros(capacity, self.storage_A.shape[1])
-        B = like.new_zeros(self.storage_B.shape[0], capacity)
-        A[: self.rank] = self.A
-        B[:, : self.rank] = self.B
-        self._store(A, B)
+        chunk = self._reserved or CHUNK
+        capacity = max(self._reserved, -(-rank // chunk) * chunk)
+        if capacity > len(self.storage_A):
+            A, B = like.new_zeros(capacity, self.storage_A.shape[1]), like.new_zeros(len(self.storage_B), capacity)
+            A[: self.rank], B[:, : self.rank] = self.A, self.B
+            self._buffers["A"], self._buffers["B"] = A, B
 
     @torch.inference_mode(False)
     def _replace(self, B: Tensor, A: Tensor) -> None:
         """Hold B (m, k) and A (k, n), and nothing else; the storage gets their dtypes and devices."""
         self.rank = 0
-        self._store(A.new_empty(0, A.shape[1]), B.new_empty(B.shape[0], 0))
+        self._buffers["A"], self._buffers["B"] = A.new_empty(0, A.shape[1]), B.new_empty(len(B), 0)
         self.append(B, A)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -128,9 +117,24 @@ class FinishedComponents(nn.Module):
         self, state_dict: Any, prefix: str, _metadata: Any, _strict: bool, missing: list[str], *_: Any
     ) -> None:
         if absent := [prefix + name for name in "AB" if prefix + name not in state_dict]:
-            missing.extend(absent)
+            # accelerate takes empty tensors for shared ones, and leaves them out.
+            missing.extend(absent if self.rank else ())
             return
         A, B = state_dict[prefix + "A"], state_dict[prefix + "B"]
         if not self.storage_A.is_meta:
             A, B = A.to(self.storage_A.device), B.to(self.storage_B.device)
         self._replace(B, A)
+
+
+def with_pair(finished: Factors, pair: Factors, scale: float) -> Factors:
+    """Return the factors B (m, R) and A (R, n) of a whole update, the pair last if it has moved.
+
+    Args:
+        finished: B (m, R) and A (R, n) of the finished components.
+        pair: b (m, r) and a (r, n).
+        scale: What b is multiplied by.
+    """
+    (B, A), (b, a) = finished, pair
+    if not b.any():
+        return B, A
+    return torch.cat([B.to(b), b * scale], dim=1), torch.cat([A.to(a), a], dim=0)

@@ -52,13 +52,10 @@ def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, update: U
     Under autocast everything is cast to its dtype, as `F.linear` casts; otherwise all dtypes must be equal.
 
     Args:
-        x: Inputs, (…, n).
+        x: Inputs, (…, n); the result is (…, m).
         weight: W0, (m, n); gets no gradient.
         bias: (m,); gets no gradient.
         update: ΔW.
-
-    Returns:
-        (…, m).
     """
     dtype = autocast_dtype(x) or x.dtype
     node: Callable[..., Tensor] = _LinearWithUpdate.apply
@@ -93,7 +90,9 @@ class _LinearWithUpdate(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         """Map x (…, n) to (…, m)."""
-        call = ctx.call = _Call.of(x, update, dtype)
+        offsets = draw_offsets(x.numel()) if update.p and a.shape[0] else []
+        scale = update.scale / (1 - update.p) if offsets else update.scale
+        call = ctx.call = _Call(x.shape, x.dtype, dtype, scale, update.p, offsets)
         with without_autocast(x.device):
             parts, flat = call.parts(weight, update.A, update.B, a, b), call.flat(x)
             y = F.linear(flat, parts.W, None if bias is None else bias.to(dtype))
@@ -131,11 +130,8 @@ class _LinearWithUpdate(torch.autograd.Function):
         return gx, ga, gb, None, None, None, None
 
 
-# What forward and backward of a call share ---------------------------------------------------------------------------
-
-
 class _Call(NamedTuple):
-    """The facts of one call.
+    """What forward and backward of a call share.
 
     Args:
         shape: Shape of x, (…, n).
@@ -152,13 +148,6 @@ class _Call(NamedTuple):
     pair_scale: float
     p: float
     offsets: Offsets
-
-    @classmethod
-    def of(cls, x: Tensor, update: Update, dtype: torch.dtype) -> _Call:
-        """Return the facts of a call with `x` (…, n); draws the dropout mask."""
-        offsets = draw_offsets(x.numel()) if update.p and update.a.shape[0] else []
-        scale = update.scale / (1 - update.p) if offsets else update.scale
-        return cls(x.shape, x.dtype, dtype, scale, update.p, offsets)
 
     def flat(self, x: Tensor) -> Tensor:
         """Return `x` (…, k) as (T, k) in the dtype that is computed in."""
@@ -180,24 +169,14 @@ class _Call(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """The operands of one call.
+    """The operands of one call; A, up and down have R = 0 where the finished components are folded into W."""
 
-    Args:
-        W: W0 (m, n), plus what is folded: then the others have the pair alone, R = 0.
-        A: Finished components, (R, n).
-        a: The pair, (r, n).
-        up: [B, s b]ᵀ, (R + r, m), contiguous.
-        down: [A; a], (R + r, n).
-        mask: Dropout mask of the pair's input, (T, n); None without dropout.
-        pair_is_folded: Whether W contains the pair, too.
-    """
-
-    W: Tensor
-    A: Tensor
-    a: Tensor
-    up: Tensor
-    down: Tensor
-    mask: Tensor | None
+    W: Tensor  # (m, n)
+    A: Tensor  # (R, n)
+    a: Tensor  # (r, n)
+    up: Tensor  # [B, s b]ᵀ, (R + r, m), contiguous
+    down: Tensor  # [A; a], (R + r, n)
+    mask: Tensor | None  # of the pair's input, (T, n); None without dropout
     pair_is_folded: bool
 
     def project(self, x: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ class GraphKeeper:
     """Forward hook of a model that gives its output the gradients a finished adapter no longer needs.
 
     One process: once every module is frozen and no head trains, no parameter is left in the graph. A loop may still
-    take another step, with early stopping switched off or in a Trainer that resumes a finished run. The loss then gets
-    a zero gradient, so that `backward` has something to do.
+    take another step (a Trainer that resumes a finished run): the loss then gets a zero gradient.
 
     Several processes: DistributedDataParallel waits in every backward for the gradient of each parameter that it found
     when the model was wrapped. Frozen pairs get theirs, zero, at the output. No layer computes anything for them, and
@@ -36,11 +35,16 @@ class GraphKeeper:
         """Return `output`, tensors of any shape, with another graph, or None to leave it unchanged."""
         if not model.training or not torch.is_grad_enabled():
             return None
-        if torch.compiler.is_compiling() and any(layer.stays_in_graph for layer in self.layers):
+        staying = [layer for layer in self.layers if layer.stays_in_graph]
+        if staying and torch.compiler.is_compiling():
             # The layers evaluate frozen pairs themselves; to ask which are frozen would compile again at each freeze.
             return None
         waiting: list[Tensor] = [
-            pair for layer in self.layers if layer.stays_in_graph for pair in _frozen_pairs(layer)
+            parameter
+            for layer in staying
+            for name in layer.frozen_adapters & {*layer.lora_A}
+            for parameter in layer.pair(name)
+            if parameter.requires_grad
         ]
         if not waiting:
             is_finished = any(layer.frozen_adapters for layer in self.layers)
@@ -59,12 +63,8 @@ def is_compiled(model: nn.Module) -> bool:
 def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
     """Make DistributedDataParallel ignore the finished components of `model`.
 
-    It would broadcast all buffers from rank 0 in every forward, though every rank has the same components. It would
-    also write them in place, so that a model could not be called twice before a backward.
-
-    Args:
-        model: The model that the layers are in.
-        layers: Its growing layers, by their names in it.
+    It would broadcast all buffers from rank 0 in every forward, in place, so that a model could not be called twice
+    before a backward. `layers` are the growing layers by their names in the model.
     """
     names = {
         f"{key}.lora_finished.{adapter}.{side}"
@@ -74,11 +74,6 @@ def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
     }
     # DDP may wrap the model, the tuner or the PeftModel; the latter two look attributes up in the model.
     compat.hide_from_ddp(model, {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)})
-
-
-def _frozen_pairs(layer: AromaLinear) -> list[nn.Parameter]:
-    pairs = [layer.pair(name) for name in layer.frozen_adapters if name in layer.lora_A]
-    return [parameter for pair in pairs for parameter in pair if parameter.requires_grad]
 
 
 def _is_floating_point(value: Any) -> bool:

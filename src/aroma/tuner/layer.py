@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +14,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .. import compat
-from ..errors import ConfigError, NonFiniteError, bad_value
+from ..errors import bad_value
 from ..sharding import gathered, is_sharded, write
-from .finished import CHUNK, FinishedComponents
+from .finished import Factors, FinishedComponents, with_pair
 from .fused import Update, autocast_dtype, linear_with_update
-from .tracing import is_hooked, is_traced
 
 if TYPE_CHECKING:
     from .live import LiveAdapter
@@ -37,24 +33,15 @@ class AromaLinear(LoraLinear):
 
     (section 3.1). W0 is never written. A frozen module has b = a = 0 and costs its finished components only.
 
-    `scaling` is what PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change temporarily; it scales the
-    whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
-
-    `stays_in_graph` is set where the graph must not change. DistributedDataParallel waits in every backward for a
-    gradient of each parameter that it found at the start, and a graph is compiled again when a parameter stops
-    requiring a gradient. So a frozen pair then still requires one, which is zero. The layer skips the pair all the
-    same, and `GraphKeeper` adds the gradient at the model's output; a compiled graph evaluates the pair as any other.
-
-    Casting the model to 16 bits (`model.to`, `half`, `bfloat16`) leaves 32-bit components as they are, because small
-    updates would be rounded away.
-
     Attributes:
         in_features: n.
         out_features: m.
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
-        own_scaling: s of every adapter.
-        stays_in_graph: See above.
+        own_scaling: s of every adapter, which merging and saving fold into B. `scaling` is what PEFT's `set_scale` and
+            the like change temporarily; it scales the whole update.
+        stays_in_graph: Whether a frozen pair still requires a gradient, because DistributedDataParallel waits for it,
+            or because the model is compiled: `GraphKeeper` gives it one of zero, a compiled graph evaluates the pair.
     """
 
     in_features: int
@@ -82,15 +69,6 @@ class AromaLinear(LoraLinear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Put back empty finished components, which accelerate takes for shared tensors and leaves out."""
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for adapter_name in self.lora_A:
-            finished = self.finished(adapter_name)
-            if f"{prefix}lora_B.{adapter_name}.weight" in state_dict and not finished.rank:
-                for side, empty in (("A", finished.A), ("B", finished.B)):
-                    state_dict.setdefault(f"{prefix}lora_finished.{adapter_name}.{side}", empty)
-
     # The pair and what is known of it -------------------------------------------------------------------------------
 
     def pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -109,10 +87,7 @@ class AromaLinear(LoraLinear):
 
     def rank(self, adapter_name: str) -> int:
         """Return the rank of the update: finished components, and the pair once it has moved."""
-        finished = self.finished(adapter_name).rank
-        if self.is_frozen(adapter_name) or not self.whole_pair(adapter_name)[0].any():
-            return finished
-        return finished + int(self.r[adapter_name])
+        return len(self.components(adapter_name)[1])
 
     @torch.no_grad()
     def whole_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -121,7 +96,7 @@ class AromaLinear(LoraLinear):
         return b.detach(), a.detach()
 
     @torch.no_grad()
-    def components(self, adapter_name: str, pair: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def components(self, adapter_name: str, pair: Factors | None = None) -> Factors:
         """Return the whole update as B (m, R) with the scale folded in and A (R, n), the pair last if it has moved.
 
         Args:
@@ -132,11 +107,8 @@ class AromaLinear(LoraLinear):
         B = self._scaled(finished.B, adapter_name)
         if pair is None and self.is_frozen(adapter_name):
             return B, finished.A
-        b, a = self.whole_pair(adapter_name) if pair is None else pair
-        if not b.any():
-            return B, finished.A
-        B = torch.cat([B.to(b), b * self.scaling[adapter_name]], dim=1)
-        return B, torch.cat([finished.A.to(a), a], dim=0)
+        pair = self.whole_pair(adapter_name) if pair is None else pair
+        return with_pair((B, finished.A), pair, self.scaling[adapter_name])
 
     def _scaled(self, B: Tensor, adapter_name: str) -> Tensor:
         """Scale left factors B (m, R) by what PEFT scales the adapter by temporarily, mostly 1."""
@@ -146,15 +118,9 @@ class AromaLinear(LoraLinear):
     # The steps of Algorithm 1 that change a module ------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge_pair(self, adapter_name: str, pair: tuple[Tensor, Tensor] | None = None) -> None:
-        """Merge: the pair becomes a finished component.
-
-        Args:
-            adapter_name: Name of the adapter.
-            pair: Its whole pair b (m, r) and a (r, n) if known; otherwise all ranks gather a sharded one together.
-        """
+    def merge_pair(self, adapter_name: str, pair: Factors | None = None) -> None:
+        """Merge: the pair becomes finished components; `pair`, if known, is whole, b (m, r) and a (r, n)."""
         b, a = self.whole_pair(adapter_name) if pair is None else pair
-        # Its own scale: a temporary one of PEFT's scales finished components from outside.
         self.finished(adapter_name).append(b * self.own_scaling[adapter_name], a)
 
     @torch.no_grad()
@@ -169,13 +135,9 @@ class AromaLinear(LoraLinear):
     def freeze(self, adapter_name: str) -> None:
         """Freeze for good: the pair is dropped, and only the finished components remain."""
         self.frozen_adapters.add(adapter_name)
-        b, a = self.pair(adapter_name)
-        r = self.r[adapter_name]
-        write(b, torch.zeros(self.out_features, r, dtype=b.dtype, device=b.device))
-        write(a, torch.zeros(r, self.in_features, dtype=a.dtype, device=a.device))
-        for parameter in (b, a):
-            parameter.grad = None
-            parameter.requires_grad_(self.stays_in_graph)
+        a = self.pair(adapter_name)[1]
+        self.start_pair(adapter_name, torch.zeros(self.r[adapter_name], self.in_features).to(a.device, a.dtype))
+        self._require_gradients(adapter_name, self.stays_in_graph)
 
     def stay_in_graph(self, adapter_name: str, stays: bool, growths: int | None = None) -> None:
         """Decide whether a frozen pair still requires a gradient; applies to a pair that is frozen already.
@@ -188,18 +150,20 @@ class AromaLinear(LoraLinear):
         """
         self.stays_in_graph = stays
         if growths is not None:
-            rows, a = growths * self.live[adapter_name].config.r, self.pair(adapter_name)[1]
+            a = self.pair(adapter_name)[1]
             like = torch.empty(0, dtype=a.dtype, device=a.device)
-            self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=like)
+            self.finished(adapter_name).reserve(growths * self.live[adapter_name].config.r, like)
         if self.is_frozen(adapter_name):
-            for parameter in self.pair(adapter_name):
-                parameter.requires_grad_(stays)
+            self._require_gradients(adapter_name, stays)
 
     def unfreeze(self, adapter_name: str) -> None:
         """Let the pair train again, once it is active (a restored checkpoint may be older than the freezing)."""
         self.frozen_adapters.discard(adapter_name)
+        self._require_gradients(adapter_name, adapter_name in self.active_adapters)
+
+    def _require_gradients(self, adapter_name: str, required: bool) -> None:
         for parameter in self.pair(adapter_name):
-            parameter.requires_grad_(adapter_name in self.active_adapters)
+            parameter.requires_grad_(required)
 
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
@@ -207,24 +171,17 @@ class AromaLinear(LoraLinear):
         """Return W0 as (m, n): a view, or a copy if the base layer is quantised or offloaded.
 
         All ranks gather a sharded one together.
-
-        Raises:
-            ConfigError: The weight has no data, and nothing can load it.
         """
         base = self.get_base_layer()
         if is_sharded(base.weight):
-            whole: Tensor = self._as_matrix(gathered([base.weight])[0].detach())
-            return whole
-        with align_module_device(base):
-            if base.weight.is_meta:
-                raise bad_value(
-                    "base_layer.weight", "meta", "it has no data; load the model's weights before it is adapted"
-                )
-            weight: Tensor = base.weight.detach()
-            if self.is_quantised:
-                # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
-                weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
-        matrix: Tensor = self._as_matrix(weight)
+            weight: Tensor = gathered([base.weight])[0]
+        else:
+            with align_module_device(base):
+                weight = base.weight.detach()
+                if self.is_quantised:
+                    # PEFT's dequantize_module_weight would put an 8-bit weight without its scales back on a CPU.
+                    weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None))
+        matrix: Tensor = self._as_matrix(weight.detach())
         return matrix
 
     def _as_matrix(self, weight: Any) -> Any:
@@ -247,76 +204,22 @@ class AromaLinear(LoraLinear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active and trainable, as PEFT does, except for frozen pairs."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if self.stays_in_graph:
-            return
-        for adapter_name in self.frozen_adapters & set(self.lora_A):
-            for parameter in self.pair(adapter_name):
-                parameter.requires_grad_(False)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into the base weight, in float32 or better: a weight of lower precision is rounded once.
-
-        Args:
-            safe_merge: Whether to check that the merged weight is finite.
-            adapter_names: Adapters to merge; the active ones by default.
-
-        Raises:
-            ConfigError: The base layer is quantised or sharded and cannot be merged in place.
-            NonFiniteError: With `safe_merge`, the merged weight is NaN or infinite; the base weight is left as it was.
-        """
-        base = self.get_base_layer()
-        self.refuse_merge_if_quantised()
-        if is_sharded(base.weight):
-            raise ConfigError(
-                "base layer: its weight is sharded by FSDP2 or ZeRO-3, and no rank can merge into it; save the "
-                "adapter and merge in one process (aroma export --merged)"
-            )
-        named = check_adapters_to_merge(self, adapter_names)
-        for adapter_name in named:
-            if adapter_name not in self.lora_A or adapter_name in self.merged_adapters:
-                continue
-            merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
-            if safe_merge and not merged.isfinite().all():
-                raise NonFiniteError(
-                    f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight. Nothing was merged into "
-                    "this layer; use an earlier checkpoint"
-                )
-            base.weight.data = merged
-            self.merged_adapters.append(adapter_name)
-
-    def refuse_merge_if_quantised(self) -> None:
-        """Raise if `merge` cannot merge in place.
-
-        Raises:
-            ConfigError: The base layer is quantised.
-        """
-        if self.is_quantised:
-            raise ConfigError(
-                f"base layer {type(self.get_base_layer()).__name__} is quantised: merging in place would round the "
-                "update away; load the base model in 16 or 32 bits and merge there (aroma export --merged)"
-            )
+        for adapter_name in () if self.stays_in_graph else self.frozen_adapters & set(self.lora_A):
+            self._require_gradients(adapter_name, False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map `x` (…, n) to (…, m); see the class for the equation.
-
-        With `adapter_names`, one for each row of `x`, every row gets the update of its own adapter; `"__base__"` gets
-        none.
-
-        Raises:
-            ValueError: As many names as rows are needed, and no merged adapter.
-        """
-        self._check_forward_args(x, *args, **kwargs)
-        if (adapter_names := kwargs.pop("adapter_names", None)) is not None:
-            return self._mixed(x, adapter_names, *args, **kwargs)
+        """Map `x` (…, n) to (…, m); see the class for the equation."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         named = [] if self.disable_adapters or self.merged else self.active_adapters
         adapters = [*filter(self._adds, named)]
-        if not adapters:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-            return result
-        if len(adapters) == 1 and not args and not kwargs and not is_traced(x) and self._can_be_fused(x, adapters[0]):
+        if (
+            len(adapters) == 1
+            and not args
+            and not kwargs
+            and not compat.is_traced(x)
+            and self._can_be_fused(x, adapters[0])
+        ):
             base = self.base_layer
             return linear_with_update(x, self._as_matrix(base.weight), base.bias, self._update(adapters[0]))
         return self._composed(x, adapters, *args, **kwargs)
@@ -344,7 +247,7 @@ class AromaLinear(LoraLinear):
         pair = [] if self.is_frozen(adapter_name) else [self.lora_A[adapter_name], self.lora_B[adapter_name]]
         if type(base) not in (nn.Linear, Conv1D) or any(type(one) is not nn.Linear for one in pair):
             return False
-        if is_hooked(base, *pair):
+        if compat.is_hooked(base, *pair):
             return False
         for parameter in (base.weight, base.bias):
             if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):
@@ -357,31 +260,17 @@ class AromaLinear(LoraLinear):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter_name in adapters:
-            result = self._added(result, x, adapter_name)
+            update = self._update(adapter_name)
+            precise = update.a.dtype
+            inputs = self._cast_input_dtype(x, precise)
+            if update.A.shape[0]:
+                result = result + F.linear(F.linear(inputs, update.A.to(precise)), update.B.to(precise))
+            if update.a.shape[0]:
+                h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
+                result = result + self.lora_B[adapter_name](h) * update.scale
         return result.to(dtype)
 
-    def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Map `x` (rows, …, n) to (rows, …, m), each row with the update of the adapter that is named for it."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        for named in dict.fromkeys(adapter_names):
-            rows = [row for row, name in enumerate(adapter_names) if name == named]
-            for adapter_name in filter(self._adds, [named]):
-                result[rows] = self._added(result[rows], x[rows], adapter_name).to(result.dtype)
-        return result
-
-    def _added(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added, in the more precise dtype."""
-        update = self._update(adapter_name)
-        dtype = update.a.dtype
-        inputs = self._cast_input_dtype(x, dtype)
-        if update.A.shape[0]:
-            result = result + F.linear(F.linear(inputs, update.A.to(dtype)), update.B.to(dtype))
-        if update.a.shape[0]:
-            h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
-            result = result + self.lora_B[adapter_name](h) * update.scale
-        return result
-
-    # Devices and precisions ------------------------------------------------------------------------------------------
+    # Offloaded base layers ------------------------------------------------------------------------------------------
 
     def onload_pair(self, adapter_name: str) -> None:
         """Put a new pair on the device where an offloaded base layer computes.
@@ -402,14 +291,6 @@ class AromaLinear(LoraLinear):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AromaLinear:
-        """Apply `fn` to all tensors (any shapes), as `Module.to` does, but round no components."""
-        if recurse:
-            for name, child in self.named_children():
-                child._apply(fn if name == "base_layer" else partial(_without_rounding, fn))
-        super()._apply(fn, recurse=False)
-        return self
-
 
 def require_linear(base: nn.Module, name: str) -> None:
     """Raise unless a layer, of the given name in the model, can grow.
@@ -417,20 +298,12 @@ def require_linear(base: nn.Module, name: str) -> None:
     Raises:
         ConfigError: Naming it, and what to do.
     """
-    if isinstance(base, NonDynamicallyQuantizableLinear):
-        why = "torch.nn.MultiheadAttention reads its weight and never calls it, so it would not learn"
-    elif isinstance(base, nn.Linear | Conv1D) or type(base).__name__ in ("Linear8bitLt", "Linear4bit"):
-        return
-    else:
-        why = (
-            f"it is a {type(base).__name__}, and the paper's rule grows linear layers; evidence on LoraConfig cuts it"
+    is_quantised = type(base).__name__ in ("Linear8bitLt", "Linear4bit")
+    # torch.nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear, and never calls it.
+    if isinstance(base, NonDynamicallyQuantizableLinear) or not (isinstance(base, nn.Linear | Conv1D) or is_quantised):
+        raise bad_value(
+            "target_modules",
+            name,
+            f"it is a {type(base).__name__}, and only linear layers grow; leave it out, or name it in "
+            "exclude_modules; evidence on PEFT's LoraConfig cuts others",
         )
-    raise bad_value("target_modules", name, f"{why}; leave it out, or name it in exclude_modules")
-
-
-def _without_rounding(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply `fn` of `Module.to` and the like to `tensor` (any shape), but keep its dtype if it would lose bits."""
-    result = fn(tensor)
-    if tensor.is_floating_point() and tensor.itemsize >= 4 > result.itemsize:
-        return tensor.to(result.device)
-    return result

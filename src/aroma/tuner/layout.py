@@ -9,51 +9,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, bad_value
 from ..files import tensors_digest
+from .finished import Factors
 
 if TYPE_CHECKING:
     from .config import AromaConfig
     from .layer import AromaLinear
 
-Factors: TypeAlias = tuple[Tensor, Tensor]
-"""Left and right factor of a low-rank matrix, (m, R) and (R, n)."""
-
 PEFT_PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True)
-class PlainAdapter:
-    """What the files beside an adapter's collected tensors need to know of them.
-
-    Args:
-        ranks: Rank of every growing module by its name, also 0.
-        shapes: (m, n) of every growing module.
-        trained: Whether any component in training has moved from its start.
-        digest: `components_digest` of the tensors.
-        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
-    """
-
-    ranks: dict[str, int]
-    shapes: dict[str, tuple[int, int]]
-    trained: bool
-    digest: str
-    fan_in_fan_out: bool
-
-    def lora_config(self, config: AromaConfig) -> LoraConfig:
-        """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
-        return plain_config(config, self.ranks, self.fan_in_fan_out)
+def module_name(key: str) -> str:
+    """Return the name in the base model for a name in a state dict, or in a model that is wrapped."""
+    # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
+    return key.replace("_orig_mod.", "").rpartition(PEFT_PREFIX)[2]
 
 
-def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> LoraConfig:
-    """Return a plain LoRA configuration.
+# Written -------------------------------------------------------------------------------------------------------------
+
+
+def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> dict[str, Any]:
+    """Return a plain LoRA configuration, JSON-able.
 
     Args:
         config: The live one.
@@ -63,7 +46,7 @@ def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: 
     targets = _targets(ranks)
     r = min(targets.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in targets.items() if rank != r}
-    return LoraConfig(
+    plain = LoraConfig(
         r=r,
         lora_alpha=r,
         lora_dropout=config.lora_dropout,
@@ -77,6 +60,7 @@ def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: 
         revision=config.revision,
         inference_mode=config.inference_mode,
     )
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(plain.to_dict().items())}
 
 
 def _targets(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -91,47 +75,9 @@ def plain_factors(updates: Mapping[str, Factors], rank: int | None = None) -> di
         updates: Those of every growing module, also with R = 0.
         rank: All modules get it, padded with zeros. None: each has its own, and those of rank 0 are left out.
     """
-    targets = _targets({name: len(A) for name, (_, A) in updates.items()}) if rank is None else {}
-    chosen = dict.fromkeys(updates, rank or 0) if rank is not None else targets
+    ranks = {name: len(A) for name, (_, A) in updates.items()}
+    chosen = _targets(ranks) if rank is None else dict.fromkeys(ranks, rank)
     return {name: _padded(*updates[name], count) for name, count in chosen.items()}
-
-
-def plain_tensors(
-    layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], PlainAdapter]:
-    """Collect the plain LoRA tensors of an adapter.
-
-    Args:
-        layers: Growing layers by their name in the state dict.
-        adapter_name: Adapter to collect.
-        state_dict: State dict of the whole model, from which pairs and finished components are taken; nothing that
-            trains may be sharded in it.
-
-    Returns:
-        Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R) of every module
-        with R > 0, and what is known of them. If all have rank 0, one module gets a zero component.
-    """
-    updates = {key: _whole_update(key, layer, adapter_name, state_dict) for key, layer in layers.items()}
-    tensors: dict[str, Tensor] = {}
-    saved: dict[str, Tensor] = {}
-    for key, (B, A) in plain_factors(updates).items():
-        tensors |= {f"{key}.lora_A.{adapter_name}.weight": A, f"{key}.lora_B.{adapter_name}.weight": B}
-        saved |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
-    return tensors, PlainAdapter(
-        ranks={module_name(key): len(A) for key, (_, A) in updates.items()},
-        shapes={module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()},
-        trained=any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers),
-        digest=components_digest(saved),
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
-    )
-
-
-def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:
-    """Return the components in training, b (m, r) and a (r, n), that a state dict of the whole model holds."""
-    return [
-        (state_dict[f"{key}.lora_B.{adapter_name}.weight"], state_dict[f"{key}.lora_A.{adapter_name}.weight"])
-        for key in layers
-    ]
 
 
 def _padded(B: Tensor, A: Tensor, rank: int) -> Factors:
@@ -176,6 +122,34 @@ def components_digest(saved: Mapping[str, Tensor]) -> str:
     return tensors_digest({module_name(name): saved[name] for name in saved if is_component(name)})
 
 
+# To and from the state dict of the live model ------------------------------------------------------------------------
+
+
+def components_in(
+    state_dict: Mapping[str, Tensor], key: str, layer: AromaLinear, adapter_name: str
+) -> tuple[Factors, Factors]:
+    """Return the finished components, B (m, R) and A (R, n), and the pair, b (m, r) and a (r, n), of one module.
+
+    Args:
+        state_dict: State dict of the whole model, not sharded. One that DeepSpeed has collected lacks frozen pairs,
+            and has buffers with their padding.
+        key: The layer's name in it.
+        layer: The layer.
+        adapter_name: Name of the adapter.
+    """
+    finished, stem = layer.finished(adapter_name), f"{key}.lora_finished.{adapter_name}"
+    A, B = state_dict.get(f"{stem}.A", finished.A), state_dict.get(f"{stem}.B", finished.B)
+    # Only zeros are padding: a state dict of another moment may have more components.
+    if len(A) > finished.rank and not A[finished.rank :].any():
+        A, B = A[: finished.rank], B[:, : finished.rank]
+    b, a = (f"{key}.lora_{side}.{adapter_name}.weight" for side in "BA")
+    if layer.is_frozen(adapter_name) and b not in state_dict:
+        r = layer.r[adapter_name]
+        return (B, A), (B.new_zeros(layer.out_features, r), A.new_zeros(r, layer.in_features))
+    pair = state_dict[b], state_dict[a]
+    return (B.to(pair[0]), A.to(pair[1])), pair
+
+
 def finished_tensors(
     layers: Mapping[str, AromaLinear], adapter_name: str, plain: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -187,16 +161,17 @@ def finished_tensors(
     Args:
         layers: Growing layers by their name in the state dict.
         adapter_name: Adapter to load.
-        plain: Saved tensors, A (R, n) and B (m, R), by their name in the file, with or without the
-            `base_model.model.` prefix.
+        plain: Saved tensors, A (R, n) and B (m, R), by their name in the file.
 
     Raises:
         CheckpointError: The tensors of a module do not fit it.
+        ConfigError: There are tensors of a module that does not grow; PEFT would drop them silently.
     """
+    saved = {module_name(name): tensor for name, tensor in plain.items() if is_component(name)}
     entries: dict[str, Tensor] = {}
     for key, layer in layers.items():
         b, a = layer.pair(adapter_name)
-        A, B = (_saved(plain, f"{key}.lora_{side}.weight") for side in "AB")
+        A, B = (saved.pop(f"{module_name(key)}.lora_{side}.weight", None) for side in "AB")
         if A is None or B is None or not (A.any() or B.any()):  # zeros: of an adapter whose ranks are all 0
             A, B = torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
         if A.ndim != 2 or A.shape[1] != layer.in_features or B.shape != (layer.out_features, len(A)):
@@ -209,28 +184,11 @@ def finished_tensors(
         entries[f"{key}.lora_finished.{adapter_name}.B"] = B.to(a.dtype)
         entries[f"{key}.lora_A.{adapter_name}.weight"] = a.detach()
         entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros_like(b)
+    if saved:
+        raise bad_value(
+            "target_modules",
+            min(saved).partition(".lora_")[0],
+            "the saved adapter has components for it, and it does not grow in this model; make the adapter with the "
+            "target_modules of the saved one",
+        )
     return entries
-
-
-def _whole_update(key: str, layer: AromaLinear, adapter_name: str, state_dict: Mapping[str, Tensor]) -> Factors:
-    """Return B (m, R) and A (R, n) of one layer, the pair last if it has moved."""
-    a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
-    b = state_dict[f"{key}.lora_B.{adapter_name}.weight"]
-    A = state_dict[f"{key}.lora_finished.{adapter_name}.A"].to(a)
-    B = state_dict[f"{key}.lora_finished.{adapter_name}.B"].to(b)
-    if not b.any():
-        return B, A
-    return torch.cat([B, b * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a], dim=0)
-
-
-def module_name(key: str) -> str:
-    """Return the name of a module in the base model for its key in a state dict."""
-    return key.removeprefix(PEFT_PREFIX)
-
-
-def _saved(plain: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Return a saved tensor of any shape by its name, with or without PEFT's prefix."""
-    for candidate in (name, PEFT_PREFIX + name, module_name(name)):
-        if candidate in plain:
-            return plain[candidate]
-    return None

@@ -7,19 +7,16 @@ A configuration is data; everything else that an adapter needs is here. All grow
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..about import UNKNOWN
 from ..errors import ConfigError, bad_value
 from .layer import AromaLinear
 
 if TYPE_CHECKING:
     from .config import AromaConfig
-    from .layout import PlainAdapter
 
 
 class LiveAdapter:
@@ -36,7 +33,6 @@ class LiveAdapter:
         seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
         ever_controlled: Whether a controller has ever taken a step.
         dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
-        about: What is saved of the outputs of its model.
     """
 
     def __init__(self, config: AromaConfig) -> None:
@@ -45,7 +41,6 @@ class LiveAdapter:
         self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
         self.ever_controlled = False
         self.dtype_is_settled = False
-        self.about = UNKNOWN
         self._controller: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,40 +70,25 @@ class LiveAdapter:
         Raises:
             ConfigError: Naming every differing field with both values.
         """
-        now = self.method()
-        if not self.chose_seed:
-            now["component_seed"] = saved.get("component_seed")
+        now = self.method() if self.chose_seed else {**self.method(), "component_seed": saved.get("component_seed")}
         differing = [name for name in now if now[name] != saved.get(name)]
         if differing:
             values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
             raise ConfigError(
-                f"cannot resume with another configuration: {values}. Resume with the checkpoint's values, or start "
-                "a new run."
+                f"cannot resume with another configuration: {values}; give the checkpoint's values, or start a new run"
             )
         self.seed = now["component_seed"]
 
-    def collected(self, config: AromaConfig, plain: PlainAdapter, exported: dict[str, Any] | None) -> None:
-        """Remember what was collected until PEFT writes `config`; an earlier collection is forgotten."""
-        _latest[:] = [Collected(self, config, plain, exported, self.step)]
 
-
-@dataclass(frozen=True)
-class Collected:
-    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know.
-
-    Args:
-        live: Its live state.
-        config: The configuration that PEFT writes next.
-        plain: What is known of the collected tensors.
-        exported: The controller's `state_dict()`; None without a controller.
-        step: The controller's optimizer step; None without one.
-    """
+class Collected(NamedTuple):
+    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know."""
 
     live: LiveAdapter
-    config: AromaConfig
-    plain: PlainAdapter
-    exported: dict[str, Any] | None
-    step: int | None
+    config: AromaConfig  # that PEFT writes next
+    fan_in_fan_out: bool  # whether a base layer stores its weight as (n, m)
+    state: dict[str, Any]  # what aroma_state.json says, but for the configuration
+    tensors: dict[str, Tensor]  # what the state of the run needs beside it, by name; of any shape
+    step: int | None  # the controller's optimizer step
 
 
 _latest: list[Collected] = []
@@ -119,8 +99,13 @@ from the first to the second.
 """
 
 
+def remember(collected: Collected) -> None:
+    """Keep `collected` until PEFT writes its configuration; an earlier one is forgotten."""
+    _latest[:] = [collected]
+
+
 def take_collected(config: AromaConfig) -> Collected | None:
-    """Return what was collected for `config`; only once for each collection.
+    """Return what was collected for `config`, once.
 
     None if nothing was collected, or a step was made since: then `config` is written as the data it is.
     """
@@ -131,11 +116,7 @@ def take_collected(config: AromaConfig) -> Collected | None:
 
 
 def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter:
-    """Return the live state of an adapter of `model`.
-
-    Args:
-        model: A PeftModel, an AromaModel, or a model with injected layers, wrapped or not.
-        adapter_name: Name of the adapter.
+    """Return the live state of an adapter of `model`, a PeftModel or a model with injected layers, wrapped or not.
 
     Raises:
         ConfigError: The model has no growing adapter of that name.

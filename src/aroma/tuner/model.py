@@ -19,11 +19,13 @@ from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
+from .finished import with_pair
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX, finished_tensors, is_component, pairs_of, plain_tensors
-from .live import LiveAdapter, live_adapter
-from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrolled
+from .layout import components_digest, components_in, finished_tensors, is_component, module_name, plain_factors
+from .live import Collected, LiveAdapter, live_adapter, remember
+from .state import STATE_FORMAT
+from .warnings import HEADS, UncontrolledWatch, warn_frozen_head
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
@@ -52,10 +54,14 @@ class AromaModel(LoraModel):
         Raises:
             ConfigError: No module matches `target_modules`, or one of them cannot grow.
         """
-        original = self._original_of_reference(adapter_name)
+        config = self.peft_config[adapter_name]
+        # TRL's trainers keep the adapter as it was before the training, made of the same configuration object, and
+        # copy its parameters. They know nothing of finished components.
+        same = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        original = same[0] if same and adapter_name == REFERENCE else None
         if original is not None:
-            self.peft_config[adapter_name] = replace(self.peft_config[adapter_name], inference_mode=True)
-        wanted = self.peft_config[adapter_name].target_modules
+            self.peft_config[adapter_name] = replace(config, inference_mode=True)
+        wanted = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -71,18 +77,8 @@ class AromaModel(LoraModel):
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 
-    def _original_of_reference(self, adapter_name: str) -> str | None:
-        """Return the adapter that a new one is to be a copy of, which does not grow; None for an adapter of its own.
-
-        TRL's trainers keep the adapter as it was before the training under another name, made of the same
-        configuration object, and copy its parameters. They know nothing of finished components.
-        """
-        config = self.peft_config[adapter_name]
-        others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        return others[0] if others and adapter_name == REFERENCE else None
-
     def _bring_to_life(self, model: nn.Module, adapter_name: str) -> None:
-        """Give the new layers of an adapter their live state and their first pair, b = 0 (m, r) and a (r, n)."""
+        """Give the new layers of an adapter their live state and their first pair."""
         live = LiveAdapter(self.peft_config[adapter_name])
         for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
             layer.live[adapter_name] = live
@@ -124,17 +120,14 @@ class AromaModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # Before any of the other layers is merged.
-        for layer in aroma_layers(self).values():
-            layer.refuse_merge_if_quantised()
-        refuse_merge_if_tied(
-            self.model, {name: layer.get_base_layer() for name, layer in aroma_layers(self.model).items()}
-        )
-        for adapter_name in self.peft_config:
-            live = live_adapter(self, adapter_name)
-            pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
-            if not live.ever_controlled and any(bool(b.any()) for b, _ in pairs):
-                warn_uncontrolled()
+        layers = aroma_layers(self.model).items()
+        for name, layer in layers:
+            if layer.is_quantised or is_sharded(layer.get_base_layer().weight):
+                raise ConfigError(
+                    f"{name}: its weight is quantised or sharded, and cannot be merged in place; save the adapter and "
+                    "merge it in one process in 16 or 32 bits (aroma export --merged)"
+                )
+        refuse_merge_if_tied(self.model, {name: layer.get_base_layer() for name, layer in layers})
 
     @classmethod
     def _get_adapter_state_dict(
@@ -150,17 +143,35 @@ class AromaModel(LoraModel):
         All ranks call this.
         """
         layers = _layers_by_key(model, adapter_name)
-        _make_whole(model, state_dict)
-        _complete(layers, adapter_name, state_dict)
-        tensors, plain = plain_tensors(layers, adapter_name, state_dict)
         live = live_adapter(model, adapter_name)
-        controller = live.controller
-        # Now, while all ranks are here and the pairs are whole: rank 0 alone writes the configuration.
-        exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
-        live.about = about_model(model, config.task_type)
-        live.collected(config, plain, exported)
-        _hide_internals(layers, state_dict)
-        return tensors
+        _make_whole(model, state_dict)
+        parts = {key: components_in(state_dict, key, layer, adapter_name) for key, layer in layers.items()}
+        updates = {key: with_pair(*parts[key], layer.own_scaling[adapter_name]) for key, layer in layers.items()}
+        saved: dict[str, Tensor] = {}
+        for key, (B, A) in plain_factors(updates).items():
+            saved |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+        run: dict[str, Any] = {"state": None, "tensors": {}}
+        if live.controller is not None:
+            # Now, while all ranks are here and the pairs are whole: rank 0 alone writes the configuration.
+            run = live.controller.state_dict([pair for _, pair in parts.values()])
+        modules = {
+            module_name(key): {"shape": (layer.out_features, layer.in_features), "rank": len(updates[key][1])}
+            for key, layer in layers.items()
+        }
+        state = {
+            "format": STATE_FORMAT,
+            "config": live.method(),
+            "modules": modules,
+            "components": components_digest(saved),
+            "about": about_model(model, config.task_type),
+            "controller": run["state"],
+        }
+        fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
+        remember(Collected(live, config, fan_in_fan_out, state, run["tensors"], live.step))
+        # PEFT next adds what it finds of a target that is an embedding or an output layer: its base layer alone.
+        for name in [name for name in state_dict if name.rpartition(".lora_")[0] in layers]:
+            del state_dict[name]
+        return {name.removesuffix("weight") + f"{adapter_name}.weight": tensor for name, tensor in saved.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -175,7 +186,6 @@ class AromaModel(LoraModel):
             if a.is_meta:  # low_cpu_mem_usage: the pair starts now
                 entries[f"{key}.lora_A.{adapter_name}.weight"] = _first_component(live, index, a)
                 entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros(b.shape)
-        _refuse_strangers(state_dict, layers)
         # Loaded components are finished, until a controller takes one back into the pair.
         for layer in layers.values():
             layer.unfreeze(adapter_name)
@@ -190,14 +200,9 @@ class AromaModel(LoraModel):
         return {**others, **entries}
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible on a growing adapter.
-
-        Raises:
-            ConfigError: Always; combine the saved adapters in plain PEFT.
-        """
+        """Refused: raises ConfigError."""
         raise ConfigError(
-            "add_weighted_adapter: a growing adapter cannot be combined; save it, load it with "
-            "PeftModel.from_pretrained, and combine it there"
+            "add_weighted_adapter: a growing adapter cannot be combined; save it, and combine it in plain PEFT"
         )
 
 
@@ -208,7 +213,7 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         model: A PeftModel, an AromaModel, or a model with injected layers, wrapped or not.
         adapter_name: Only layers that have this adapter.
     """
-    return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
+    return {module_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
 
 
 def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
@@ -228,9 +233,8 @@ def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> 
             raise bad_value(
                 "target_modules",
                 name,
-                "another module has the same weight (as an output layer has that of the input embeddings), and "
-                "merging would change both; serve the adapter unmerged, or untie the weights of the base model "
-                "(tie_word_embeddings=False) before it is adapted",
+                "another module has the same weight, and merging would change both; serve the adapter unmerged, or "
+                "untie the weights of the base model (tie_word_embeddings=False) before it is adapted",
             )
 
 
@@ -262,44 +266,6 @@ def _make_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     state_dict.update(zip(sharded, gathered([*sharded.values()]), strict=True))
 
 
-def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Add, in place, what a state dict that DeepSpeed has collected lacks.
-
-    It has parameters that train, without frozen pairs b (m, r) and a (r, n), and buffers with their padding: finished
-    components B (m, K) and A (K, n).
-    """
-    for key, layer in layers.items():
-        finished = layer.finished(adapter_name)
-        A, B = (f"{key}.lora_finished.{adapter_name}.{name}" for name in "AB")
-        state_dict.setdefault(A, finished.A)
-        state_dict.setdefault(B, finished.B)
-        # Only zeros are padding: a state dict of another moment may have more components.
-        if len(state_dict[A]) > finished.rank and not state_dict[A][finished.rank :].any():
-            state_dict[A], state_dict[B] = state_dict[A][: finished.rank], state_dict[B][:, : finished.rank]
-        if layer.is_frozen(adapter_name):
-            b, a = (f"{key}.lora_{name}.{adapter_name}.weight" for name in "BA")
-            state_dict.setdefault(b, torch.zeros(layer.out_features, layer.r[adapter_name]))
-            state_dict.setdefault(a, torch.zeros(layer.r[adapter_name], layer.in_features))
-
-
-def _hide_internals(layers: dict[str, AromaLinear], state_dict: dict[str, Tensor]) -> None:
-    """Drop, in place, all of the layers but their base layers; tensors of any shape by name.
-
-    PEFT next adds what it finds there of an embedding or an output layer that is a target (save_embedding_layers). It
-    looks through a copy of the state dict that is its own.
-    """
-    for name in [*state_dict]:
-        layer, mark, _ = name.rpartition(".lora_")
-        if mark and layer in layers:
-            del state_dict[name]
-
-
-def _base_name(key: str) -> str:
-    # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
-    key = key.replace("_orig_mod.", "")
-    return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
-
-
 def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
     """Give the adapter `copy` the components of `original`; its pairs do not train."""
     live = live_adapter(model, copy)
@@ -309,20 +275,6 @@ def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
         layer.finished(copy).append(finished.B, finished.A)
         b, a = layer.pair(original)
         layer.start_pair(copy, a.detach(), b.detach())
-
-
-def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
-    """Raise if a saved component, of any shape, belongs to no growing layer: PEFT would drop it silently."""
-    known = {_base_name(key) for key in layers}
-    saved = {_base_name(key).split(".lora_")[0] for key in state_dict if is_component(key)}
-    strangers = sorted(saved - known)
-    if strangers:
-        raise bad_value(
-            "target_modules",
-            strangers[0],
-            f"the saved adapter has components for {len(strangers)} module(s) that do not grow in this model; make "
-            "the adapter with the target_modules of the saved one",
-        )
 
 
 def register() -> None:

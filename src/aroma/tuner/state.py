@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import (
@@ -24,52 +25,31 @@ from ..files import (
     write_tensors,
 )
 from .layout import components_digest
-from .warnings import warn_uncontrolled
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .live import Collected
-
 
 STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
 STATE_FORMAT = 1
 
 
-def write_adapter_state(folder: str | os.PathLike[str], saved: Collected, written: dict[str, Any]) -> dict[str, Any]:
-    """Write the state of the adapter that was just saved into `folder` beside it, and return it.
+def write_adapter_state(
+    folder: str | os.PathLike[str], state: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write the state of the adapter that was just saved into `folder` beside it.
 
     Args:
         folder: Where the adapter was saved.
-        saved: What was saved.
-        written: What was written into its adapter_config.json.
-
-    Warns:
-        UserWarning: The adapter has been trained, and no controller was ever attached: it did not grow.
+        state: What `aroma_state.json` says, but for the digests.
+        tensors: What the state of the run needs beside it, by name; of any shape.
     """
-    plain, live, target = saved.plain, saved.live, Path(folder)
-    if plain.trained and not live.ever_controlled:
-        warn_uncontrolled()
-    run = saved.exported or {"state": None, "tensors": {}}
-    names = []
+    target, names = Path(folder), []
     # transformers' `model.save_pretrained` writes the tensors after the configuration, so they may be of another save.
     weights = target / SAFETENSORS_WEIGHTS_NAME
-    if weights.exists() and components_digest(read_tensors(weights)) == plain.digest:
+    if weights.exists() and components_digest(read_tensors(weights)) == state["components"]:
         names.append(weights.name)
-    if run["tensors"]:
-        write_tensors(target / STATE_TENSORS_FILE, run["tensors"])
+    if tensors:
+        write_tensors(target / STATE_TENSORS_FILE, dict(tensors))
         names.append(STATE_TENSORS_FILE)
-    state = {
-        "format": STATE_FORMAT,
-        "config": live.method(),
-        "modules": {name: {"shape": shape, "rank": plain.ranks[name]} for name, shape in plain.shapes.items()},
-        "components": plain.digest,
-        "adapter_config": written,
-        "about": live.about,
-        "controller": run["state"],
-    }
-    return write_manifest(target / STATE_FILE, state, names)
+    write_manifest(target / STATE_FILE, state, names)
 
 
 def write_export_state(
@@ -79,7 +59,7 @@ def write_export_state(
     tensors: dict[str, Tensor],
     ranks: Mapping[str, int],
 ) -> None:
-    """Write the state of an export, without the run: none goes on from it.
+    """Write the state of an export with the ranks of its modules, and without the run: none goes on from it.
 
     Args:
         folder: Holds the export.
@@ -88,14 +68,9 @@ def write_export_state(
         tensors: What was written as its tensors, of any shape.
         ranks: Rank of every module.
     """
-    exported = {
-        **state,
-        "modules": {name: {**entry, "rank": ranks[name]} for name, entry in state["modules"].items()},
-        "components": components_digest(tensors),
-        "adapter_config": config,
-        "controller": None,
-    }
-    write_manifest(Path(folder) / STATE_FILE, exported, [SAFETENSORS_WEIGHTS_NAME])
+    modules = {name: {**entry, "rank": ranks[name]} for name, entry in state["modules"].items()}
+    changes = {"modules": modules, "components": components_digest(tensors), "adapter_config": config}
+    write_adapter_state(folder, {**state, **changes, "controller": None}, {})
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:

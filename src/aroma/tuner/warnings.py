@@ -30,34 +30,25 @@ class UncontrolledWatch:
 
     def __init__(self) -> None:
         self.layers: list[AromaLinear] = []
-        self._versions: dict[str, int] = {}
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Look at one layer; the device is asked only after b was written to."""
-        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.layers:
+        """Look at one layer, as long as its pair is 0; a sharded one would take all ranks."""
+        if not self.layers or not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         layer = self.layers[0]
         for name in layer.active_adapters:
-            b = layer.pair(name)[0] if name in layer.lora_A else None
-            # A sharded one would take all ranks.
-            if b is None or type(b) is not nn.Parameter or layer.live[name].ever_controlled or not b.requires_grad:
+            if name not in layer.lora_A or layer.live[name].ever_controlled or layer.live[name].controller is not None:
                 continue
-            is_written = self._versions.get(name, b._version) != b._version
-            self._versions[name] = b._version
-            if is_written and b.numel() and b.any():
+            b = layer.pair(name)[0]
+            if type(b) is nn.Parameter and b.requires_grad and b.any():
                 self.layers = []  # once is enough
-                warn_uncontrolled()
+                warnings.warn(
+                    "This AROMA adapter is trained without its controller, as a plain LoRA: no component is ever "
+                    "checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, "
+                    "optimizer, scheduler, total_steps=...)` before a loop of your own.",
+                    stacklevel=2,
+                )
                 return
-
-
-def warn_uncontrolled() -> None:
-    """Warn that an adapter was trained without a controller, so that it did not grow."""
-    warnings.warn(
-        "This AROMA adapter was trained without its controller, as a plain LoRA: no component was ever checked or "
-        "added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, optimizer, scheduler, "
-        "total_steps=...)` before a loop of your own.",
-        stacklevel=3,
-    )
 
 
 def warn_frozen_head(model: nn.Module, config: AromaConfig, targets: Any) -> None:
