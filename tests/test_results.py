@@ -71,14 +71,6 @@ def test_what_was_chosen_was_compared_with_all_next_to_it(name: str) -> None:
                 assert {**entry["chosen"], key: other} in points, (entry["chosen"], key, other)
 
 
-def test_results_are_json_that_any_reader_takes() -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    for path in (ROOT / "results").rglob("*.json"):
-        json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
 @pytest.mark.shared
 def test_the_example_of_tasks_gives_each_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = runpy.run_path(str(ROOT / "examples" / "tasks_in_a_row.py"))["main"]

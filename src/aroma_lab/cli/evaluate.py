@@ -114,7 +114,7 @@ def _run_language(arguments: argparse.Namespace, files: Mapping[str, Path]) -> N
     named = {name: text.removeprefix(f"{name}=") for name, text in named.items()}
     sets = {name: load_questions("data", path) for name, path in named.items()}
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
-    options = {
+    options: dict[str, Any] = {
         "batch_size": arguments.batch_size or 8,
         "max_length": arguments.max_length or load_language_task(arguments.adapter).max_length,
     }
