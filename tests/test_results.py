@@ -54,12 +54,20 @@ def test_every_run_says_what_it_was_made_with(grid: str) -> None:
     assert {row["state"] for row in rows} == {"finished"}
 
 
-def test_results_are_json_that_any_reader_takes() -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    for path in (ROOT / "results").rglob("*.json"):
-        json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_was_chosen_was_compared_with_all_next_to_it(name: str) -> None:
+    selection = json.loads((RESULTS / name / "selection.json").read_text(encoding="utf-8"))
+    entries = {(name, task, method): entry for task, of_task in selection.items() for method, entry in of_task.items()}
+    entries = {where: entry for where, entry in entries.items() if entry["chosen"] and where[2] != "pretrained"}
+    assert entries
+    for where, entry in entries.items():
+        points = [values for values, _ in entry["tried"]]
+        assert not edges(points, entry["chosen"]), where
+        for key, value in entry["chosen"].items():
+            numbers = sorted({point[key] for point in points})
+            place = numbers.index(value)
+            for other in (*numbers[max(place - 1, 0) : place], *numbers[place + 1 : place + 2]):
+                assert {**entry["chosen"], key: other} in points, (entry["chosen"], key, other)
 
 
 @pytest.mark.shared

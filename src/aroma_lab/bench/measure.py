@@ -94,7 +94,7 @@ def take_turns(contenders: Sequence[Contender], rounds: int, on_turn: Callable[[
     found = []
     for _ in range(rounds):
         gc.collect()
-        times: dict[Any, Any] = {}
+        times: dict[tuple[str, str], float] = {}
         for one in contenders:
             # With no minimum run time the Timer runs a statement once to warm up, and once for the time.
             first, rest = (

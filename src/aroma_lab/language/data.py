@@ -118,8 +118,6 @@ def _text(where: str, value: Any) -> str:
     raise bad_value(where, value, f"a {type(value).__name__}, not a text; mend the row", DataError)
 
 
-# Commonsense questions -----------------------------------------------------------------------------------------------
-
 _ANSWER_FORMAT = re.compile(r"^[ \t]*answer format:[ \t]*(\S.*?)\s*$", re.IGNORECASE | re.MULTILINE)
 
 

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from aroma.errors import AromaError, ConfigError, DataError, bad_value
+from aroma.cli.extras import require_extra
+from aroma.errors import AromaError, DataError, bad_value
 from aroma.files import file_digest
 from aroma.outputs import filled_at_once
 
@@ -18,11 +19,8 @@ PACKAGED = "smollm2"
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: `$AROMA_CACHE`, else `aroma` in the user's cache folder."""
-    named = os.environ.get("AROMA_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aroma"
+    """Return where converted models are kept: `$AROMA_CACHE`, else `~/.cache/aroma`."""
+    return Path(os.environ.get("AROMA_CACHE") or "~/.cache/aroma").expanduser()
 
 
 def packaged_gguf() -> Path:
@@ -41,7 +39,7 @@ def packaged_gguf() -> Path:
 
 
 def resolve_gguf(name: str, gguf_file: str) -> Path:
-    """Return the folder of a model in safetensors, with its tokenizer, made from a GGUF file; made once for each file.
+    """Return the folder of a model in safetensors, with its tokenizer, made from a GGUF file once, and then cached.
 
     Quantized weights are unpacked to float32, which holds them exactly: four bytes a parameter on disk.
 
@@ -53,10 +51,15 @@ def resolve_gguf(name: str, gguf_file: str) -> Path:
         ConfigError: No such file, or the package gguf is missing.
         DataError: The file is damaged, or of an architecture that transformers cannot read.
     """
-    source = _find(name, gguf_file)
-    if find_spec("gguf") is None:
-        raise ConfigError("gguf: not installed; run: pip install 'aroma-peft[gguf]'")
     from transformers import __version__
+    from transformers.utils import cached_file
+
+    try:
+        source = Path(cached_file(name, gguf_file))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value("model.gguf_file", gguf_file, f"not found in {name} ({reason}); check both names") from error
+    require_extra("gguf")
 
     # A later transformers may read the same file better.
     made_by = f"{file_digest(source)[:16]}-transformers-{__version__}"
@@ -70,16 +73,6 @@ def resolve_gguf(name: str, gguf_file: str) -> Path:
             if not target.exists():  # else another process was faster
                 raise
     return target
-
-
-def _find(name: str, gguf_file: str) -> Path:
-    from transformers.utils import cached_file
-
-    try:
-        return Path(cached_file(name, gguf_file))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise bad_value("model.gguf_file", gguf_file, f"not found in {name} ({reason}); check both names") from error
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -134,9 +134,6 @@ class LanguageJob:
         return rows
 
 
-# Examples ------------------------------------------------------------------------------------------------------------
-
-
 def recipe_job(data: DataSpec, model: ModelSpec, packing: bool) -> LanguageJob:
     """Return the job of a recipe; without validation examples some of training's are held out.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from aroma.errors import AromaError, CheckpointError, bad_value
+from aroma.errors import CheckpointError, bad_value
 from aroma.export import put_into
 from aroma.files import read_json, require_adapter_folder, write_json
 from aroma.saved import is_plain, read_adapter, read_config
@@ -26,9 +28,6 @@ LANGUAGE_KIND = "causal_lm"
 """Kind of task that aroma_task.json tells of a language model."""
 
 
-# Pretrained models ---------------------------------------------------------------------------------------------------
-
-
 def load_causal_lm(spec: ModelSpec) -> Any:
     """Return the pretrained model, in evaluation mode.
 
@@ -38,10 +37,8 @@ def load_causal_lm(spec: ModelSpec) -> Any:
     from transformers import AutoModelForCausalLM
 
     source, options = model_source(spec), loading_options(spec)
-    try:
+    with _loading(spec):
         model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(spec, error) from error
     if missing := sorted(loading["missing_keys"]):
         remedy = f"its checkpoint lacks {', '.join(missing[:3])}, so it is no trained causal language model; give one"
         raise bad_value("model.name", spec.name, remedy)
@@ -62,11 +59,9 @@ def load_lm_tokenizer(spec: ModelSpec, max_length: int | None, folder: Path | No
     from transformers import AutoConfig, AutoTokenizer
 
     source = model_source(spec)
-    try:
+    with _loading(spec, "its tokenizer "):
         tokenizer = AutoTokenizer.from_pretrained(folder or source)
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(spec, error, "its tokenizer ") from error
     if tokenizer.eos_token_id is None:
         remedy = "its tokenizer has no eos token, so no response could end; set eos_token in its tokenizer_config.json"
         raise bad_value("model.name", spec.name, remedy)
@@ -105,17 +100,18 @@ def model_source(spec: ModelSpec) -> str:
 
 def positions_of(config: Any) -> int | None:
     """Return the most tokens that a model of this configuration takes; None: no limit, or not known."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None
 
 
-def _cannot_load(spec: ModelSpec, error: Exception, what: str = "") -> AromaError:
-    reason = " ".join(str(error).split())
-    remedy = f"{what}cannot be loaded as a causal language model ({reason}); check it"
-    return bad_value("model.name", spec.name, remedy)
-
-
-# The task beside an adapter ------------------------------------------------------------------------------------------
+@contextmanager
+def _loading(spec: ModelSpec, what: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        remedy = f"{what}cannot be loaded as a causal language model ({reason}); check it"
+        raise bad_value("model.name", spec.name, remedy) from error
 
 
 @dataclass(frozen=True)
@@ -187,9 +183,6 @@ def _is_whole_model(folder: str | os.PathLike[str]) -> bool:
     return (path / "config.json").exists() and not (path / "adapter_config.json").exists()
 
 
-# Loading for inference -----------------------------------------------------------------------------------------------
-
-
 class LoadedModel(NamedTuple):
     """A language model, and its tokenizer with the chat template of the training."""
 
@@ -215,8 +208,6 @@ def load_for_inference(
         ConfigError: It is not a language model's, or its base model cannot be loaded or does not fit it.
     """
     if _is_whole_model(folder):
-        if base_model is not None:
-            raise bad_value("base_model", base_model, f"{folder} is a whole model and no adapter; leave it out")
         spec = load_language_task(folder).model
         return LoadedModel(placed(load_causal_lm(spec)), load_lm_tokenizer(spec, None))
     path = require_adapter_folder(folder)

@@ -80,13 +80,7 @@ def budget_figure(frame: pd.DataFrame, methods: Sequence[str], tasks: Sequence[s
     if frame.empty:
         raise bad_value("--methods", " ".join(methods), "none of them has a trained rank; choose others")
     there = [method for method in methods if (frame.method == method).any()]
-    of_methods = {
-        "hue": "method",
-        "style": "method",
-        "hue_order": there,
-        "style_order": there,
-        "palette": "colorblind",
-    }
+    of_methods = {"hue": "method", "hue_order": there, "style": "method", "style_order": there}
     panels = [task for task in tasks if (frame.task == task).any()]
     of_tasks = {"col": "task", "col_order": panels, "col_wrap": min(3, len(panels)), "height": 3.6}
     look = {
