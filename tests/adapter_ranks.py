@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
-from distributed_runs import TIMEOUT, whole
+from aroma.sharding import sharding_modules
+from distributed_runs import TIMEOUT, rank, whole
 from small_nets import STEPS, Net, copied, loss_of, rows, share, trainable
 
 METHOD: dict[str, Any] = {
@@ -28,6 +29,14 @@ METHOD: dict[str, Any] = {
 }
 UNLIKE = {**METHOD, "component_seed": 11}
 """That of the second adapter."""
+
+
+def save(model: Any, folder: Path | str, name: str) -> None:
+    """Save an adapter: the first rank a replica, all ranks their shards."""
+    if rank() == 0 or sharding_modules(model):
+        save_adapter(model, folder, name)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 class Saved(NamedTuple):
@@ -75,7 +84,7 @@ class Adapter:
         self.optimizer.step()
 
     def save(self, folder: Path) -> Saved:
-        save_adapter(self.model, folder, self.name)
+        save(self.model, folder, self.name)
         # Without the tensors that the next steps change in place.
         return Saved(folder, copied(get_optimizer_state_dict(self.model, self.optimizer)), self.done)
 
@@ -145,7 +154,7 @@ def came_to(order: str, way: type[Adapter] = Adapter, out: Path | None = None, *
     found = {}
     for one in both:
         if out is not None:
-            save_adapter(model, f"{out}-{one.name}", one.name)
+            save(model, f"{out}-{one.name}", one.name)
         layers = aroma_layers(model, one.name)
         updates = {name: layer.components(one.name) for name, layer in layers.items()}
         found[one.name] = {
@@ -162,7 +171,7 @@ def resumed(way: type[Adapter], out: Path) -> list[dict[str, Any]]:
     first = way(model, "default", 0.01, 0)
     for _ in range(HALF):
         first.step()
-    save_adapter(model, f"{out}-default")
+    save(model, f"{out}-default", "default")
     second = way(model, "other", 0.02, 1)
     for _ in range(SAVED_AT):
         second.step()
