@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedules
 from transformers import TrainerCallback, get_scheduler
 
-import aroma.matrices
 from aroma import AromaCallback, Event, attach
+from aroma.matrices import GrowingMatrices
 from trainer_runs import METHOD, adapted, assert_same, examples, steps_of, trainer_for
 
 STEPS = 40
@@ -37,18 +37,17 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def uneven(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Let the modules converge at checks of their own, so that the inner loops have LENGTHS; return the config."""
-    really = aroma.matrices.inner_values
+    really = GrowingMatrices.inner_values
     loop, check = -1, 0
 
-    def scripted(pairs: Any, earlier: Any, criterion: str) -> Any:
+    def scripted(matrices: GrowingMatrices, active: Any) -> Any:
         nonlocal loop, check
-        loop, check = (loop, check + 1) if earlier.norms else (loop + 1, 1)
+        loop, check = (loop + 1, 1) if active[0].checked_norm is None else (loop, check + 1)
         last = LENGTHS[loop] // METHOD["inner_check_interval"]
-        values, snapshot = really(pairs, earlier, criterion)
-        converged = [check >= 1 + index % last for index in range(len(values))]
-        return [0.0 if done else 1.0 for done in converged], snapshot
+        norms, values = really(matrices, active)
+        return norms, [0.0 if check >= 1 + index % last else 1.0 for index in range(len(values))]
 
-    monkeypatch.setattr(aroma.matrices, "inner_values", scripted)
+    monkeypatch.setattr(GrowingMatrices, "inner_values", scripted)
     return {"rewarmup_steps": CLIMB, "outer_tolerance": None}
 
 

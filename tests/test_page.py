@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from aroma import AromaCallback
+from aroma.criteria import relative_norms
 from aroma.errors import AromaWarning, OutputError
 from aroma.integrations import reporting
-from aroma.measures import relative_norms
 from aroma.report.page import ASSETS, measured
 from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
 from aroma_lab.tasks.classification import ClassifierJob

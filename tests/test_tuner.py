@@ -551,9 +551,5 @@ def test_a_quantised_base_trains_and_grows(kind: str) -> None:
     assert growth.controller.total_rank >= 4
     assert losses[-1] < losses[0]
     assert all(torch.equal(layer.base_layer.weight, old) for layer, old in zip(layers.values(), before, strict=True))
-    for module, layer in zip(growth.controller.modules, layers.values(), strict=True):
-        finished = layer.finished("default")
-        whole = layer.weight_matrix().double() + finished.B.double() @ finished.A.double()
-        assert module.weight_norm == pytest.approx(float(whole.norm()), rel=1e-5)
     with pytest.raises(ConfigError, match=r"quantised.*16 or 32 bits.*export --merged"):
         model.merge_adapter()
