@@ -51,18 +51,6 @@ def test_the_adapter_grows_and_the_log_tells(tmp_path: Path) -> None:
         assert entry["active_modules"] == len(modules) - sum(event["kind"] == "frozen" for event in past)
 
 
-@pytest.mark.slow
-def test_trackers_get_the_totals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = train(tmp_path / "out", Run(steps=8, training={"save_strategy": "no"}), report_to=["tensorboard"])
-    found = EventAccumulator(str(tmp_path / "events")).Reload()
-    for name in ("total_rank", "active_modules"):
-        told = [(entry["step"], entry[name]) for entry in steps_of(trainer.state.log_history)]
-        assert [(one.step, one.value) for one in found.Scalars(f"train/{name}")] == told
-
-
 def test_the_base_model_is_never_written(tmp_path: Path) -> None:
     trainer = train(tmp_path, Run(steps=14, training={"save_strategy": "no"}))
     before = tiny_bert().state_dict()
@@ -148,17 +136,6 @@ def test_early_stop_saves_evaluates_and_logs_once_more(tmp_path: Path, component
     torch.testing.assert_close(logits(loaded), logits(trainer.model))
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [end]
     assert [entry["step"] for entry in steps_of(trainer.state.log_history)] == [end]
-
-
-def test_early_stop_follows_an_epoch_strategy(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        adapted(outer_tolerance=100.0), tmp_path, AromaCallback(), save_strategy="epoch", eval_strategy="epoch"
-    )
-    trainer.train()
-    end = trainer.state.global_step
-    assert end < 10, "it stops within the first epoch"
-    assert checkpoints(tmp_path) == [end]
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [end]
 
 
 def test_without_early_stop_the_head_trains_on(tmp_path: Path) -> None:
@@ -317,20 +294,6 @@ def test_a_bad_loss_stops_the_training(
     with pytest.raises(NonFiniteError, match=rf"bert\.\S+: .*not finite.*optimizer step {found_at} .*last one"):
         trainer.train()
     assert_only_good_checkpoints(tmp_path, left)
-
-
-def test_a_bad_gradient_in_the_log_stops_the_training_though_the_trainer_hides_the_loss(tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(), tmp_path, AromaCallback(), kind=bad_loss_at(5, math.nan), save_steps=4)
-    with pytest.raises(NonFiniteError, match=r"^grad_norm=nan at optimizer step 5: .*resume"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, [4])
-
-
-def test_two_callbacks_are_refused_before_they_freeze_each_other(tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(), tmp_path, AromaCallback())
-    trainer.add_callback(AromaCallback())
-    with pytest.raises(ConfigError, match=r"controller='default': another controller.*single AromaCallback"):
-        trainer.train()
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_every_private_method_that_is_overridden_is_listed() -> None:
             if is_private(name) and name != "_abc_impl" and any(name in vars(other) for other in foreign)
         }
     assert overridden <= LISTED
-    assert {"_create_new_module", "_apply", "_save_to_state_dict"} <= overridden
+    assert {"_create_new_module", "_save_to_state_dict"} <= overridden
 
 
 def test_nothing_is_listed_that_is_not_used() -> None:

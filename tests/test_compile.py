@@ -117,20 +117,6 @@ def test_the_optimizer_gets_no_gradient_of_a_frozen_pair_in_a_compiled_graph() -
     assert not any(parameter.any() for parameter in module.pair)
 
 
-@pytest.mark.slow
-def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_growth_and_a_freeze() -> None:
-    graphs = Graphs()
-    model = adapted("llama", **ALWAYS_GROW)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    attachment = attach(model, optimizer, total_steps=5)
-    compiled = torch.compile(model, backend=graphs)
-    train(compiled, batch("llama"), optimizer, 3)
-    assert len(graphs.graphs) == 2
-    attachment.controller.matrices.freeze(attachment.controller.modules[0])
-    train(compiled, batch("llama"), optimizer, 2)
-    assert len(graphs.graphs) == 3
-
-
 # Who is compiled -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, AromaController, Event, aroma_layers
 from aroma.errors import ConfigError, NonFiniteError, ResetError
-from aroma.reset import fresh_component
 from models import trainable
 
 M, N = 6, 5
@@ -89,18 +88,6 @@ def of_kind(events: list[Event], kind: str) -> list[Event]:
 # The inner loop ------------------------------------------------------------------------------------------------------
 
 
-def test_a_label_stays_once_given() -> None:
-    bench = Bench()
-    bench.step(1.0, 1.0, 1.0)
-    bench.step(1.05, 2.0, 2.0)
-    assert bench.labels() == [True, False, False]
-    bench.step(100.0, 4.0, 4.0)
-    assert bench.labels() == [True, False, False]
-    assert [event.value for event in of_kind(bench.events, "checked")][-3:] == pytest.approx(
-        [100 / 1.05 - 1, 1.0, 1.0]
-    )
-
-
 @pytest.mark.parametrize(
     ("tolerance", "earlier", "now", "value", "label"),
     [
@@ -129,29 +116,6 @@ def test_the_criteria_differ_where_a_component_turns(criterion: str, label: bool
     assert of_kind(bench.events, "checked")[3].converged == label
 
 
-def test_all_labels_end_the_inner_loop_before_its_time() -> None:
-    bench = Bench()
-    bench.step(6.0, 6.0, 6.0)
-    bench.step(6.0, 6.0, 9.0)
-    assert bench.controller.inner_step == 2
-    assert bench.step(9.0, 9.0, 9.0) == [
-        *[("checked", name, True) for name in bench.layers],
-        *[("merged", name, True) for name in bench.layers],
-    ]
-    assert (bench.controller.outer_number, bench.controller.inner_step, bench.controller.global_step) == (2, 0, 3)
-    assert bench.labels() == [False, False, False], "a new loop begins without labels"
-
-
-def test_frozen_modules_take_no_part_in_the_next_loops() -> None:
-    bench = Bench()
-    bench.put(9.0, 1.0, 9.0)
-    bench.controller.outer_step()
-    assert bench.frozen() == [False, True, False]
-    bench.step(60.0, 0.0, 60.0)
-    assert bench.step(60.0, 0.0, 60.0)[-2:] == [("merged", "first", True), ("merged", "third", True)]
-    assert "second" not in {event.module for event in bench.events if event.outer_step == 2}
-
-
 # The outer check -----------------------------------------------------------------------------------------------------
 
 
@@ -174,69 +138,7 @@ def test_a_component_below_the_tolerance_is_dropped_and_its_module_frozen() -> N
     assert not a.requires_grad
 
 
-def test_later_outer_checks_compare_with_the_merged_weight() -> None:
-    bench = Bench()
-    for norm in (50.0, 30.0):
-        bench.put(norm, 100.0, 100.0)
-        bench.controller.outer_step()
-    layer = bench.layers["first"]
-    merged = layer.weight_matrix() + layer.finished("default").B[:, :1] @ layer.finished("default").A[:1]
-    assert of_kind(bench.events, "merged")[3].value == pytest.approx(30.0 / float(torch.linalg.norm(merged)))
-
-
-def test_the_least_components_are_kept_whatever_the_check_says() -> None:
-    bench = Bench(min_components=2)
-    for rank, norm in ((1, 100.0), (2, 300.0)):
-        bench.put(1e-9, 0.0, norm)
-        bench.controller.outer_step()
-        assert bench.ranks() == [rank] * 3
-    bench.put(1e-9, 0.0, 1000.0)
-    bench.controller.outer_step()
-    assert bench.ranks() == [2, 2, 3]
-    assert bench.frozen() == [True, True, False]
-
-
-def test_the_most_components_freeze_a_module() -> None:
-    bench = Bench(max_components=2)
-    bench.put(100.0, 1.0, 100.0)
-    bench.controller.outer_step()
-    bench.events.clear()
-    bench.put(100.0, 0.0, 100.0)
-    bench.controller.outer_step()
-    assert [(event.kind, event.module, event.rank) for event in bench.events] == [
-        ("merged", "first", 2),
-        ("frozen", "first", 2),
-        ("merged", "third", 2),
-        ("frozen", "third", 2),
-        ("finished", None, 4),
-    ]
-    assert bench.controller.finished
-
-
 # Merging, and beginning anew -----------------------------------------------------------------------------------------
-
-
-def test_a_kept_module_begins_a_fresh_component() -> None:
-    bench = Bench(reset="zero")
-    train(bench, 3)
-    assert all(state["exp_avg"].any() for state in bench.optimizer.state.values())
-    for parameter in trainable(bench.model):
-        parameter.grad = torch.ones_like(parameter)
-    bench.put(9.0, 9.0, 1.0)
-    bench.controller.outer_step()
-    for index, name in enumerate(("first", "second")):
-        b, a = bench.layers[name].pair("default")
-        assert not b.any()
-        torch.testing.assert_close(a.detach(), fresh_component(3, 2, index, (1, N), torch.float64), rtol=0, atol=0)
-        assert a.grad is None
-        assert b.grad is None
-        for parameter in (a, b):
-            state = bench.optimizer.state[parameter]
-            assert not state["exp_avg"].any()
-            assert not state["exp_avg_sq"].any()
-            assert state["step"] == 0
-    kept = bench.optimizer.state[bench.layers["third"].pair("default")[1]]
-    assert kept["exp_avg"].any(), "the state of a dropped pair is left alone"
 
 
 def train(bench: Bench, steps: int) -> None:

@@ -7,19 +7,16 @@ from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, aroma_layers
 from aroma.tuner import AromaLinear, fused
-from aroma.tuner.fused import linear_with_update
-from aroma.tuner.tracing import is_traced
+from aroma.tuner.fused import is_traced, linear_with_update
 from models import adapted, batch, set_ranks
 from quick import slow_but
 
@@ -182,21 +179,6 @@ def test_autocast_computes_in_its_dtype(base: str) -> None:
         assert error < 2 * (other.double() - true).norm() / true.norm() + 1e-3, "no worse than PyTorch's operations"
 
 
-def test_backward_may_run_inside_autocast_and_outside() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N, requires_grad=True)
-    gradients = []
-    for inside in (False, True):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = layer(x).float().square().sum()
-            if inside:
-                gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
-        if not inside:
-            gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_bfloat16_base_under_a_float32_pair_rounds_the_update_once(frozen: bool) -> None:
     layer = grown(nn.Linear(N, M), 3, frozen)
@@ -210,50 +192,12 @@ def test_a_bfloat16_base_under_a_float32_pair_rounds_the_update_once(frozen: boo
     torch.testing.assert_close(y.detach(), layer.base_layer(x).detach() + update, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_a_quantised_base(kind: str) -> None:
-    make: dict[str, Callable[[], nn.Module]] = {
-        "4bit": lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4"),
-        "8bit": lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
-    }
-    model = get_peft_model(
-        nn.Sequential(make[kind]().to("cpu")), AromaConfig(target_modules=["0"], max_inner_steps=10)
-    )
-    set_ranks(model, [3], pair=True)
-    layer = aroma_layers(model)["0"]
-    assert_same(layer, torch.randn(2, 3, 64, requires_grad=True), rtol=1e-4, atol=1e-4)
-
-
 # Inside PyTorch ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_gives_the_same_gradients(dropout: float) -> None:
-    layer = grown(nn.Linear(N, N), 3, lora_dropout=dropout)
-    x = torch.randn(4, N)
-
-    def twice(x: Tensor) -> Tensor:
-        return layer(torch.tanh(layer(x)))
-
-    def recomputed(x: Tensor) -> Tensor:
-        return checkpoint(twice, x, use_reentrant=False)
-
-    for one, other in zip(*(_seeded(layer, function, x) for function in (twice, recomputed)), strict=True):
-        assert torch.equal(one, other)
 
 
 def _seeded(layer: AromaLinear, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
     torch.manual_seed(6)
     return answer(function, layer, x.requires_grad_())
-
-
-def test_a_module_used_twice_gets_both_gradients() -> None:
-    layer = grown(nn.Linear(N, N), 3, dtype=torch.float64)
-    x = torch.randn(4, N, dtype=torch.float64, requires_grad=True)
-    mine = answer(lambda x: layer(torch.tanh(layer(x))) + layer(2 * x), layer, x)
-    theirs = answer(lambda x: composed(layer, torch.tanh(composed(layer, x))) + composed(layer, 2 * x), layer, x)
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["compile", "vmap", "trace"])
@@ -278,21 +222,6 @@ def test_what_looks_into_the_operations_finds_them(kind: str) -> None:
     torch.testing.assert_close(result, layer(x))
 
 
-def test_gradients_of_every_example_by_a_function_transform() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N)
-    pair = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-
-    def loss(pair: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, pair, (x,)).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(pair, x)
-    layer(x).square().sum().backward()
-    for name, parameter in layer.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
-
-
 def test_a_compiled_layer_survives_eight_growths_with_one_graph() -> None:
     layer = grown(nn.Linear(N, M), 1)
     graphs: list[Any] = []
@@ -308,14 +237,6 @@ def test_a_compiled_layer_survives_eight_growths_with_one_graph() -> None:
         torch.testing.assert_close(compiled(x), layer(x))
         layer.merge_pair("default")
     assert len(graphs) == 1
-
-
-def test_growing_between_forward_and_backward_is_refused_by_autograd() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    loss = layer(torch.randn(4, N, requires_grad=True)).sum()
-    layer.merge_pair("default")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 # Whoever has an interest in the base layer ---------------------------------------------------------------------------
@@ -409,13 +330,6 @@ def test_only_the_input_and_r_numbers_a_token_are_kept(r: int, dropout: float, f
     assert {tuple(t.shape) for t in tensors} == {(4, 3, N), (12, r)}
     assert sum(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in tensors) == 1
     assert {t.untyped_storage().nbytes() for t in tensors} == {4 * 12 * N, 4 * 12 * r}
-
-
-@pytest.mark.parametrize("folded", FOLDED)
-def test_a_frozen_module_keeps_nothing(folded: bool) -> None:
-    layer = grown(nn.Linear(N, M), 9, frozen=True)
-    with folding(folded):
-        assert kept(layer, torch.randn(4, N, requires_grad=True)) == []
 
 
 def test_a_whole_model_is_the_composed_one() -> None:

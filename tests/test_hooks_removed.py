@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,24 +112,6 @@ class Engine:
 
 def say(optimizer: Engine, *words: str) -> list[Callable[..., None]]:
     return [lambda *_, word=word: optimizer.said.append(word) for word in words]
-
-
-def test_steps_are_hooked_until_the_hooks_are_removed() -> None:
-    optimizer = Engine()
-    hooks = StepHooks(optimizer, *say(optimizer, "before", "after"))
-    assert optimizer.step() == "stepped"
-    assert optimizer.said == ["before", "step", "after"]
-    hooks.remove()
-    hooks.remove()
-    assert vars(optimizer).keys() == {"said"}, "the method of the class is back"
-
-
-def test_a_step_that_was_replaced_before_comes_back() -> None:
-    optimizer: Any = SimpleNamespace(step=lambda: "own")
-    own = optimizer.step
-    hooks = StepHooks(optimizer, lambda *_: None, lambda *_: None)
-    hooks.remove()
-    assert optimizer.step is own
 
 
 def test_a_wrapper_that_was_added_later_stays() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -10,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
@@ -78,34 +75,6 @@ _TINY = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
-WRITERS: dict[str, Callable[[], nn.Module]] = {
-    "inplace ReLU": lambda: nn.Sequential(
-        nn.Embedding(50, N), nn.Linear(N, M), nn.ReLU(inplace=True), nn.Linear(M, 2)
-    ),
-    "DeBERTa": lambda: transformers.DebertaModel(
-        transformers.DebertaConfig(
-            **_TINY,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-            max_relative_positions=8,
-            position_biased_input=False,
-        )
-    ),
-    "OLMo": lambda: transformers.OlmoForCausalLM(
-        transformers.OlmoConfig(**_TINY, clip_qkv=8.0, pad_token_id=0, eos_token_id=1)
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_models_that_write_to_the_output_train(name: str) -> None:
-    targets = ["1", "3"] if name == "inplace ReLU" else "all-linear"
-    model = get_peft_model(WRITERS[name](), AromaConfig(target_modules=targets, max_inner_steps=10)).train()
-    output = model(torch.randint(2, 50, (2, 6)))
-    (output if isinstance(output, Tensor) else output[0]).square().sum().backward()
-    assert all(layer.pair("default")[0].grad is not None for layer in aroma_layers(model).values())
-
-
 # Half-precision bases ------------------------------------------------------------------------------------------------
 
 
@@ -137,54 +106,7 @@ def test_the_first_component_over_a_half_base_is_computed_like_all_others(base: 
 # Base layers that are not what they seem -----------------------------------------------------------------------------
 
 
-class Tanh(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(super().forward(x))
-
-
-class Centred(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - x.mean(-2, keepdim=True))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", [Tanh, Centred])
-def test_a_derived_layer_is_called_as_it_is_and_its_result_left_alone(
-    kind: type[nn.Linear], shape: tuple[int, ...]
-) -> None:
-    layer = grown(kind(N, N), 3)
-    x = torch.randn(shape, requires_grad=True)
-    assert_same(layer, x, rtol=1e-5, atol=1e-5)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            given = x.detach().clone()
-            result, expected = layer(given), composed(layer, given)
-            assert torch.equal(given, x)
-            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-
-
 # Modes of PyTorch ----------------------------------------------------------------------------------------------------
-
-
-def test_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        net = nn.Sequential(nn.Linear(N, M))
-    model = get_peft_model(net, AromaConfig(target_modules=["0"], max_inner_steps=10))
-    y = model(torch.randn(4, N, device="meta"))
-    assert (y.device.type, y.shape) == ("meta", (4, M))
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-def test_forward_mode_differentiation(hooked: bool) -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    if hooked:
-        layer.base_layer.register_forward_hook(lambda *_: None)
-    x, direction = torch.randn(4, N), torch.randn(4, N)
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
-    B, A = layer.components("default")
-    expected = direction @ (layer.base_layer.weight + B @ A).T
-    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_growth_in_inference_mode_makes_buffers_that_train() -> None:
@@ -242,29 +164,6 @@ def test_compiled(kind: str) -> None:
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported(strict: bool) -> None:
-    layer = grown(nn.Linear(N, M), 3).eval()
-    x = torch.randn(4, N)
-    program = torch.export.export(layer, (x,), strict=strict)
-    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_copy_made_in_training_goes_its_own_way() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N)
-    loss = layer(x).sum()
-    twin = copy.deepcopy(layer)
-    loss.backward()
-    expected = twin(x)
-    layer.merge_pair("default")
-    layer.start_pair("default", torch.randn(1, N), torch.randn(M, 1))
-    assert torch.equal(twin(x), expected)
-    assert not torch.allclose(layer(x), expected)
-    twin(x).sum().backward()
-    assert (twin.finished("default").rank, layer.finished("default").rank) == (3, 4)
-
-
 # What PEFT and its users do to the pair ------------------------------------------------------------------------------
 
 
@@ -282,16 +181,6 @@ def test_a_pair_that_does_not_train_keeps_nothing(pair: str, hooked: bool) -> No
     x = torch.randn(4, N, requires_grad=True)
     assert kept(layer, x) == []
     assert_same(layer, x, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_half_a_pair_that_trains_gets_its_gradient_alone(part: int) -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    layer.pair("default")[part].requires_grad_(False)
-    x = torch.randn(4, N, requires_grad=True)
-    assert_same(layer, x, rtol=1e-5, atol=1e-5)
-    assert layer.pair("default")[part].grad is None
-    assert layer.pair("default")[1 - part].grad is not None
 
 
 def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:
@@ -315,21 +204,3 @@ def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:
         torch.testing.assert_close(layer(x), scaled)
     torch.testing.assert_close(layer(x), expected)
     assert all(torch.equal(saved[key], again[key]) for key in saved)
-
-
-def test_hooks_on_the_modules_of_the_pair_are_called() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N, requires_grad=True)
-    expected = answer(layer, layer, x)
-    calls: list[str] = []
-    handles = [
-        layer.lora_A["default"].register_forward_hook(lambda *_: calls.append("A")),
-        layer.lora_B["default"].register_forward_pre_hook(lambda *_: calls.append("B")),
-        layer.lora_A["default"].register_full_backward_hook(lambda *_: calls.append("A back")),
-    ]
-    assert_equal(answer(layer, layer, x), expected)
-    assert calls == ["A", "B", "A back"]
-    for handle in handles:
-        handle.remove()
-    layer(x)
-    assert len(calls) == 3

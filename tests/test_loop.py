@@ -12,7 +12,7 @@ import torch
 import transformers.integrations.peft
 from accelerate import Accelerator
 from accelerate.state import GradientState
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -157,16 +157,6 @@ def test_a_step_that_a_grad_scaler_skips_is_no_step() -> None:
 # Without the wrapper of PEFT -----------------------------------------------------------------------------------------
 
 
-def test_an_injected_adapter_grows_like_a_wrapped_one() -> None:
-    wrapped = adapted("llama")
-    events, losses = plain_run(wrapped)
-    injected = inject_adapter_in_model(AromaConfig(**METHOD), base("llama"))
-    assert type(injected) is type(base("llama"))
-    assert plain_run(injected) == (events, losses)
-    assert ranks(injected) == ranks(wrapped)
-    assert max(ranks(injected).values()) > 1
-
-
 def test_an_adapter_added_by_transformers_grows_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The newest transformers asks for a peft that is not out yet.
     monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
@@ -241,15 +231,6 @@ def test_there_is_no_run_to_resume_in_an_adapter_saved_without_a_controller(tmp_
         attach(model, optimizer_of(model), total_steps=STEPS, resume_from=str(tmp_path))
 
 
-def test_the_adapter_must_be_loaded_before_it_is_resumed(tmp_path: Path) -> None:
-    model = adapted("llama")
-    plain_run(model)
-    save_adapter(model, tmp_path)
-    fresh = adapted("llama")
-    with pytest.raises(CheckpointError, match="components are not those"):
-        attach(fresh, optimizer_of(fresh), total_steps=STEPS, resume_from=str(tmp_path))
-
-
 def test_an_adapter_loaded_under_the_controller_stops_the_next_step(tmp_path: Path) -> None:
     model = adapted("llama")
     optimizer = optimizer_of(model)
@@ -262,13 +243,6 @@ def test_an_adapter_loaded_under_the_controller_stops_the_next_step(tmp_path: Pa
 
 
 # Saying so -----------------------------------------------------------------------------------------------------------
-
-
-def test_trained_without_a_controller_the_first_save_says_so(tmp_path: Path) -> None:
-    model = adapted("llama")
-    train(model, batch("llama"), optimizer_of(model), 2)
-    with pytest.warns(UserWarning, match=r"trained without its controller.*aroma\.attach"):
-        model.save_pretrained(tmp_path)
 
 
 def test_a_summary_prints_as_a_short_table() -> None:

@@ -167,8 +167,9 @@ ROWS: dict[str, Row] = {
         instead=SAVED,
     ),
     "forward(adapter_names=...), generate(adapter_names=...)": Row(
-        lambda m, f: len(m.eval()(**batch("bert"), adapter_names=["default"] * 4).logits) == 4,
-        "each row of a batch gets the adapter that is named for it",
+        lambda m, f: m.eval()(**batch("bert"), adapter_names=["default"] * 4),
+        refused="^adapter_names: ",
+        instead=SAVED,
     ),
     "peft.utils.hotswap.hotswap_adapter": Row(
         lambda m, f: hotswap_adapter(m, str(f), "default"), refused="AROMA", instead=SAVED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from aroma.export import export_merged
 from aroma.tuner import AromaLinear
 from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks.model import loading_options
-from models import METHOD, adapted, batch, deltas, grow, logits, ranks, train, trainable, unlike
+from models import adapted, batch, deltas, logits, ranks, train, trainable
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import arguments, assert_same, growth, tiny_bert, trainer_for
 
@@ -142,20 +141,6 @@ def test_a_quantised_base_grows_and_resumes_in_the_trainer(folder: str, kind: st
     resumed, later = run(str(tmp_path / "checkpoint-6"))
     assert later == [event for event in events if event.step > 6]
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_plain_peft_over_a_quantised_base_says_the_same(folder: str, kind: str, tmp_path: Path) -> None:
-    # Results in float32, so that they are comparable: rounded to bfloat16, LLM.int8 quantises its inputs otherwise.
-    model = adapted("llama", quantised_base(folder, kind, torch.float32))
-    grow(model, batch("llama"), STEPS)
-    assert max(ranks(model).values()) > 1
-    save_adapter(model, tmp_path)
-    plain = PeftModel.from_pretrained(quantised_base(folder, kind, torch.float32), str(tmp_path))
-    mine, theirs = logits(model, batch("llama")), logits(plain, batch("llama"))
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    bare = logits(quantised_base(folder, kind, torch.float32), batch("llama"))
-    assert (mine - bare).norm() > 0.2 * mine.norm(), "the adapter says something"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -360,42 +345,6 @@ def test_a_step_that_fp16_skips_is_no_step_in_the_trainer(
 
 # Casts in mid-run ----------------------------------------------------------------------------------------------------
 
-CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "to bfloat16": lambda model: model.to(torch.bfloat16),
-    "bfloat16": lambda model: model.bfloat16(),
-    "half": lambda model: model.half(),
-    "to cpu and float16": lambda model: model.to("cpu", torch.float16),
-}
-
-
-@pytest.mark.parametrize("cast", CASTS)
-def test_a_cast_in_mid_run_leaves_components_alone(cast: str) -> None:
-    model = adapted("llama", inner_criterion="update_change")
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    attachment = attach(model, optimizer, total_steps=STEPS)
-    train(model, batch("llama"), optimizer, 5)
-    pairs = [p for layer in aroma_layers(model).values() for p in layer.pair("default")]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
-    CASTS[cast](model)
-    assert aroma_layers(model)["model.layers.0.mlp.up_proj"].base_layer.weight.dtype in (torch.bfloat16, torch.float16)
-    after = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    assert_same(after, before)
-    now = [p for layer in aroma_layers(model).values() for p in layer.pair("default")]
-    assert all(one is other for one, other in zip(pairs, now, strict=True)), "what the optimizer holds"
-    train(model, batch("llama"), optimizer, 5)
-    assert attachment.controller.global_step == STEPS
-    assert {layer.finished("default").storage_A.dtype for layer in aroma_layers(model).values()} == {torch.float32}
-    assert attachment.controller.total_rank >= 28
-
-
-def test_a_cast_that_loses_nothing_reaches_the_components() -> None:
-    model = adapted("llama")
-    model.double()
-    layer = next(iter(aroma_layers(model).values()))
-    assert layer.pair("default")[0].dtype == layer.finished("default").storage_A.dtype == torch.float64
-    model.float()
-    assert layer.pair("default")[0].dtype == layer.finished("default").storage_A.dtype == torch.float32
-
 
 def test_a_device_in_mid_run_changes_nothing() -> None:
     runs = []
@@ -411,39 +360,4 @@ def test_a_device_in_mid_run_changes_nothing() -> None:
     assert_same(*runs)
 
 
-def test_pairs_wanted_in_16_bits_are_left_so() -> None:
-    model = get_peft_model(tiny_bert().bfloat16(), AromaConfig(**METHOD), autocast_adapter_dtype=False)
-    layer = next(iter(aroma_layers(model).values()))
-    assert layer.pair("default")[0].dtype == torch.bfloat16
-    model.to(torch.float16)
-    assert layer.pair("default")[0].dtype == torch.float16
-
-
 # Recomputed activations ----------------------------------------------------------------------------------------------
-
-
-def checkpointed_run(kind: str, dropout: float = 0.0) -> tuple[list[float], list[Event], dict[str, Tensor]]:
-    """Modules freeze at different times, and all of them before the end."""
-    torch.manual_seed(11)
-    model = unlike(adapted("llama", outer_tolerance=0.03, max_inner_steps=2, max_components=3, lora_dropout=dropout))
-    if kind != "none":
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    events: list[Event] = []
-    attach(model, optimizer, total_steps=STEPS, on_event=events.append)
-    return train(model, batch("llama"), optimizer, STEPS), events, dict(model.state_dict())
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
-def test_checkpointing_changes_nothing(kind: str, dropout: float) -> None:
-    losses, events, state = checkpointed_run("none", dropout)
-    frozen = {event.step for event in events if event.kind == "frozen"}
-    assert len(frozen) > 1, "at different times"
-    assert "finished" in {event.kind for event in events}
-    assert losses[0] != losses[-1]
-    same_losses, same_events, same_state = checkpointed_run(kind, dropout)
-    assert same_losses == losses
-    assert same_events == events
-    assert_same(same_state, state)

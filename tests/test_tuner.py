@@ -15,11 +15,10 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, AromaController, aroma_layers, attach
 from aroma.errors import ConfigError
-from aroma.tuner import AromaLinear, live_adapter
+from aroma.tuner import AromaLinear
 from aroma.tuner.dropout import draw_offsets, keep_mask
 from models import (
     ARCHITECTURES,
@@ -74,11 +73,6 @@ def test_the_same_seed_gives_the_same_components() -> None:
     assert not torch.equal(first[0], first[1]), "two modules of one shape start differently"
 
 
-def test_without_a_seed_the_global_one_decides() -> None:
-    torch.manual_seed(123)
-    assert live_adapter(adapted("bert", component_seed=None)).seed == 123
-
-
 # What is wrapped -----------------------------------------------------------------------------------------------------
 
 
@@ -101,14 +95,6 @@ def test_the_classification_head_is_not_wrapped_and_trains_fully(targets: Any) -
     for name, parameter in head.items():
         assert parameter.requires_grad
         assert not torch.equal(parameter, before[name]), name
-
-
-def test_only_the_pairs_and_the_head_are_trainable() -> None:
-    model = adapted("bert", r=2)
-    layers = aroma_layers(model)
-    expected = sum(2 * (layer.in_features + layer.out_features) for layer in layers.values()) + 32 * 3 + 3
-    assert sum(parameter.numel() for parameter in trainable(model)) == expected
-    assert model.get_nb_trainable_parameters()[0] == expected
 
 
 def test_an_injected_adapter_without_the_peft_wrapper_grows() -> None:
@@ -232,23 +218,6 @@ def test_a_loop_may_go_on_after_the_last_module_has_finished(wrapper: str) -> No
     assert torch.equal(logits(model, inputs), logits(base("gpt2"), inputs))
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, 1)], ids=["tensor", "tuple"])
-def test_only_a_finished_model_in_training_gets_a_gradient_for_nothing(wrap: Callable[[Tensor], Any]) -> None:
-    net = small_net()
-    net.forward = lambda x: wrap(nn.Sequential.forward(net, x))  # type: ignore[method-assign]
-    model = get_peft_model(net, AromaConfig(max_inner_steps=10))
-    x = torch.randn(2, 6)
-    for layer in aroma_layers(model).values():
-        layer.freeze("default")
-    out = first(model.train()(x))
-    assert out.requires_grad
-    assert torch.equal(out, first(wrap(nn.Sequential.forward(small_net(), x))))
-    assert not first(model.eval()(x)).requires_grad
-    with torch.no_grad():
-        assert not first(model.train()(x)).requires_grad
-    assert type(model(x)) is type(wrap(x))
-
-
 @pytest.mark.parametrize("disturbance", ["disable_adapter", "set_adapter"])
 def test_a_frozen_module_stays_frozen_through_peft_calls(disturbance: str) -> None:
     model = adapted("bert")
@@ -308,32 +277,6 @@ def test_buffers_grow_in_chunks_of_eight_and_in_place() -> None:
     assert (tuple(finished.storage_A.shape), tuple(finished.storage_B.shape)) == ((16, 6), (5, 16))
     assert torch.equal(finished.B[:, :8], eight[0])
     assert torch.equal(finished.A[:8], eight[1])
-
-
-def test_the_state_dict_holds_the_components_without_padding() -> None:
-    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
-    set_ranks(model, [3])
-    state = model.state_dict()
-    assert tuple(state["base_model.model.0.lora_finished.default.A"].shape) == (3, 6)
-    assert tuple(state["base_model.model.0.lora_finished.default.B"].shape) == (5, 3)
-    fresh = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
-    fresh.load_state_dict(state)
-    assert ranks(fresh) == ranks(model)
-    x = torch.randn(2, 6)
-    assert torch.equal(fresh(x), model(x))
-
-
-def test_popped_components_are_gone_and_returned() -> None:
-    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
-    set_ranks(model, [9])
-    finished = aroma_layers(model)["0"].finished("default")
-    B, A = finished.B.clone(), finished.A.clone()
-    popped_B, popped_A = finished.pop(2)
-    assert torch.equal(popped_B, B[:, 7:])
-    assert torch.equal(popped_A, A[7:])
-    assert torch.equal(finished.B, B[:, :7])
-    assert finished.storage_A.shape[0] == 8, "as if the popped ones had never been there"
-    assert not finished.storage_A[7:].any()
 
 
 def test_nothing_that_the_optimizer_holds_is_replaced() -> None:
@@ -422,60 +365,6 @@ def test_merge_and_unload_leaves_no_growing_layer(name: str) -> None:
     merged = model.merge_and_unload()
     assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
     torch.testing.assert_close(logits(merged, inputs), before, rtol=1e-4, atol=1e-5)
-
-
-class Integers(nn.Module):
-    """Both layouts of a layer with small whole numbers: a Linear W (2, 3), and a Conv1D that stores W transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-        self.linear = nn.Linear(3, 2, bias=False)
-        self.linear.weight.data = W.clone()
-        self.conv = Conv1D(2, 3)
-        self.conv.weight.data = W.T.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.conv(x)
-
-
-def test_merged_by_hand() -> None:
-    model = get_peft_model(
-        Integers(), AromaConfig(lora_alpha=2, target_modules=["linear", "conv"], max_inner_steps=10)
-    )
-    layers = aroma_layers(model)
-    assert list(layers) == ["linear", "conv"]
-    for layer in layers.values():
-        # The first component, merged: s b a = 2 (1, -1)ᵀ (1, 0, 2) = ((2, 0, 4), (-2, 0, -4)).
-        layer.start_pair("default", torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0], [-1.0]]))
-        layer.merge_pair("default")
-        # The second, in training: 2 (3, 1)ᵀ (0, 1, -1) = ((0, 6, -6), (0, 2, -2)).
-        layer.start_pair("default", torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[3.0], [1.0]]))
-    change = torch.tensor([[2.0, 6.0, -2.0], [-2.0, 2.0, -6.0]])
-    merged = torch.tensor([[3.0, 8.0, 1.0], [2.0, 7.0, 0.0]])
-    assert torch.equal(layers["linear"].get_delta_weight("default"), change)
-    assert torch.equal(layers["conv"].get_delta_weight("default"), change.T)
-    x = torch.tensor([[1.0, 2.0, 3.0]])
-    assert layers["linear"](x).tolist() == layers["conv"](x).tolist() == [[22.0, 16.0]]
-    model.merge_adapter()
-    assert torch.equal(layers["linear"].base_layer.weight, merged)
-    assert torch.equal(layers["conv"].base_layer.weight, merged.T)
-    assert model(x).tolist() == [[44.0, 32.0]]
-    model.unmerge_adapter()
-    assert torch.equal(layers["conv"].base_layer.weight, merged.T - change.T)
-
-
-@pytest.mark.parametrize("safe", [False, True])
-def test_merging_into_bfloat16_rounds_once(safe: bool) -> None:
-    # peft #1388: the sum is formed in float32. Rounding ΔW first would give another weight.
-    model = get_peft_model(small_net().to(torch.bfloat16), AromaConfig(max_inner_steps=10))
-    set_ranks(model, [3], pair=True)
-    layer = aroma_layers(model)["0"]
-    expected = (layer.base_layer.weight.float() + layer.get_delta_weight("default")).bfloat16()
-    twice = layer.base_layer.weight + layer.get_delta_weight("default").bfloat16()
-    assert not torch.equal(expected, twice), "the case tells the two apart"
-    model.merge_adapter(safe_merge=safe)
-    assert torch.equal(layer.base_layer.weight, expected)
 
 
 def test_a_deleted_adapter_leaves_nothing_behind() -> None:

@@ -56,34 +56,12 @@ def test_a_controller_that_is_never_stepped_does_not_count(tmp_path: Path) -> No
         model.save_pretrained(tmp_path)
 
 
-def test_a_training_without_a_controller_is_told_after_its_first_step(tmp_path: Path) -> None:
-    """Once; a training that grows, or has not stepped yet, is told nothing."""
-    forgotten, grown = adapted("bert"), adapted("bert")
-    optimizer = optimizer_of(forgotten)
-    train(forgotten, batch("bert"), optimizer, 1)
-    with pytest.warns(UserWarning, match="trained without its controller") as told:
-        train(forgotten, batch("bert"), optimizer, 5)
-    assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        train(forgotten, batch("bert"), optimizer, 2)
-        attach(grown, optimizer := optimizer_of(grown), total_steps=40)
-        train(grown, batch("bert"), optimizer, 3)
-        save_adapter(grown, tmp_path / "adapter")
-        loaded = adapted("bert")
-        loaded(**batch("bert")).loss.backward()
-        loaded.load_adapter(str(tmp_path / "adapter"), "default", is_trainable=True)
-        loaded(**batch("bert")).loss.backward()
-
-
 @pytest.mark.parametrize(
     ("fields", "warns"),
     [
         ({"task_type": None}, True),
-        ({"task_type": None, "modules_to_save": ["pooler"]}, True),
         ({"task_type": "SEQ_CLS"}, False),
         ({"task_type": None, "modules_to_save": ["classifier"]}, False),
-        ({"task_type": None, "target_modules": ["query", "classifier"]}, False),
         ({"task_type": None, "inference_mode": True}, False),
     ],
 )
@@ -100,13 +78,6 @@ def test_the_head_of_a_task_trains_whole(task: str, ending: str, head: str) -> N
     model = get_peft_model(bert_for(ending), AromaConfig(task_type=task))
     assert not [name for name in aroma_layers(model) if head in name]
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad and head in name]
-
-
-def test_a_merge_says_so_too() -> None:
-    model = adapted("bert")
-    train(model, batch("bert"), optimizer_of(model), 3)
-    with pytest.warns(UserWarning, match="trained without its controller"):
-        model.merge_and_unload()
 
 
 def test_a_loaded_adapter_at_its_maximum_grows_no_further(tmp_path: Path) -> None:
@@ -127,16 +98,6 @@ def test_a_loaded_adapter_at_its_maximum_grows_no_further(tmp_path: Path) -> Non
 def test_a_run_too_short_to_grow_is_said() -> None:
     with pytest.warns(UserWarning, match=r"max_inner_steps=None gives 50 steps, and the run has 40"):
         assert AromaConfig().resolve_inner_steps(40) == 50
-
-
-def test_an_outer_step_after_the_end_does_nothing() -> None:
-    model = adapted("bert", max_components=1)
-    growth = attach(model, optimizer_of(model), total_steps=40)
-    train(model, batch("bert"), growth.controller.optimizer, 40)
-    assert growth.finished
-    number = growth.controller.outer_number
-    assert growth.controller.outer_step() == []
-    assert growth.controller.outer_number == number
 
 
 def test_a_run_of_a_rule_that_is_gone_is_one_clear_error() -> None:

@@ -20,9 +20,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import compat
 from .dropout import Offsets, draw_offsets, keep_mask
 
 
@@ -69,6 +70,24 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives a matmul of `x` (any shape), or None where it leaves it alone."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if x.dtype != torch.float64 and torch.is_autocast_enabled(kind) else None
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether `x` (any shape) is being traced, so that a custom `autograd.Function` would be opaque.
+
+    The tracer may be a compiler, a function transform, forward-mode differentiation, or a dispatch mode (selective
+    checkpointing keeps results of operations, which may then not be written to). `x` itself counts if it is a tensor
+    subclass, has no data, is nested, or is a scalar, which no layer takes.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or compat.is_jit_tracing()
+        or type(x) not in (Tensor, nn.Parameter)
+        or x.is_meta
+        or x.is_nested
+        or not x.dim()
+        or compat.is_transformed()
+    )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

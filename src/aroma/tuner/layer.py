@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import has_offloaded_params
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +14,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .. import compat
-from ..errors import ConfigError, NonFiniteError, bad_value
+from ..errors import ConfigError, bad_value
 from ..sharding import gathered, is_sharded, write
 from .finished import CHUNK, FinishedComponents
-from .fused import Update, autocast_dtype, linear_with_update
-from .tracing import is_hooked, is_traced
+from .fused import Update, autocast_dtype, is_traced, linear_with_update
 
 if TYPE_CHECKING:
     from .live import LiveAdapter
@@ -44,9 +40,6 @@ class AromaLinear(LoraLinear):
     gradient of each parameter that it found at the start, and a graph is compiled again when a parameter stops
     requiring a gradient. So a frozen pair then still requires one, which is zero. The layer skips the pair all the
     same, and `GraphKeeper` adds the gradient at the model's output; a compiled graph evaluates the pair as any other.
-
-    Casting the model to 16 bits (`model.to`, `half`, `bfloat16`) leaves 32-bit components as they are, because small
-    updates would be rounded away.
 
     Attributes:
         in_features: n.
@@ -204,26 +197,15 @@ class AromaLinear(LoraLinear):
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
     def weight_matrix(self) -> Tensor:
-        """Return W0 as (m, n): a view, or a copy if the base layer is quantised or offloaded.
+        """Return W0 as (m, n): a view, or a copy if the base layer is quantised.
 
         All ranks gather a sharded one together.
-
-        Raises:
-            ConfigError: The weight has no data, and nothing can load it.
         """
         base = self.get_base_layer()
-        if is_sharded(base.weight):
-            whole: Tensor = self._as_matrix(gathered([base.weight])[0].detach())
-            return whole
-        with align_module_device(base):
-            if base.weight.is_meta:
-                raise bad_value(
-                    "base_layer.weight", "meta", "it has no data; load the model's weights before it is adapted"
-                )
-            weight: Tensor = base.weight.detach()
-            if self.is_quantised:
-                # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
-                weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
+        weight: Tensor = gathered([base.weight])[0].detach()
+        if self.is_quantised:
+            # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
+            weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
         matrix: Tensor = self._as_matrix(weight)
         return matrix
 
@@ -253,62 +235,39 @@ class AromaLinear(LoraLinear):
             for parameter in self.pair(adapter_name):
                 parameter.requires_grad_(False)
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into the base weight, in float32 or better: a weight of lower precision is rounded once.
-
-        Args:
-            safe_merge: Whether to check that the merged weight is finite.
-            adapter_names: Adapters to merge; the active ones by default.
+        """Merge into the base weight, as PEFT does.
 
         Raises:
             ConfigError: The base layer is quantised or sharded and cannot be merged in place.
-            NonFiniteError: With `safe_merge`, the merged weight is NaN or infinite; the base weight is left as it was.
         """
-        base = self.get_base_layer()
-        self.refuse_merge_if_quantised()
-        if is_sharded(base.weight):
-            raise ConfigError(
-                "base layer: its weight is sharded by FSDP2 or ZeRO-3, and no rank can merge into it; save the "
-                "adapter and merge in one process (aroma export --merged)"
-            )
-        named = check_adapters_to_merge(self, adapter_names)
-        for adapter_name in named:
-            if adapter_name not in self.lora_A or adapter_name in self.merged_adapters:
-                continue
-            merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
-            if safe_merge and not merged.isfinite().all():
-                raise NonFiniteError(
-                    f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight. Nothing was merged into "
-                    "this layer; use an earlier checkpoint"
-                )
-            base.weight.data = merged
-            self.merged_adapters.append(adapter_name)
+        self.refuse_merge_in_place()
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def refuse_merge_if_quantised(self) -> None:
+    def refuse_merge_in_place(self) -> None:
         """Raise if `merge` cannot merge in place.
 
         Raises:
-            ConfigError: The base layer is quantised.
+            ConfigError: The base layer is quantised or sharded.
         """
-        if self.is_quantised:
+        if self.is_quantised or is_sharded(self.get_base_layer().weight):
             raise ConfigError(
-                f"base layer {type(self.get_base_layer()).__name__} is quantised: merging in place would round the "
-                "update away; load the base model in 16 or 32 bits and merge there (aroma export --merged)"
+                f"base layer {type(self.get_base_layer()).__name__} is quantised or sharded: merging in place would "
+                "round the update away, or change one rank's part; load the base model in 16 or 32 bits in one "
+                "process and merge there (aroma export --merged)"
             )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (…, n) to (…, m); see the class for the equation.
 
-        With `adapter_names`, one for each row of `x`, every row gets the update of its own adapter; `"__base__"` gets
-        none.
-
         Raises:
-            ValueError: As many names as rows are needed, and no merged adapter.
+            ConfigError: Batches of several adapters need plain LoRA.
         """
-        self._check_forward_args(x, *args, **kwargs)
-        if (adapter_names := kwargs.pop("adapter_names", None)) is not None:
-            return self._mixed(x, adapter_names, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ConfigError(
+                "adapter_names: a batch cannot mix growing adapters; save them, and load them with "
+                "PeftModel.from_pretrained"
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         named = [] if self.disable_adapters or self.merged else self.active_adapters
@@ -344,7 +303,7 @@ class AromaLinear(LoraLinear):
         pair = [] if self.is_frozen(adapter_name) else [self.lora_A[adapter_name], self.lora_B[adapter_name]]
         if type(base) not in (nn.Linear, Conv1D) or any(type(one) is not nn.Linear for one in pair):
             return False
-        if is_hooked(base, *pair):
+        if any(map(compat.has_hooks, (base, *pair))) or compat.has_global_hooks():
             return False
         for parameter in (base.weight, base.bias):
             if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):
@@ -357,58 +316,15 @@ class AromaLinear(LoraLinear):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter_name in adapters:
-            result = self._added(result, x, adapter_name)
+            update = self._update(adapter_name)
+            inputs = self._cast_input_dtype(x, update.a.dtype)
+            if update.A.shape[0]:
+                A, B = update.A.to(update.a.dtype), update.B.to(update.a.dtype)
+                result = result + F.linear(F.linear(inputs, A), B)
+            if update.a.shape[0]:
+                h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
+                result = result + self.lora_B[adapter_name](h) * update.scale
         return result.to(dtype)
-
-    def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Map `x` (rows, …, n) to (rows, …, m), each row with the update of the adapter that is named for it."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        for named in dict.fromkeys(adapter_names):
-            rows = [row for row, name in enumerate(adapter_names) if name == named]
-            for adapter_name in filter(self._adds, [named]):
-                result[rows] = self._added(result[rows], x[rows], adapter_name).to(result.dtype)
-        return result
-
-    def _added(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added, in the more precise dtype."""
-        update = self._update(adapter_name)
-        dtype = update.a.dtype
-        inputs = self._cast_input_dtype(x, dtype)
-        if update.A.shape[0]:
-            result = result + F.linear(F.linear(inputs, update.A.to(dtype)), update.B.to(dtype))
-        if update.a.shape[0]:
-            h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
-            result = result + self.lora_B[adapter_name](h) * update.scale
-        return result
-
-    # Devices and precisions ------------------------------------------------------------------------------------------
-
-    def onload_pair(self, adapter_name: str) -> None:
-        """Put a new pair on the device where an offloaded base layer computes.
-
-        PEFT has put it beside the weight, on the meta device.
-        """
-        device = self._execution_device
-        if device is not None and self.pair(adapter_name)[0].is_meta:
-            for modules in (self.lora_A, self.lora_B, self.lora_finished):
-                modules[adapter_name].to_empty(device=device)
-
-    @property
-    def _execution_device(self) -> torch.device | None:
-        """Where an offloaded base layer computes; None if it is not offloaded."""
-        base = self.get_base_layer()
-        return compat.execution_device(base) if has_offloaded_params(base) else None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AromaLinear:
-        """Apply `fn` to all tensors (any shapes), as `Module.to` does, but round no components."""
-        if recurse:
-            for name, child in self.named_children():
-                child._apply(fn if name == "base_layer" else partial(_without_rounding, fn))
-        super()._apply(fn, recurse=False)
-        return self
 
 
 def require_linear(base: nn.Module, name: str) -> None:
@@ -419,6 +335,8 @@ def require_linear(base: nn.Module, name: str) -> None:
     """
     if isinstance(base, NonDynamicallyQuantizableLinear):
         why = "torch.nn.MultiheadAttention reads its weight and never calls it, so it would not learn"
+    elif has_offloaded_params(base):
+        why = "accelerate has offloaded its weight; load the base model whole, or quantised, before it is adapted"
     elif isinstance(base, nn.Linear | Conv1D) or type(base).__name__ in ("Linear8bitLt", "Linear4bit"):
         return
     else:
@@ -426,11 +344,3 @@ def require_linear(base: nn.Module, name: str) -> None:
             f"it is a {type(base).__name__}, and the paper's rule grows linear layers; evidence on LoraConfig cuts it"
         )
     raise bad_value("target_modules", name, f"{why}; leave it out, or name it in exclude_modules")
-
-
-def _without_rounding(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply `fn` of `Module.to` and the like to `tensor` (any shape), but keep its dtype if it would lose bits."""
-    result = fn(tensor)
-    if tensor.is_floating_point() and tensor.itemsize >= 4 > result.itemsize:
-        return tensor.to(result.device)
-    return result

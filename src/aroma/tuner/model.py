@@ -24,7 +24,7 @@ from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
-from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrolled
+from .warnings import HEADS, warn_frozen_head
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
@@ -68,7 +68,7 @@ class AromaModel(LoraModel):
                 "look at exclude_modules, modules_to_save and layers_to_transform",
             ) from error
         self._bring_to_life(model, adapter_name)
-        warn_frozen_head(model, self.peft_config[adapter_name], wanted)
+        warn_frozen_head(model, self.peft_config[adapter_name])
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 
@@ -87,17 +87,15 @@ class AromaModel(LoraModel):
         live = LiveAdapter(self.peft_config[adapter_name])
         for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
             layer.live[adapter_name] = live
-            layer.onload_pair(adapter_name)
             _, a = layer.pair(adapter_name)
             if not a.is_meta:
                 layer.start_pair(adapter_name, _first_component(live, index, a))
         if not hasattr(self, "_graph_keeper"):
-            self._graph_keeper, self._watch = GraphKeeper(), UncontrolledWatch()
+            self._graph_keeper = GraphKeeper()
             # PEFT calls one or the other, depending on the task.
             for module in (self, model):
                 module.register_forward_hook(self._graph_keeper)
-                module.register_forward_hook(self._watch)
-        self._graph_keeper.layers = self._watch.layers = [*aroma_layers(model).values()]
+        self._graph_keeper.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
     @staticmethod
@@ -125,17 +123,10 @@ class AromaModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # Before any of the other layers is merged.
-        for layer in aroma_layers(self).values():
-            layer.refuse_merge_if_quantised()
-        refuse_merge_if_tied(
-            self.model, {name: layer.get_base_layer() for name, layer in aroma_layers(self.model).items()}
-        )
-        for adapter_name in self.peft_config:
-            live = live_adapter(self, adapter_name)
-            pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
-            if not live.ever_controlled and any(bool(b.any()) for b, _ in pairs):
-                warn_uncontrolled()
+        layers = aroma_layers(self)
+        for layer in layers.values():  # before any of the others is merged
+            layer.refuse_merge_in_place()
+        refuse_merge_if_tied(self.model, {name: layer.get_base_layer() for name, layer in layers.items()})
 
     @classmethod
     def _get_adapter_state_dict(
@@ -191,11 +182,7 @@ class AromaModel(LoraModel):
         return {**others, **entries}
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible on a growing adapter.
-
-        Raises:
-            ConfigError: Always; combine the saved adapters in plain PEFT.
-        """
+        """Raise ConfigError: growing adapters cannot be combined."""
         raise ConfigError(
             "add_weighted_adapter: a growing adapter cannot be combined; save it, load it with "
             "PeftModel.from_pretrained, and combine it there"
@@ -213,14 +200,9 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
 
 
 def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
-    """Raise if a merge would change a layer that has no adapter, because it shares its weight with one that has.
+    """Raise ConfigError if one of the `adapted` base layers, by name, shares its weight with another layer of `model`.
 
-    Args:
-        model: The model with its adapter.
-        adapted: The base layers of the adapter, by name.
-
-    Raises:
-        ConfigError: Naming the first.
+    A merge would change both.
     """
     weights = (dict(module.named_parameters(recurse=False)).get("weight") for module in model.modules())
     sharing = Counter(map(id, weights))

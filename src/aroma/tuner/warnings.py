@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from ..errors import AromaWarning
-from .layer import AromaLinear
 
 if TYPE_CHECKING:
     from .config import AromaConfig
 
 HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
 """Names of the heads that PEFT trains whole, by task type."""
-
-
-class UncontrolledWatch:
-    """Forward hook of a model that warns, after the first optimizer step, that an adapter trains without a controller.
-
-    When it is saved, the training is over. A pair (b, a) begins with b = 0, so it has trained where b is another.
-
-    Attributes:
-        layers: The growing layers of the model.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[AromaLinear] = []
-        self._versions: dict[str, int] = {}
-
-    def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Look at one layer; the device is asked only after b was written to."""
-        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.layers:
-            return
-        layer = self.layers[0]
-        for name in layer.active_adapters:
-            b = layer.pair(name)[0] if name in layer.lora_A else None
-            # A sharded one would take all ranks.
-            if b is None or type(b) is not nn.Parameter or layer.live[name].ever_controlled or not b.requires_grad:
-                continue
-            is_written = self._versions.get(name, b._version) != b._version
-            self._versions[name] = b._version
-            if is_written and b.numel() and b.any():
-                self.layers = []  # once is enough
-                warn_uncontrolled()
-                return
 
 
 def warn_uncontrolled() -> None:
@@ -60,25 +27,23 @@ def warn_uncontrolled() -> None:
     )
 
 
-def warn_frozen_head(model: nn.Module, config: AromaConfig, targets: Any) -> None:
+def warn_frozen_head(model: nn.Module, config: AromaConfig) -> None:
     """Warn where the weights of a head are frozen: PEFT trains them only if it knows the task.
 
     Args:
         model: The model, with its growing layers.
         config: Of the adapter.
-        targets: Its `target_modules`, as they were given.
     """
-    found = {name: getattr(model, name, None) for names in HEADS.values() for name in names}
-    heads = {name: head for name, head in found.items() if isinstance(head, nn.Module)}
-    trains = {*(config.modules_to_save or ())}.intersection(heads)
-    grows = targets != "all-linear" and any(
-        isinstance(module, AromaLinear) for head in heads.values() for module in head.modules()
-    )
-    if heads and config.task_type is None and not config.inference_mode and not trains and not grows:
-        name = next(iter(heads))
-        warnings.warn(
-            f"task_type=None: the weights of the head {name!r} of {type(model).__name__} are frozen: a new one keeps "
-            f"its random start. Give AromaConfig the task_type, or modules_to_save=[{name!r}]",
-            AromaWarning,
-            stacklevel=2,
-        )
+    if config.task_type is not None or config.modules_to_save or config.inference_mode:
+        return
+    for name in sorted({name for names in HEADS.values() for name in names}):
+        head = getattr(model, name, None)
+        weights = [*head.named_parameters()] if isinstance(head, nn.Module) else []
+        if weights and not any(weight.requires_grad for key, weight in weights if "lora_" not in key):
+            warnings.warn(
+                f"task_type=None: the weights of the head {name!r} of {type(model).__name__} are frozen: a new one "
+                f"keeps its random start. Give AromaConfig the task_type, or modules_to_save=[{name!r}]",
+                AromaWarning,
+                stacklevel=2,
+            )
+            return
