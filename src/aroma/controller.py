@@ -89,7 +89,6 @@ class AromaController(PaperRule):
             matrices.sharding.belongs(optimizer, matrices.parameters)
             inner_steps = self.config.resolve_inner_steps(total_steps)
             matrices.require_held_by_optimizer()
-            matrices.refuse_other_adapters(wrapper)
         self._hooks: list[Any] = []
         self._keep_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)

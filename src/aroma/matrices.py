@@ -16,7 +16,7 @@ from .errors import CheckpointError, bad_value
 from .events import ModuleSummary
 from .files import tensors_digest
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
-from .sharding import agree, gathered, refuse_missing_pairs, refuse_other_adapters, sharding_of_model
+from .sharding import agree, gathered, refuse_missing_pairs, sharding_of_model
 from .spectra import effective_rank, singular_values
 from .tuner import AromaLinear, aroma_layers
 from .tuner.live import LiveAdapter
@@ -349,22 +349,6 @@ class GrowingMatrices:
                     f"is_trainable=True, or call model.set_adapter({self._adapter_name!r})",
                 )
         refuse_missing_pairs(self._optimizer, [(matrix.name, matrix.pair) for matrix in self.active()])
-
-    def refuse_other_adapters(self, wrapper: nn.Module) -> None:
-        """Raise where the wrapper of the model, or the optimizer, was made while other adapters were active.
-
-        Raises:
-            ConfigError: Naming an adapter.
-        """
-        resting = [
-            (name, parameter)
-            for layer in aroma_layers(self.model).values()
-            for name in layer.lora_A
-            for parameter in layer.pair(name)
-            if name != self._adapter_name and not parameter.requires_grad
-        ]
-        own = [parameter for matrix in self.active() for parameter in matrix.pair]
-        refuse_other_adapters(wrapper, self._optimizer, self._adapter_name, own, resting)
 
     def require_resettable(self) -> None:
         """Raise where `renew` would fail for want of an optimizer state that is understood.

@@ -50,7 +50,6 @@ __all__ = [
     "rank",
     "refuse_changed_processes",
     "refuse_missing_pairs",
-    "refuse_other_adapters",
     "refuse_sharding",
     "refuse_together",
     "require_equal_replicas",
@@ -125,32 +124,6 @@ def refuse_missing_pairs(optimizer: Any, pairs: Iterable[tuple[str, Sequence[Ten
                 "optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that requires a "
                 "gradient; of several adapters, activate this one first (model.set_adapter)",
             )
-
-
-def refuse_other_adapters(
-    model: nn.Module,
-    optimizer: Any,
-    adapter_name: str,
-    own: Sequence[Tensor],
-    resting: Iterable[tuple[str, Tensor]],
-) -> None:
-    """Refuse an engine of DeepSpeed that would change other adapters while they rest.
-
-    Args:
-        model: The model, wrapped or not.
-        optimizer: The optimizer, wrapped or not.
-        adapter_name: The adapter that is to grow.
-        own: Parameters (any shapes) of its pairs that train.
-        resting: Parameters (any shapes) of the pairs of other adapters that do not train now, with the adapter's name.
-
-    Raises:
-        ConfigError: Naming the adapter that it was made for.
-    """
-    for name, parameter in resting:
-        if ZERO.steps(optimizer, parameter):
-            remedy = "call model.set_adapter before the engine is made, and give each adapter an engine of its own"
-            kind = type(unwrapped_optimizer(optimizer)).__name__
-            raise bad_value("optimizer", kind, f"it holds the pairs of the adapter {name!r}, too; {remedy}")
 
 
 def sharding_facts(model: nn.Module) -> dict[str, object]:

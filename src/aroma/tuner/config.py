@@ -9,12 +9,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..card import write_ranks
 from ..errors import bad_value
 from ..files import write_json
+from .layout import plain_config
 from .live import take_collected
 from .state import write_adapter_state
 
@@ -34,24 +35,6 @@ class _Registered(str):
 
 
 PEFT_TYPE = _Registered("AROMA")
-
-METHOD_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "max_components",
-    "component_seed",
-    "inner_tolerance",
-    "inner_check_interval",
-    "max_inner_steps",
-    "outer_tolerance",
-    "min_components",
-    "inner_criterion",
-    "reset",
-    "prune_ratio",
-    "rewarmup_steps",
-)
-"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
 _LARGEST_USUAL_RANK = 8
 """Of a component; a larger `r` is likely meant as that of a LoraConfig, of a whole matrix."""
@@ -195,7 +178,7 @@ class AromaConfig(LoraConfig):
             super().save_pretrained(save_directory, **kwargs)
             return
         live, snapshot = collected
-        plain = snapshot.plain.lora_config(self).to_dict()
+        plain = plain_config(self, snapshot.plain.ranks, snapshot.plain.fan_in_fan_out).to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
@@ -246,14 +229,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Whether a value fits a field, and what to do if not."""
 
-_AS_IN_LORA = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
+METHOD_FIELDS = tuple(_CHECKS)
+"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
+
+_AS_IN_LORA = {item.name for item in fields(PeftConfig)} | {
     "target_modules",
     "exclude_modules",
     "fan_in_fan_out",
@@ -263,20 +242,6 @@ _AS_IN_LORA = {
     "ensure_weight_tying",
 }
 """Fields of LoraConfig that mean for AROMA what they mean there."""
-
-_WHY_NOT = {
-    "bias": "AROMA trains no biases",
-    "lora_bias": "a component has no bias",
-    "use_rslora": "the scale of a component is lora_alpha / r and never changes as the rank grows",
-    "use_dora": "DoRA's magnitude cannot be written as a plain LoRA adapter of growing rank",
-    "init_lora_weights": "b starts at 0 and a Kaiming-uniform, so that training starts at the pretrained model",
-    "target_parameters": "it grows linear layers; for experts use evidence on PEFT's LoraConfig",
-    "layer_replication": "replicated layers share a base weight",
-    "trainable_token_indices": "train token embeddings with a LoraConfig instead",
-    "rank_pattern": "AROMA finds the ranks; use max_components to bound them",
-    "alpha_pattern": "AROMA finds the ranks; use max_components to bound them",
-}
-"""Why a field of LoraConfig cannot be set. All others, also those of later versions, belong to variants of LoRA."""
 
 
 def _require_inherited(config: AromaConfig) -> None:
@@ -289,5 +254,5 @@ def _require_inherited(config: AromaConfig) -> None:
         # Of another type than its default a field says something, however empty it is.
         if (type(value) is type(default) and value == default) or (value is None and default == {}):
             continue
-        why = _WHY_NOT.get(item.name, "it belongs to a variant of LoRA, which cannot grow")
-        raise bad_value(item.name, value, f"not supported by AROMA: {why}; leave it unset, at {default!r}")
+        why = "not supported by AROMA: it grows plain components of linear layers"
+        raise bad_value(item.name, value, f"{why}; leave it unset, at {default!r}")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import compat
@@ -126,6 +127,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]).data
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Map gy (…, m) to the gradients of x (…, n), a (r, n) and b (m, r)."""
         x, h, a, b, A, B, weight = ctx.saved_tensors
@@ -144,8 +146,6 @@ class _LinearWithUpdate(torch.autograd.Function):
             if needs_a or needs_b:
                 dropped = parts.dropped(call.flat(x))
                 ga = (gh_of_pair.t() @ dropped).to(a.dtype)
-                if torch.is_grad_enabled():  # create_graph: the kept h belongs to no graph
-                    h = dropped @ parts.a.t()
                 gb = ((h.t() @ g).t() * call.pair_scale).to(b.dtype)
         return gx, ga, gb, None, None, None, None
 
@@ -154,23 +154,14 @@ class _LinearWithUpdate(torch.autograd.Function):
 
 
 class _Call(NamedTuple):
-    """The facts of one call.
-
-    Args:
-        shape: Shape of x, (…, n).
-        input_dtype: Dtype of x.
-        dtype: Dtype that is computed in.
-        pair_scale: What b is multiplied by: s, and with dropout 1 / (1 - p).
-        p: Dropout probability.
-        offsets: Where the dropout mask comes from; empty without dropout.
-    """
+    """The facts of one call with x (…, n)."""
 
     shape: torch.Size
     input_dtype: torch.dtype
-    dtype: torch.dtype
-    pair_scale: float
+    dtype: torch.dtype  # that is computed in
+    pair_scale: float  # what b is multiplied by: s, and with dropout 1 / (1 - p)
     p: float
-    offsets: Offsets
+    offsets: Offsets  # where the dropout mask comes from; empty without dropout
 
     @classmethod
     def of(cls, x: Tensor, update: Update, dtype: torch.dtype) -> _Call:
@@ -199,25 +190,15 @@ class _Call(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """The operands of one call.
+    """The operands of one call."""
 
-    Args:
-        W: W0 (m, n), plus what is folded: then the others have the pair alone, R = 0.
-        A: Finished components, (R, n).
-        a: The pair, (r, n).
-        up: [B, s b]ᵀ, (R + r, m), contiguous.
-        down: [A; a], (R + r, n).
-        mask: Dropout mask of the pair's input, (T, n); None without dropout.
-        pair_is_folded: Whether W contains the pair, too.
-    """
-
-    W: Tensor
-    A: Tensor
-    a: Tensor
-    up: Tensor
-    down: Tensor
-    mask: Tensor | None
-    pair_is_folded: bool
+    W: Tensor  # W0 (m, n), plus what is folded: then the others have the pair alone, R = 0
+    A: Tensor  # finished components, (R, n)
+    a: Tensor  # the pair, (r, n)
+    up: Tensor  # [B, s b]ᵀ, (R + r, m), contiguous
+    down: Tensor  # [A; a], (R + r, n)
+    mask: Tensor | None  # of the pair's dropout, (T, n); None without dropout
+    pair_is_folded: bool  # whether W contains the pair, too
 
     def project(self, x: Tensor) -> Tensor:
         """Return [A x, a drop(x)], (T, R + r), for x (T, n)."""
@@ -227,9 +208,7 @@ class _Parts(NamedTuple):
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return drop(x), (T, n), not divided by 1 - p. The last use of the mask, which is overwritten."""
-        if self.mask is None:
-            return x
-        return self.mask * x if torch.is_grad_enabled() else self.mask.mul_(x)
+        return x if self.mask is None else self.mask.mul_(x)
 
     def input_gradient(self, g: Tensor, gh: Tensor, gh_of_pair: Tensor) -> Tensor:
         """Return the gradient of the inputs, (T, n), for g (T, m), gh (T, R + r) and the pair's columns of it."""

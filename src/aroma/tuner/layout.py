@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CheckpointError
 from ..files import tensors_digest
@@ -46,19 +47,9 @@ class PlainAdapter:
     digest: str
     fan_in_fan_out: bool
 
-    def lora_config(self, config: AromaConfig) -> LoraConfig:
-        """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
-        return plain_config(config, self.ranks, self.fan_in_fan_out)
-
 
 def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> LoraConfig:
-    """Return a plain LoRA configuration.
-
-    Args:
-        config: The live one.
-        ranks: Rank of every growing module, by its name.
-        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
-    """
+    """Return the plain LoRA configuration for a live one, given the rank of every growing module by its name."""
     targets = _targets(ranks)
     r = min(targets.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in targets.items() if rank != r}
@@ -135,21 +126,12 @@ def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: M
 
 def _padded(B: Tensor, A: Tensor, rank: int) -> Factors:
     """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
-    if len(A) == rank:
-        return B, A
-    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
-    wide[:, : B.shape[1]], tall[: A.shape[0]] = B, A
-    return wide, tall
+    missing = rank - len(A)
+    return (B, A) if not missing else (F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing)))
 
 
 def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -> dict[str, Any]:
-    """Return the configuration of an adapter whose modules all have one rank, and the scale 1.
-
-    Args:
-        config: Its configuration with ranks of their own, as `adapter_config.json` has it.
-        names: The modules.
-        rank: The rank.
-    """
+    """Return a configuration, as `adapter_config.json` has it, with one rank for all modules `names`, and scale 1."""
     return {
         **config,
         "r": rank,
