@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from aroma import AromaCallback, Event, aroma_layers, verify_adapter
@@ -82,33 +80,6 @@ def test_gradient_accumulation_does_not_move_the_outer_steps(tmp_path: Path) -> 
     assert {"checked", "merged", "frozen"} == {event[0] for event in events_at_once}
 
 
-def test_a_step_that_fp16_skipped_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skipped = {3, 4, 9, 10, 21}
-    calls = 0
-    really_step = AcceleratedOptimizer.step
-
-    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
-        nonlocal calls
-        calls += 1
-        self._is_overflow = calls in skipped
-        if not self._is_overflow:
-            really_step(self, closure)
-
-    run = Run(steps=24, training={"save_strategy": "no", "lr_scheduler_type": "constant"})
-    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
-    trainer = train(tmp_path, run)
-    controller = growth(trainer).controller
-    assert trainer.state.global_step == 24
-    assert controller.global_step == 24 - len(skipped)
-    events = read_events(tmp_path / "events.jsonl")
-    assert {event["step"] % 2 for event in events if event["kind"] == "checked"} == {0}
-    for optimizer_state in trainer.optimizer.state.values():
-        assert optimizer_state["step"] <= controller.global_step
-    used = [entry["learning_rate"] for entry in steps_of(trainer.state.log_history)]
-    assert used.count(0.0) > 1
-    assert used[8] == used[9] == used[10] == 0.01, "the re-warm-up of outer step 2 is over by then"
-
-
 # Stopping ------------------------------------------------------------------------------------------------------------
 
 
@@ -136,18 +107,6 @@ def test_early_stop_saves_evaluates_and_logs_once_more(tmp_path: Path, component
     torch.testing.assert_close(logits(loaded), logits(trainer.model))
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [end]
     assert [entry["step"] for entry in steps_of(trainer.state.log_history)] == [end]
-
-
-def test_without_early_stop_the_head_trains_on(tmp_path: Path) -> None:
-    trainer = train(tmp_path, Run(steps=16, method={"outer_tolerance": 100.0}, early_stop=False))
-    assert trainer.state.global_step == 16
-    assert checkpoints(tmp_path) == [4, 8, 12, 16]
-    (finished,) = [e["step"] for e in read_events(tmp_path / "events.jsonl") if e["kind"] == "finished"]
-    assert finished <= 8
-    then, now = (load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (8, 16))
-    for name in ("base_model.model.classifier.weight", "base_model.model.classifier.bias"):
-        assert not torch.equal(then.pop(name), now.pop(name))
-    assert_same(then, now)
 
 
 # The best checkpoint -------------------------------------------------------------------------------------------------
@@ -255,17 +214,6 @@ def bad_loss_at(step: int, value: float) -> type[Trainer]:
     return BadLoss
 
 
-class Poison(TrainerCallback):
-    """Puts a value into one component right after an optimizer step."""
-
-    def __init__(self, step: int, value: float) -> None:
-        self.step, self.value = step, value
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step - 1:
-            aroma_layers(model)["bert.pooler.dense"].pair("default")[0].data[3] = self.value
-
-
 def assert_only_good_checkpoints(out: Path, expected: list[int]) -> None:
     assert checkpoints(out) == expected
     for step in expected:
@@ -308,34 +256,3 @@ def test_a_second_training_goes_on_with_directions_of_its_own(tmp_path: Path) ->
     assert len(second)
     cosines = torch.nn.functional.normalize(second, dim=1) @ torch.nn.functional.normalize(first, dim=1).T
     assert cosines.abs().max() < 0.9
-
-
-def test_no_evaluation_of_a_broken_model(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        adapted(inner_tolerance=1e-9),
-        tmp_path,
-        AromaCallback(),
-        Poison(5, math.nan),
-        eval_strategy="steps",
-        eval_steps=5,
-        save_steps=4,
-    )
-    with pytest.raises(NonFiniteError, match=r"bert\.pooler\.dense: .*save check of optimizer step 5"):
-        trainer.train()
-    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-
-
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_head_that_breaks_after_all_modules_have_finished(tmp_path: Path, strategy: str) -> None:
-    trainer = trainer_for(
-        adapted(outer_tolerance=100.0),
-        tmp_path,
-        AromaCallback(early_stop=False),
-        kind=bad_loss_at(15, math.nan),
-        save_strategy=strategy,
-        logging_steps=100,  # nothing is logged before
-        save_steps=10,
-    )
-    with pytest.raises(NonFiniteError, match=r"classifier.*optimizer step 20"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, [10])

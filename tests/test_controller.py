@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from bitsandbytes.optim import AdamW8bit
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, AromaController, Event, aroma_layers
-from aroma.errors import ConfigError, NonFiniteError, ResetError
+from aroma.errors import NonFiniteError, ResetError
 from models import trainable
 
 M, N = 6, 5
@@ -235,21 +232,6 @@ def test_an_optimizer_whose_state_is_unknown_is_refused_at_the_first_step() -> N
         bench.controller.step()
 
 
-def test_an_optimizer_without_a_frozen_pair_will_do_until_it_trains_again() -> None:
-    bench = Bench()
-    earlier = bench.controller.state_dict()
-    bench.put(9.0, 0.0, 9.0)
-    bench.controller.outer_step()
-    optimizer = torch.optim.SGD(trainable(bench.model))
-    controller = AromaController(bench.model, optimizer, total_steps=100)
-    assert controller.active_modules == 2
-    for layer in bench.layers.values():
-        layer.finished("default").pop(layer.finished("default").rank)
-        layer.start_pair("default", torch.zeros(1, N))
-    with pytest.raises(ConfigError, match=r"optimizer='SGD': .*'second'"):
-        controller.load_state_dict(earlier)
-
-
 # Cost ----------------------------------------------------------------------------------------------------------------
 
 
@@ -328,17 +310,6 @@ def test_a_check_costs_one_sync_and_no_matrix(monkeypatch: pytest.MonkeyPatch, c
     assert watch.largest <= 2 * (2 * WIDE * r), "the two modules of one shape, stacked"
 
 
-def test_a_step_between_checks_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, controller = wide(inner_check_interval=3)
-    controller.step()
-    with Watch(monkeypatch) as watch:
-        assert controller.step() == []
-        assert controller.lr_factor == 1.0
-        assert controller.matrices.known_rank == 3 * COMPONENTS
-        assert not controller.finished
-    assert (watch.syncs, watch.largest) == (0, 0)
-
-
 @pytest.mark.parametrize("outer_tolerance", [1e-9, 1e9], ids=["merging", "freezing"])
 def test_an_outer_step_makes_no_matrix(monkeypatch: pytest.MonkeyPatch, outer_tolerance: float) -> None:
     _, controller = wide(min_components=COMPONENTS, outer_tolerance=outer_tolerance)
@@ -350,44 +321,3 @@ def test_an_outer_step_makes_no_matrix(monkeypatch: pytest.MonkeyPatch, outer_to
 
 
 # Optimizers ----------------------------------------------------------------------------------------------------------
-
-OPTIMIZERS = {
-    "AdamW": partial(torch.optim.AdamW, lr=0.02),
-    "SGD with momentum": partial(torch.optim.SGD, lr=5.0, momentum=0.9),
-    "Adafactor of torch": partial(torch.optim.Adafactor, lr=0.5, eps=(None, 0.1)),
-    "Adafactor of transformers": partial(
-        transformers.Adafactor, lr=0.05, relative_step=False, scale_parameter=False, warmup_init=False
-    ),
-    "AdamW8bit": partial(AdamW8bit, lr=0.02, min_8bit_size=16),
-}
-
-
-@pytest.mark.parametrize("reset", ["prune", "zero", "none"])
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_it_grows_with_every_optimizer(make: Any, reset: str) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 32, bias=False))
-    goal = [layer.weight.detach() + 0.1 * torch.randn(layer.weight.shape) for layer in net]
-    config = AromaConfig(
-        **{**METHOD, "target_modules": ["0", "1"], "max_inner_steps": 6, "outer_tolerance": None, "reset": reset}
-    )
-    model = get_peft_model(net, config)
-    optimizer = make(trainable(model))
-    controller = AromaController(model, optimizer, total_steps=24)
-    x = torch.randn(64, 64)
-    losses = []
-    for _ in range(24):
-        for group in optimizer.param_groups:
-            group["lr"] = make.keywords["lr"] * controller.lr_factor
-        outputs = [module.layer(x) for module in controller.modules]
-        loss = sum((output - x @ weight.T).square().mean() for output, weight in zip(outputs, goal, strict=True))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        controller.step()
-        losses.append(loss.item())
-    dtypes = {getattr(value, "dtype", None) for value in optimizer.state[trainable(model)[0]].values()}
-    assert (torch.uint8 in dtypes) == ("min_8bit_size" in make.keywords)
-    assert controller.total_rank >= 8
-    assert losses[-1] < 0.95 * losses[0]
-    assert losses[-1] < min(losses[:6]), "later components are to have learned too"

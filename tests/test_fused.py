@@ -291,15 +291,6 @@ def test_two_active_adapters_add_up() -> None:
     assert_same(layer, x.requires_grad_(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_disabled_adapter_leaves_the_base_layer_alone() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    x = torch.randn(4, N)
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), layer.base_layer(x))
-    layer.enable_adapters(True)
-    assert not torch.allclose(layer(x), layer.base_layer(x))
-
-
 # What is kept for backward -------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from aroma import AromaCallback, attach
-from aroma.sharding import REPLICAS, ZERO, StepHooks
 from trainer_runs import adapted, examples, trainer_for
 
 # Optimizers of torch -------------------------------------------------------------------------------------------------
@@ -99,52 +98,4 @@ def test_a_training_after_one_that_broke_off_has_the_hooks_of_one(tmp_path: Any)
 # Optimizers of DeepSpeed, which have no hooks ------------------------------------------------------------------------
 
 
-class Engine:
-    """What matters here of an optimizer of DeepSpeed: a method `step`, and no hooks."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def step(self, closure: Any = None) -> str:
-        self.said.append("step")
-        return "stepped"
-
-
-def say(optimizer: Engine, *words: str) -> list[Callable[..., None]]:
-    return [lambda *_, word=word: optimizer.said.append(word) for word in words]
-
-
-def test_a_wrapper_that_was_added_later_stays() -> None:
-    optimizer: Any = Engine()
-    hooks = StepHooks(optimizer, *say(optimizer, "before", "after"))
-    inner = optimizer.step
-
-    def later(*args: Any) -> Any:
-        optimizer.said.append("later")
-        return inner(*args)
-
-    optimizer.step = later
-    hooks.remove()
-    assert optimizer.step is later
-    assert optimizer.step() == "stepped"
-    assert optimizer.said == ["later", "step"]
-
-
 # The protocol --------------------------------------------------------------------------------------------------------
-
-
-def test_both_kinds_of_optimizer_are_hooked_alike() -> None:
-    parameter = nn.Parameter(torch.ones(1))
-    parameter.grad = torch.ones(1)
-    plain = torch.optim.SGD([parameter], lr=0.5)
-    deep = type("ZeROOptimizer", (Engine,), {"optimizer": plain})()
-    for sharding, optimizer in ((REPLICAS, plain), (ZERO, deep)):
-        said: list[str] = []
-        handle = sharding.hook_step(
-            optimizer, lambda *_, said=said: said.append("before"), lambda *_, said=said: said.append("after")
-        )
-        optimizer.step()
-        handle.remove()
-        optimizer.step()
-        assert said == ["before", "after"]
-        assert sharding.base_optimizer(optimizer) is plain

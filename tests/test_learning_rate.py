@@ -144,47 +144,6 @@ def test_used_and_logged_in_the_trainer(tmp_path: Path, uneven: Any, name: str, 
     assert_same({key: trainer.lr_scheduler.state_dict()[key] for key in undisturbed}, undisturbed)
 
 
-def test_used_and_logged_where_the_schedule_follows_a_metric(tmp_path: Path, uneven: Any) -> None:
-    name, kwargs = "reduce_lr_on_plateau", {"factor": 0.5, "patience": 0}
-    # Some evaluations fall on the first steps of an inner loop: the schedule must not go on from their climbing rates.
-    losses = [1.0, 0.9, 0.8, 0.85, 0.7, 0.9, 0.6, 0.7, 0.8, 0.5, 0.4, 0.5, 0.6, 0.3]
-    scripted = iter(losses)
-    model, events, recorder = adapted(**uneven), [], Recorder()
-    trainer = trainer_for(
-        model,
-        tmp_path,
-        AromaCallback(on_event=events.append),
-        recorder,
-        more={
-            "optimizers": (two_groups(model), None),
-            "compute_metrics": lambda _: {"scripted": next(scripted)},
-        },
-        lr_scheduler_type=name,
-        lr_scheduler_kwargs=kwargs,
-        eval_strategy="steps",
-        eval_steps=3,
-        metric_for_best_model="scripted",
-        greater_is_better=False,
-        save_strategy="no",
-    )
-    trainer.train()
-    assert_uneven(events)
-
-    optimizer = dummy_optimizer()
-    schedule = get_scheduler(name, optimizer, scheduler_specific_kwargs=kwargs)
-    left = iter(losses)
-    for step, factor in enumerate(factors(events)):
-        assert recorder.used[step] == pytest.approx([rate * factor for rate in rates(optimizer)], rel=1e-12), step
-        if (step + 1) % 3 == 0 or step + 1 == STEPS:
-            schedule.step(next(left))
-    logged = [entry["learning_rate"] for entry in steps_of(trainer.state.log_history)]
-    assert logged == [used[0] for used in recorder.used]
-    assert rates(trainer.optimizer) == rates(optimizer)
-    assert rates(optimizer) != list(RATES), "the schedule is to have done something"
-    undisturbed = schedule.state_dict()
-    assert_same({key: trainer.lr_scheduler.state_dict()[key] for key in undisturbed}, undisturbed)
-
-
 @pytest.mark.parametrize("climb", [0, 5, 50])
 def test_the_length_of_the_climb_after_outer_steps_of_themselves(tmp_path: Path, climb: int) -> None:
     events, recorder = [], Recorder()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 import transformers.integrations.peft
 from accelerate import Accelerator
-from accelerate.state import GradientState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -35,25 +33,6 @@ def plain_run(model: Any, steps: int = STEPS) -> tuple[list[Event], list[float]]
     # Held by the model: a controller is gone with its optimizer, and a later save has no state of the run then.
     model.growth = attach(model, optimizer, total_steps=steps, on_event=events.append)
     return events, train(model, batch("llama"), optimizer, steps)
-
-
-@pytest.mark.parametrize("steps", [2, 5, 7])
-def test_a_whole_state_dict_of_an_earlier_moment_brings_back_what_has_frozen_since(steps: int) -> None:
-    """As an engine loads it, which knows nothing of adapters."""
-    model = adapted("llama", max_components=3)
-    optimizer = optimizer_of(model)
-    controller = attach(model, optimizer, total_steps=40).controller
-    train(model, batch("llama"), optimizer, steps)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state, said = copy.deepcopy(controller.state_dict()), logits(model, batch("llama"))
-    while not controller.finished:
-        train(model, batch("llama"), optimizer, 1)
-    assert not torch.equal(logits(model, batch("llama")), said)
-    model.load_state_dict(weights)
-    controller.load_state_dict(state)
-    assert_same(controller.state_dict(), state)
-    assert torch.equal(logits(model, batch("llama")), said)
-    assert all(parameter.requires_grad for module in controller.modules for parameter in module.pair)
 
 
 # Growing -------------------------------------------------------------------------------------------------------------
@@ -124,20 +103,6 @@ def test_accelerate_grows_alike() -> None:
     attach(model, optimizer, total_steps=STEPS, on_event=accelerated.append)
     assert train(model, batch("llama"), optimizer, STEPS) == losses
     assert accelerated == events
-
-
-def test_accumulated_micro_batches_are_one_step() -> None:
-    GradientState._reset_state()  # a Trainer that ended within its data leaves them open
-    model = adapted("llama")
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    model, optimizer = accelerator.prepare(model, optimizer_of(model))
-    growth = attach(model, optimizer, total_steps=STEPS)
-    for _ in range(9):
-        with accelerator.accumulate(model):
-            accelerator.backward(model(**batch("llama")).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert growth.controller.global_step == 3
 
 
 def test_a_step_that_a_grad_scaler_skips_is_no_step() -> None:

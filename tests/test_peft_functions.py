@@ -9,7 +9,6 @@ import copy
 import json
 import pickle
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,18 +189,6 @@ ROWS: dict[str, Row] = {
     ),
 }
 
-BESIDE_THE_POINT = {
-    "bloom_model_postprocess_past_key_value",
-    "compose_cartridge_adapters",
-    "create_arrow_model",
-    "get_eva_state_dict",
-    "initialize_kv_prefix_from_past_key_values",
-    "initialize_kv_prefix_from_text",
-    "prompt_embeddings_from_past_key_values",
-    "shift_tokens_right",
-}
-"""Functions of prompt learning, of EVA's own state, and of routing among saved adapters, not of growing models."""
-
 
 def table() -> str:
     """The table as docs/peft.md has it."""
@@ -228,12 +215,6 @@ def test_it_works_or_is_refused_by_name(name: str, folder: Path, tmp_path: Path)
     else:
         with pytest.raises((ValueError, TypeError, NotImplementedError), match=row.refused):
             row.call(grown(), place)
-
-
-def test_every_public_function_of_peft_is_in_the_table() -> None:
-    there = {name for name in dir(peft) if isinstance(getattr(peft, name), types.FunctionType)}
-    told = {part for name in ROWS for part in name.replace("(", ", ").split(", ")}
-    assert there - told == BESIDE_THE_POINT
 
 
 def test_the_table_in_the_docs_is_this_one() -> None:

@@ -155,17 +155,6 @@ def test_a_quantised_base_is_not_merged_in_place(folder: str, kind: str) -> None
         assert torch.equal(logits(training.model, batch("llama")), before)
 
 
-def test_one_quantised_layer_keeps_all_others_from_being_merged(folder: str) -> None:
-    model = adapted("llama", quantised_base(folder, "nf4"), target_modules=["q_proj", "v_proj"])
-    first = next(iter(aroma_layers(model).values()))
-    first.base_layer = nn.Linear(first.in_features, first.out_features)
-    before = first.base_layer.weight.detach().clone()
-    first.start_pair("default", torch.ones(1, first.in_features), torch.ones(first.out_features, 1))
-    with pytest.raises(ConfigError, match="is quantised"):
-        model.merge_adapter()
-    assert torch.equal(first.base_layer.weight, before)
-
-
 def test_a_checkpoint_that_is_quantised_on_disk_is_not_merged_into(folder: str, tmp_path: Path) -> None:
     quantised_base(folder, "nf4").save_pretrained(tmp_path / "base")
     training = Training(folder, "nf4")
@@ -257,39 +246,6 @@ def test_norms_over_a_bfloat16_base_see_a_small_update() -> None:
 
 
 # Skipped steps under float16 -----------------------------------------------------------------------------------------
-
-
-def half_run(bad: set[int], fused: bool, criterion: str = "update_change") -> tuple[Any, list[Event], list[float]]:
-    """Ten good steps under float16 autocast with a GradScaler, and overflows before those numbered in `bad`."""
-    model = adapted("llama", inner_criterion=criterion, rewarmup_steps=2)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=fused)
-    events: list[Event] = []
-    attachment = attach(model, optimizer, total_steps=STEPS, on_event=events.append)
-    # A scale that a skipped step does not change: the good steps are then the same bit for bit.
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=10_000, backoff_factor=1.0 - 1e-12)
-    used = []
-    for number in range(STEPS):
-        for overflows in (True, False) if number in bad else (False,):
-            with torch.autocast("cpu", torch.float16):
-                loss = model(**batch("llama")).loss
-            scaler.scale(loss * (torch.inf if overflows else 1.0)).backward()
-            scaler.step(optimizer)
-            scaler.update(64.0)
-            optimizer.zero_grad()
-        used.append(attachment.controller.lr_factor)
-    assert attachment.controller.global_step == STEPS
-    return attachment.controller, events, used
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_run_with_skipped_steps_is_the_run_without_them(fused: bool) -> None:
-    plain, expected, factors = half_run(set(), fused)
-    assert {"merged", "checked"} <= {event.kind for event in expected}
-    assert min(factors) < 1
-    skipping, events, used = half_run({0, 3, 4, 5, 8}, fused)
-    assert events == expected
-    assert used == factors
-    assert_same(skipping.state_dict(), plain.state_dict())
 
 
 def give_scaler(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

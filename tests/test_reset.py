@@ -10,7 +10,6 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.optimization import Adafactor as TransformersAdafactor
@@ -151,20 +150,6 @@ def test_prune_zeroes_most_entries_and_keeps_the_rest_and_the_step(optimizer_nam
             assert abs(deviations) < 5, f"{key} of {tuple(param.shape)}: {int(kept.sum())} of {alive} kept"
 
 
-def test_prune_is_reproducible_and_follows_the_generator(optimizer_name: str) -> None:
-    states = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(1)
-        optimizer, params = trained(optimizer_name)
-        torch.randn(seed)  # the global generator must not matter
-        reset_first_half(optimizer, params, "prune", 0.5, seed)
-        states.append(snapshot(optimizer, params))
-    assert_same_bits(states[0], states[1])
-    if MOMENTS.get(optimizer_name) != 0:
-        with pytest.raises(AssertionError):
-            assert_same_bits(states[0], states[2])
-
-
 def test_zero_makes_the_next_steps_those_of_a_new_parameter(optimizer_name: str) -> None:
     optimizer, params = trained(optimizer_name)
     reset_first_half(optimizer, params, "zero")
@@ -219,17 +204,6 @@ def test_eight_bit_moments_are_pruned_by_code_not_by_a_zero_byte() -> None:
     assert_same_bits(qmaps, [state["qmap1"], state["qmap2"]])  # shared by all parameters
     assert not state["absmax1"].any()
     assert not state["absmax2"].any()
-
-
-def test_an_optimizer_prepared_by_accelerate() -> None:
-    params = [nn.Parameter(torch.randn(3, 40))]
-    optimizer = Accelerator(cpu=True).prepare(torch.optim.AdamW(params))
-    step(optimizer, params)
-    reset_state(optimizer, params[0], "zero", 1.0, torch.Generator())
-    assert not optimizer.state[params[0]]["exp_avg"].any()
-    optimizer.state[params[0]]["z"] = torch.zeros(3, 40)
-    with pytest.raises(ResetError, match="optimizer=AdamW: its state 'z'"):
-        check_resettable(optimizer, params[0], "prune")
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -76,10 +76,15 @@ class PaperRule:
 
     @property
     def lr_factor(self) -> float:
-        """Factor of the re-warm-up for the optimizer step about to be taken (Figure 2)."""
-        if self.finished:
+        """Factor on the scheduled learning rate, in [0, 1], for the optimizer step about to be taken (Figure 2).
+
+        The first inner loop has the schedule's own warm-up and is left alone. Of a later one the first step is taken
+        with factor 0.
+        """
+        climb = self.config.rewarmup_steps
+        if self.finished or self.outer_number == 1 or climb == 0:
             return 1.0
-        return rewarmup_factor(self.outer_number, self.inner_step, self.config.rewarmup_steps)
+        return min(1.0, self.inner_step / climb)
 
     def explanation(self) -> str:
         """Return in one sentence why the matrices grow no more, or how many still train; the device is not read.
@@ -244,18 +249,3 @@ class PaperRule:
             rank=matrix.rank if matrix else self.matrices.known_rank,
             converged=matrix.converged if matrix else True,
         )
-
-
-def rewarmup_factor(outer_step: int, inner_step: int, rewarmup_steps: int) -> float:
-    """Return the factor on the scheduled learning rate, in [0, 1], for the step about to be taken (Figure 2).
-
-    The first inner loop has the schedule's own warm-up and is left alone.
-
-    Args:
-        outer_step: Number p ≥ 1 of the current outer step.
-        inner_step: Optimizer steps already taken in this inner loop; the first one is taken with factor 0.
-        rewarmup_steps: Length of the climb in optimizer steps; 0 for none.
-    """
-    if outer_step == 1 or rewarmup_steps == 0:
-        return 1.0
-    return min(1.0, inner_step / rewarmup_steps)
