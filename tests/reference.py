@@ -61,7 +61,7 @@ class ReferenceModule:
     def fresh(self, outer_step: int) -> Tensor:
         shape = (self.settings.r, self.W0.shape[1])
         seed = self.settings.component_seed
-        return fresh_component(seed, outer_step, self.index, shape, self.W0.dtype, "cpu")
+        return fresh_component(seed, outer_step, self.index, shape).to(self.W0.dtype)
 
     @property
     def components(self) -> int:

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from aroma import AromaCallback, attach
-from aroma.sharding import REPLICAS, ZERO
 from trainer_runs import adapted, examples, trainer_for
 
 # Optimizers of torch -------------------------------------------------------------------------------------------------
@@ -96,18 +95,7 @@ def test_a_training_after_one_that_broke_off_has_the_hooks_of_one(tmp_path: Any)
     assert hooks_of(model, optimizer) == before
 
 
-def test_both_kinds_of_optimizer_are_hooked_alike() -> None:
-    parameter = nn.Parameter(torch.ones(1))
-    parameter.grad = torch.ones(1)
-    plain = torch.optim.SGD([parameter], lr=0.5)
-    deep = type("ZeROOptimizer", (), {"optimizer": plain, "step": lambda _: None})()
-    for sharding, optimizer in ((REPLICAS, plain), (ZERO, deep)):
-        said: list[str] = []
-        handle = sharding.hook_step(
-            optimizer, lambda *_, said=said: said.append("before"), lambda *_, said=said: said.append("after")
-        )
-        optimizer.step()
-        handle.close()
-        optimizer.step()
-        assert said == ["before", "after"]
-        assert sharding.base_optimizer(optimizer) is plain
+# Optimizers of DeepSpeed, which have no hooks ------------------------------------------------------------------------
+
+
+# The protocol --------------------------------------------------------------------------------------------------------

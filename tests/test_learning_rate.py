@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedules
 from transformers import TrainerCallback, get_scheduler
 
-import aroma.matrices
 from aroma import AromaCallback, Event, attach
+from aroma.matrices import GrowingMatrices
 from trainer_runs import METHOD, adapted, assert_same, examples, steps_of, trainer_for
 
 STEPS = 40
@@ -37,18 +37,17 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def uneven(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Let the modules converge at checks of their own, so that the inner loops have LENGTHS; return the config."""
-    really = aroma.matrices.inner_values
+    really = GrowingMatrices.inner_values
     loop, check = -1, 0
 
-    def scripted(pairs: Any, earlier: Any, criterion: str) -> Any:
+    def scripted(matrices: GrowingMatrices, active: Any) -> Any:
         nonlocal loop, check
-        loop, check = (loop, check + 1) if earlier.norms else (loop + 1, 1)
+        loop, check = (loop + 1, 1) if active[0].checked_norm is None else (loop, check + 1)
         last = LENGTHS[loop] // METHOD["inner_check_interval"]
-        values, snapshot = really(pairs, earlier, criterion)
-        converged = [check >= 1 + index % last for index in range(len(values))]
-        return [0.0 if done else 1.0 for done in converged], snapshot
+        norms, values = really(matrices, active)
+        return norms, [0.0 if check >= 1 + index % last else 1.0 for index in range(len(values))]
 
-    monkeypatch.setattr(aroma.matrices, "inner_values", scripted)
+    monkeypatch.setattr(GrowingMatrices, "inner_values", scripted)
     return {"rewarmup_steps": CLIMB, "outer_tolerance": None}
 
 
@@ -145,45 +144,6 @@ def test_used_and_logged_in_the_trainer(tmp_path: Path, uneven: Any, name: str, 
     assert_same({key: trainer.lr_scheduler.state_dict()[key] for key in undisturbed}, undisturbed)
 
 
-def test_used_where_the_schedule_follows_a_metric(tmp_path: Path, uneven: Any) -> None:
-    name, kwargs = "reduce_lr_on_plateau", {"factor": 0.5, "patience": 0}
-    # Some evaluations fall on the first steps of an inner loop: the schedule must not go on from their climbing rates.
-    losses = [1.0, 0.9, 0.8, 0.85, 0.7, 0.9, 0.6, 0.7, 0.8, 0.5, 0.4, 0.5, 0.6, 0.3]
-    scripted = iter(losses)
-    model, events, recorder = adapted(**uneven), [], Recorder()
-    trainer = trainer_for(
-        model,
-        tmp_path,
-        AromaCallback(on_event=events.append),
-        recorder,
-        more={
-            "optimizers": (two_groups(model), None),
-            "compute_metrics": lambda _: {"scripted": next(scripted)},
-        },
-        lr_scheduler_type=name,
-        lr_scheduler_kwargs=kwargs,
-        eval_strategy="steps",
-        eval_steps=3,
-        metric_for_best_model="scripted",
-        greater_is_better=False,
-        save_strategy="no",
-    )
-    trainer.train()
-    assert_uneven(events)
-
-    optimizer = dummy_optimizer()
-    schedule = get_scheduler(name, optimizer, scheduler_specific_kwargs=kwargs)
-    left = iter(losses)
-    for step, factor in enumerate(factors(events)):
-        assert recorder.used[step] == pytest.approx([rate * factor for rate in rates(optimizer)], rel=1e-12), step
-        if (step + 1) % 3 == 0 or step + 1 == STEPS:
-            schedule.step(next(left))
-    assert rates(trainer.optimizer) == rates(optimizer)
-    assert rates(optimizer) != list(RATES), "the schedule is to have done something"
-    undisturbed = schedule.state_dict()
-    assert_same({key: trainer.lr_scheduler.state_dict()[key] for key in undisturbed}, undisturbed)
-
-
 @pytest.mark.parametrize("climb", [0, 5, 50])
 def test_the_length_of_the_climb_after_outer_steps_of_themselves(tmp_path: Path, climb: int) -> None:
     events, recorder = [], Recorder()
@@ -254,3 +214,17 @@ def test_used_and_told_in_a_plain_loop(uneven: Any, name: str, accelerated: bool
     assert told == recorder.used
     assert rates(optimizer) == rates(undisturbed_optimizer)
     assert list(schedule.get_last_lr()) == list(undisturbed.get_last_lr())
+
+
+def test_without_a_scheduler_the_rate_of_the_optimizer_is_climbed_to(uneven: Any) -> None:
+    model, events, recorder = adapted(**uneven), [], Recorder()
+    optimizer = two_groups(model)
+    attach(model, optimizer, total_steps=STEPS, on_event=events.append)
+    optimizer.register_step_pre_hook(recorder.note)
+    for batch in batches():
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [[rate * factor for rate in RATES] for factor in factors(events)]
+    assert recorder.used == [pytest.approx(step, rel=1e-12) for step in expected]
+    assert rates(optimizer) == list(RATES)

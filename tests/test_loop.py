@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers.integrations.peft
 from accelerate import Accelerator
-from accelerate.state import GradientState
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from aroma import AromaConfig, Event, aroma_layers, attach, save_adapter, verify_adapter
+from aroma import AromaConfig, Event, ModuleSummary, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import CheckpointError, ConfigError
+from aroma.events import Summary
 from models import METHOD, adapted, base, batch, logits, ranks, train, trainable
 from trainer_runs import assert_same
 
@@ -105,20 +105,6 @@ def test_accelerate_grows_alike() -> None:
     assert accelerated == events
 
 
-def test_accumulated_micro_batches_are_one_step() -> None:
-    GradientState._reset_state()  # a Trainer that ended within its data leaves them open
-    model = adapted("llama")
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    model, optimizer = accelerator.prepare(model, optimizer_of(model))
-    growth = attach(model, optimizer, total_steps=STEPS)
-    for _ in range(9):
-        with accelerator.accumulate(model):
-            accelerator.backward(model(**batch("llama")).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert growth.controller.global_step == 3
-
-
 def test_a_step_that_a_grad_scaler_skips_is_no_step() -> None:
     model = adapted("llama")
     optimizer = optimizer_of(model)
@@ -134,16 +120,6 @@ def test_a_step_that_a_grad_scaler_skips_is_no_step() -> None:
 
 
 # Without the wrapper of PEFT -----------------------------------------------------------------------------------------
-
-
-def test_an_injected_adapter_grows_like_a_wrapped_one() -> None:
-    wrapped = adapted("llama")
-    events, losses = plain_run(wrapped)
-    injected = inject_adapter_in_model(AromaConfig(**METHOD), base("llama"))
-    assert type(injected) is type(base("llama"))
-    assert plain_run(injected) == (events, losses)
-    assert ranks(injected) == ranks(wrapped)
-    assert max(ranks(injected).values()) > 1
 
 
 def test_an_adapter_added_by_transformers_grows_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,15 +196,6 @@ def test_there_is_no_run_to_resume_in_an_adapter_saved_without_a_controller(tmp_
         attach(model, optimizer_of(model), total_steps=STEPS, resume_from=str(tmp_path))
 
 
-def test_the_adapter_must_be_loaded_before_it_is_resumed(tmp_path: Path) -> None:
-    model = adapted("llama")
-    plain_run(model)
-    save_adapter(model, tmp_path)
-    fresh = adapted("llama")
-    with pytest.raises(CheckpointError, match="components are not those"):
-        attach(fresh, optimizer_of(fresh), total_steps=STEPS, resume_from=str(tmp_path))
-
-
 def test_an_adapter_loaded_under_the_controller_stops_the_next_step(tmp_path: Path) -> None:
     model = adapted("llama")
     optimizer = optimizer_of(model)
@@ -238,3 +205,23 @@ def test_an_adapter_loaded_under_the_controller_stops_the_next_step(tmp_path: Pa
     model.load_adapter(str(tmp_path), "default", is_trainable=True)
     with pytest.raises(CheckpointError, match="load_adapter replaced the components"):
         train(model, batch("llama"), optimizer, 1)
+
+
+# Saying so -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_summary_prints_as_a_short_table() -> None:
+    def row(name: str, rank: int, state: Any) -> ModuleSummary:
+        return ModuleSummary(name, rank, rank / 2, state, None, None)
+
+    names = {"encoder.layer.0.query": 1, "encoder.layer.11.query": 12, "encoder.layer.0.dense2": 3}
+    summary = Summary(row(name, rank, "frozen" if rank < 10 else "training") for name, rank in names.items())
+    lines = str(summary).splitlines()
+    assert [line.split() for line in lines] == [
+        ["matrices", "ranks", "total", "effective", "frozen"],
+        ["encoder.layer.*.query", "2", "1", "to", "12", "13", "6.5", "1"],
+        ["encoder.layer.*.dense2", "1", "3", "3", "1.5", "1"],
+        ["all", "3", "1", "to", "12", "16", "8.0", "2"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert summary[1].rank == 12

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from aroma.measures import PairSnapshot, inner_values, pair_norms
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from aroma import aroma_layers, attach, save_adapter
-from aroma.measures import PairSnapshot, inner_values, pair_norms
 from models import adapted, base, batch, grow, logits, ranks, train, trainable
 from trainer_runs import assert_same
 

@@ -159,14 +159,6 @@ def test_modules_finish_at_different_outer_steps_and_one_at_rank_0() -> None:
     assert len(set(reference.ranks().values())) >= 3
 
 
-def test_all_modules_finish_and_the_last_event_says_so() -> None:
-    *_, controller, events, losses = run_both(settings_of(max_components=3), 500, torch.float64, adamw, peak=0.05)
-    assert controller.finished
-    assert events[-1].kind == "finished"
-    assert [event.kind for event in events].count("finished") == 1
-    assert len(losses) < 500
-
-
 @pytest.mark.parametrize("total", [61, 77, 118])
 def test_the_end_inside_an_inner_loop_keeps_the_component_in_training(total: int) -> None:
     reference, model, controller, events, losses = run_both(settings_of(), total, torch.float64, adamw, peak=0.05)

@@ -71,10 +71,6 @@ def test_effective_rank_ignores_scale_and_zeros_and_is_bounded(values: list, exp
     assert 1 - 1e-9 <= effective_rank(sigma) <= len(values) * (1 + 1e-9)
 
 
-def test_effective_rank_of_nan_is_nan() -> None:
-    assert math.isnan(effective_rank(torch.tensor([1.0, math.nan])))
-
-
 # Overlaps ------------------------------------------------------------------------------------------------------------
 
 

@@ -29,8 +29,7 @@ from .errors import NonFiniteError
 from .events import Event, EventKind
 
 if TYPE_CHECKING:
-    from .matrices import GrowingMatrices
-    from .matrix import GrowingMatrix
+    from .matrices import GrowingMatrices, GrowingMatrix
     from .tuner import AromaConfig
 
 
@@ -43,20 +42,21 @@ class PaperRule:
         matrices: The growing matrices. Those that came with components from an earlier run go on from them.
 
     Attributes:
+        config: The tolerances and lengths.
+        matrices: The growing matrices.
         global_step: Optimizer steps taken so far.
         inner_step: t, optimizer steps taken in this inner loop.
         outer_number: p, number of the current outer step.
         max_inner_steps: T_in.
         earlier_outer_steps: Outer steps of earlier runs of a loaded adapter.
-        on_events: Called with events as they happen, before the next inner loop begins.
     """
 
-    _STATE = ("global_step", "inner_step", "outer_number", "max_inner_steps", "earlier_outer_steps")
+    _COUNTERS = ("global_step", "inner_step", "outer_number", "max_inner_steps", "earlier_outer_steps")
 
     def __init__(self, config: AromaConfig, max_inner_steps: int, matrices: GrowingMatrices) -> None:
-        self._config = config
-        self._matrices = matrices
-        self.on_events: Callable[[Sequence[Event]], None] = lambda events: None
+        self.config = config
+        self.matrices = matrices
+        self._listeners: list[Callable[[Event], None]] = []
         self.max_inner_steps = max_inner_steps
         self.global_step = 0
         self.inner_step = 0
@@ -72,24 +72,31 @@ class PaperRule:
     @property
     def finished(self) -> bool:
         """Whether every matrix is frozen."""
-        return not self._matrices.active()
+        return not self.matrices.active()
 
     @property
     def lr_factor(self) -> float:
-        """Factor of the re-warm-up for the optimizer step about to be taken (Figure 2)."""
-        return (
-            1.0 if self.finished else rewarmup_factor(self.outer_number, self.inner_step, self._config.rewarmup_steps)
-        )
+        """Factor on the scheduled learning rate, in [0, 1], for the optimizer step about to be taken (Figure 2).
 
-    @property
+        The first inner loop has the schedule's own warm-up and is left alone. Of a later one the first step is taken
+        with factor 0.
+        """
+        climb = self.config.rewarmup_steps
+        if self.finished or self.outer_number == 1 or climb == 0:
+            return 1.0
+        return min(1.0, self.inner_step / climb)
+
     def explanation(self) -> str:
-        """Why the matrices grow no more, or how many still train, in one sentence without a full stop."""
-        matrices = self._matrices.all()
+        """Return in one sentence why the matrices grow no more, or how many still train; the device is not read.
+
+        For example: `31 of 36 matrices have finished (31 found the next component too small); 5 still train`.
+        """
+        matrices = self.matrices.all()
         frozen = [matrix for matrix in matrices if matrix.is_frozen]
         full = sum(map(self._is_full, frozen))
         reasons = {
             "found the next component too small": len(frozen) - full,
-            f"have max_components={self._config.max_components}": full,
+            f"have max_components={self.config.max_components}": full,
         }
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         parts = [f"{len(frozen)} of {len(matrices)} matrices have finished" + (f" ({why})" if why else "")]
@@ -101,6 +108,10 @@ class PaperRule:
     def draw(self) -> int:
         """Number of the current outer step, counted over all runs of the adapter."""
         return self.earlier_outer_steps + self.outer_number
+
+    def subscribe(self, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with every event from now on, before the next inner loop begins."""
+        self._listeners.append(listener)
 
     # The algorithm ---------------------------------------------------------------------------------------------------
 
@@ -115,54 +126,57 @@ class PaperRule:
             return []
         self.inner_step += 1
         events = self._inner_check() if self._check_is_due() else []
-        if self.inner_step >= self.max_inner_steps or all(matrix.converged for matrix in self._matrices.active()):
+        if self.inner_step >= self.max_inner_steps or all(matrix.converged for matrix in self.matrices.active()):
             events += self.outer_step()
         return events
 
     def _check_is_due(self) -> bool:
-        config = self._config
+        config = self.config
         return config.inner_tolerance is not None and self.inner_step % config.inner_check_interval == 0
 
     def _inner_check(self) -> list[Event]:
         """Label the matrices whose component has stopped growing: equation (5)."""
-        tolerance = self._config.inner_tolerance
+        tolerance = self.config.inner_tolerance
         assert tolerance is not None, "no inner check is due without a tolerance"
-        active = self._matrices.active()
-        norms, values = self._matrices.inner_values(active)
-        self.require_finite(active, norms, "inner")
+        active = self.matrices.active()
+        norms, values = self.matrices.inner_values(active)
+        self._require_finite(active, norms, "inner")
         for matrix, value in zip(active, values, strict=True):
             matrix.inner_value = value
             matrix.converged = matrix.converged or (value is not None and value < tolerance)
         events = [self._event("checked", matrix, matrix.inner_value) for matrix in active]
-        self.on_events(events)
+        self._tell(events)
         return events
 
     def outer_step(self) -> list[Event]:
-        """End the inner loop: keep or drop every component by equation (6), and start the next inner loop.
+        """End the inner loop now: keep or drop every component by equation (6), and start the next inner loop.
+
+        Returns:
+            The events of this outer step.
 
         Raises:
             NonFiniteError: A component is NaN or infinite.
         """
-        active = self._matrices.active()
+        active = self.matrices.active()
         if not active:
             return []
-        norms, values = self._matrices.outer_values(active)
-        self.require_finite(active, norms, "outer")
+        norms, values = self.matrices.outer_values(active)
+        self._require_finite(active, norms, "outer")
         for matrix, value in zip(active, values, strict=True):
             matrix.outer_value = value
         kept = [matrix for matrix in active if self._keeps_component(matrix)]
-        self._matrices.merge(kept)
+        self.matrices.merge(kept)
         events = [event for matrix in active for event in self._go_on(matrix, matrix in kept)]
         if self.finished:
             events.append(self._event("finished"))
-        self.on_events(events)
+        self._tell(events)
         self._start_inner_loop()
         return events
 
     def _keeps_component(self, matrix: GrowingMatrix) -> bool:
         """Whether (6) is not met, or may not decide."""
-        tolerance, value = self._config.outer_tolerance, matrix.outer_value
-        if tolerance is None or value is None or matrix.component_count < self._config.min_components:
+        tolerance, value = self.config.outer_tolerance, matrix.outer_value
+        if tolerance is None or value is None or matrix.component_count < self.config.min_components:
             return True
         return value >= tolerance
 
@@ -170,36 +184,36 @@ class PaperRule:
         """Start the next component of a matrix, or freeze it."""
         events = [self._event("merged", matrix, matrix.outer_value)] if kept else []
         if kept and not self._is_full(matrix):
-            self._matrices.renew(matrix, self.draw)
+            self.matrices.renew(matrix, self.draw)
             return events
-        self._matrices.freeze(matrix)
+        self.matrices.freeze(matrix)
         return [*events, self._event("frozen", matrix, matrix.outer_value)]
 
     def _is_full(self, matrix: GrowingMatrix) -> bool:
         """Whether it has `max_components` or more, as a loaded adapter may."""
-        most = self._config.max_components
+        most = self.config.max_components
         return most is not None and matrix.component_count >= most
 
     def _start_inner_loop(self) -> None:
         self.outer_number += 1
         self.inner_step = 0
-        self._matrices.forget_check()
-        for matrix in self._matrices.all():
+        self.matrices.forget_check()
+        for matrix in self.matrices.all():
             matrix.converged = False
 
     # Errors, events, state -------------------------------------------------------------------------------------------
 
-    def require_finite(self, matrices: Sequence[GrowingMatrix], norms: Sequence[float], check: str) -> None:
-        """Raise for the first component whose norm is not finite.
-
-        Args:
-            matrices: The matrices.
-            norms: ‖b a‖_F of their components in training.
-            check: Name of the check, for the error.
+    def require_finite(self) -> None:
+        """Check every component in training, as a check would; all ranks call this before a checkpoint is written.
 
         Raises:
-            NonFiniteError: Naming matrix, check and step.
+            NonFiniteError: A component is NaN or infinite.
         """
+        active = self.matrices.active()
+        self._require_finite(active, self.matrices.norms(active), "save")
+
+    def _require_finite(self, matrices: Sequence[GrowingMatrix], norms: Sequence[float], check: str) -> None:
+        """Raise for the first component whose norm is not finite, naming matrix, check and step."""
         for matrix, norm in zip(matrices, norms, strict=True):
             if not math.isfinite(norm):
                 raise NonFiniteError(
@@ -207,17 +221,22 @@ class PaperRule:
                     f"check of optimizer step {self.global_step} (outer step {self.outer_number}, inner step "
                     f"{self.inner_step}). Training stopped, and earlier checkpoints are untouched: resume from the "
                     "last one with a lower learning rate, or look at the data of the last "
-                    f"{self._config.inner_check_interval} steps"
+                    f"{self.config.inner_check_interval} steps"
                 )
 
-    def state(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         """Return where the algorithm stands, JSON-able."""
-        return {name: getattr(self, name) for name in self._STATE}
+        return {name: getattr(self, name) for name in self._COUNTERS}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state()` returned."""
-        for name in self._STATE:
+    def set_counters(self, state: dict[str, Any]) -> None:
+        """Go on from what `counters()` returned."""
+        for name in self._COUNTERS:
             setattr(self, name, state[name])
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        for event in events:
+            for listener in self._listeners:
+                listener(event)
 
     def _event(self, kind: EventKind, matrix: GrowingMatrix | None = None, value: float | None = None) -> Event:
         return Event(
@@ -227,21 +246,6 @@ class PaperRule:
             inner_step=self.inner_step,
             module=matrix.name if matrix else None,
             value=value,
-            rank=matrix.rank if matrix else self._matrices.known_rank,
+            rank=matrix.rank if matrix else self.matrices.known_rank,
             converged=matrix.converged if matrix else True,
         )
-
-
-def rewarmup_factor(outer_step: int, inner_step: int, rewarmup_steps: int) -> float:
-    """Return the factor on the scheduled learning rate, in [0, 1], for the step about to be taken (Figure 2).
-
-    The first inner loop has the schedule's own warm-up and is left alone.
-
-    Args:
-        outer_step: Number p ≥ 1 of the current outer step.
-        inner_step: Optimizer steps already taken in this inner loop; the first one is taken with factor 0.
-        rewarmup_steps: Length of the climb in optimizer steps; 0 for none.
-    """
-    if outer_step == 1 or rewarmup_steps == 0:
-        return 1.0
-    return min(1.0, inner_step / rewarmup_steps)

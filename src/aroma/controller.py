@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .algorithm import PaperRule
+from .criteria import Pair
 from .distributed import (
     is_distributed,
     of_first_rank,
@@ -23,9 +23,7 @@ from .distributed import (
 )
 from .errors import CheckpointError, bad_value
 from .events import Event, Summary
-from .matrices import GrowingMatrices
-from .matrix import GrowingMatrix
-from .measures import Pair
+from .matrices import GrowingMatrices, GrowingMatrix
 from .sharding import is_sharded, refuse_sharding, sharding_modules
 from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
@@ -35,7 +33,7 @@ _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
 
 
-class AromaController:
+class AromaController(PaperRule):
     """Lets one adapter grow. Call `step()` after every optimizer step.
 
     Under DistributedDataParallel every rank makes one after the model was wrapped, and steps it in step with the
@@ -52,8 +50,12 @@ class AromaController:
             neither growing nor freezing then changes the graph.
 
     Attributes:
-        rule: Algorithm 1.
+        config: Configuration of the adapter.
         matrices: The growing matrices.
+        global_step: Optimizer steps taken so far.
+        inner_step: t, optimizer steps taken in this inner loop.
+        outer_number: p ≥ 1, number of the current outer step.
+        max_inner_steps: T_in, most optimizer steps of one inner loop.
         live: The live state of the adapter: its seed and controller.
 
     Raises:
@@ -76,21 +78,16 @@ class AromaController:
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.config = self.live.config
-        self.matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
+        self.matrices = matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
         self._processes = world_size()
-        self._sharding = self.matrices.sharding
         with self.together():
             refuse_sharding(wrapper, optimizer)
-            inner_steps = self.config.resolve_inner_steps(self.total_steps)
-            self.matrices.require_held_by_optimizer()
+            inner_steps = self.config.resolve_inner_steps(total_steps)
+            matrices.require_held_by_optimizer()
         self._hooks: list[Any] = []
         self._keep_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
-        self.matrices.measure_weights()
-        self._listeners: list[Callable[[Event], None]] = []
-        self.rule = PaperRule(self.config, inner_steps, self.matrices)
-        # Not a method: a reference cycle would keep the controller, and a save would find it after its run is dropped.
-        self.rule.on_events = partial(_call, self._listeners)
+        super().__init__(self.config, inner_steps, matrices)
         self._stale = False
         self._state_is_known = False
         self.live.attach_controller(self)
@@ -101,11 +98,6 @@ class AromaController:
     def modules(self) -> list[GrowingMatrix]:
         """The growing matrices, in module order."""
         return self.matrices.all()
-
-    @property
-    def finished(self) -> bool:
-        """Whether every matrix is frozen."""
-        return self.rule.finished
 
     @property
     def active_modules(self) -> int:
@@ -120,35 +112,6 @@ class AromaController:
         left out.
         """
         return self.matrices.known_rank if self.matrices.are_sharded else sum(self.ranks().values())
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps taken so far."""
-        return self.rule.global_step
-
-    @property
-    def inner_step(self) -> int:
-        """Optimizer steps taken in this inner loop, t."""
-        return self.rule.inner_step
-
-    @property
-    def outer_number(self) -> int:
-        """Number of the current outer step, p, counted from 1."""
-        return self.rule.outer_number
-
-    @property
-    def max_inner_steps(self) -> int:
-        """Most optimizer steps of one inner loop, T_in."""
-        return self.rule.max_inner_steps
-
-    @property
-    def lr_factor(self) -> float:
-        """Factor on the scheduled learning rate for the optimizer step about to be taken (Figure 2)."""
-        return self.rule.lr_factor
-
-    def subscribe(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with every event from now on."""
-        self._listeners.append(listener)
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of every matrix by its name, in module order.
@@ -175,13 +138,6 @@ class AromaController:
         """Return ‖ΔW‖_F / ‖W0‖_F of every matrix by its name; None where W0 is 0. Sharded: all ranks together."""
         return self.matrices.relative_updates()
 
-    def explanation(self) -> str:
-        """Return in one sentence why the matrices grow no more, or how many still train; the device is not read.
-
-        For example: `31 of 36 matrices have finished (31 found the next component too small); 5 still train`.
-        """
-        return self.rule.explanation
-
     # What a loop does ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
@@ -202,28 +158,7 @@ class AromaController:
                 self.matrices.require_resettable()
             self._state_is_known = True
         with without_autocast(self.matrices.device):  # a loop may step within it
-            return self.rule.step()
-
-    def outer_step(self) -> list[Event]:
-        """End the inner loop now: check every unfrozen matrix, merge or freeze it, and start the next inner loop.
-
-        Returns:
-            The events of this outer step.
-
-        Raises:
-            NonFiniteError: A component is NaN or infinite.
-        """
-        self._refuse_stale()
-        return self.rule.outer_step()
-
-    def require_finite(self) -> None:
-        """Check every component in training, as a check would; all ranks call this before a checkpoint is written.
-
-        Raises:
-            NonFiniteError: A component is NaN or infinite.
-        """
-        active = self.matrices.active()
-        self.rule.require_finite(active, self.matrices.norms(active), "save")
+            return super().step()
 
     def together(self) -> AbstractContextManager[None]:
         """Return a context in which an error of one rank is raised on all; see `refuse_together`."""
@@ -253,10 +188,8 @@ class AromaController:
         """
         if self._stale:
             return {"state": None, "tensors": {}}
-        state, tensors = self.matrices.state(
-            self.rule.draw, self.matrices.pairs(self.modules) if pairs is None else pairs
-        )
-        return {"state": {"config": self.live.method(), **self.rule.state(), **state}, "tensors": tensors}
+        state, tensors = self.matrices.state(self.draw, self.matrices.pairs(self.modules) if pairs is None else pairs)
+        return {"state": {"config": self.live.method(), **self.counters(), **state}, "tensors": tensors}
 
     @torch.no_grad()
     def load_state_dict(self, exported: dict[str, Any]) -> None:
@@ -274,8 +207,8 @@ class AromaController:
         with self.together():
             self.live.check_resumable(state["config"])
             self.matrices.require_same(state, pairs)
-            self.rule.restore(state)
-            self.matrices.restore(state, exported["tensors"], self.rule.draw, pairs)
+            self.set_counters(state)
+            self.matrices.restore(state, exported["tensors"], self.draw, pairs)
             self._stale = False
 
     def invalidate(self) -> None:
@@ -286,21 +219,18 @@ class AromaController:
 
     def _keep_graph(self, compiled: bool) -> None:
         """Keep frozen pairs in the graph where DistributedDataParallel or a compiler needs it unchanged."""
-        stays = compiled or self._sharding.needs_all_gradients(self.matrices.parameters)
-        self.matrices.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
-        if stays and not self._sharding.has_flat_optimizer:
-            optimizer = self._sharding.base_optimizer(self.optimizer)
-            self._hooks.append(optimizer.register_step_pre_hook(self.matrices.drop_gradients_of_frozen))
+        matrices, sharding = self.matrices, self.matrices.sharding
+        stays = compiled or sharding.needs_all_gradients(matrices.parameters)
+        matrices.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
+        if stays and not sharding.has_flat_optimizer:
+            optimizer = sharding.base_optimizer(self.optimizer)
+            self._hooks.append(optimizer.register_step_pre_hook(matrices.drop_gradients_of_frozen))
 
     def _join_ranks(self, model: nn.Module) -> None:
         """Refuse replicas that differ, and agree on the seed: each rank may have taken its own."""
         if not is_distributed():
             return
-        require_equal_replicas(self._facts(model), self._tensors(model))
-        self.live.seed = of_first_rank(self.live.seed)
-
-    def _facts(self, model: nn.Module) -> dict[str, object]:
-        return {
+        facts = {
             "adapter_name": self.adapter_name,
             **self.config.method(),
             "component_seed": self.live.seed if self.live.chose_seed else None,
@@ -309,18 +239,16 @@ class AromaController:
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
             "fully_shard": len(sharding_modules(model)),
         }
+        require_equal_replicas(facts, self._replicated(model))
+        self.live.seed = of_first_rank(self.live.seed)
 
-    def _tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def _replicated(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in model.named_parameters():
             # DDP does not keep equal what it ignores; a sharded parameter has no replicas.
             if not compat.is_ignored_by_ddp(parameter) and not is_sharded(parameter):
                 yield name, parameter
         for matrix in self.modules:
-            B, A = matrix.finished
-            yield f"{matrix.name}: finished B", B
-            yield f"{matrix.name}: finished A", A
-
-    # Refusals --------------------------------------------------------------------------------------------------------
+            yield from zip((f"{matrix.name}: finished B", f"{matrix.name}: finished A"), matrix.finished, strict=True)
 
     def _refuse_stale(self) -> None:
         if world_size() != self._processes:
@@ -340,9 +268,3 @@ class AromaController:
                 "load_adapter replaced the components while this controller was attached; attach a new controller, "
                 "or restore the checkpoint's state with load_state_dict"
             )
-
-
-def _call(listeners: Sequence[Callable[[Event], None]], events: Sequence[Event]) -> None:
-    for event in events:
-        for listener in listeners:
-            listener(event)

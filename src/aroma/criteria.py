@@ -1,16 +1,20 @@
-"""Frobenius norms behind the checks of equations (5) and (6), without ever forming an m×n product.
+"""The measurements behind the checks of equations (5) and (6), without ever forming an m×n product.
 
 Everything is accumulated in float64 (float32 on MPS, which has no float64), so that bf16 or fp16 pairs neither round
-nor overflow. Leading dimensions, written …, are a batch of equal-shaped pairs: a check of many modules is one call
-and, when the results are read together, one host synchronization.
+nor overflow. All matrices are measured together, with one host synchronization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+"""A component b (m, r), a (r, n)."""
 
 _BLOCK_ELEMENTS = 2**20
 """Most elements of a weight that are upcast at a time: 8 MiB in float64."""
@@ -20,116 +24,89 @@ _MIN_BLOCKS = 8
 
 
 @torch.no_grad()
-def product_norm_squared(b: Tensor, a: Tensor) -> Tensor:
-    """Return ‖b a‖²_F = ⟨bᵀb, a aᵀ⟩ as a tensor of the batch shape.
+def pair_norms(pairs: Sequence[Pair]) -> list[float]:
+    """Return ‖b a‖_F = √⟨bᵀb, a aᵀ⟩ of every pair b (m, r), a (r, n), of any floating dtypes.
 
-    Args:
-        b: (…, m, r), any floating dtype.
-        a: (…, r, n).
+    Pairs of equal shapes are stacked and measured as one.
     """
-    return _gram_product(*_wide(b, a))
+    groups: dict[Any, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        groups.setdefault(tuple((t.shape, t.device, t.dtype) for t in pair), []).append(place)
+    squares = []
+    for places in groups.values():
+        b, a = (_wide(torch.stack([pairs[place][side] for place in places])) for side in (0, 1))
+        squares.append(((b.mT @ b) * (a @ a.mT)).sum((-2, -1)))
+    return [norm for _, norm in sorted(zip(chain(*groups.values()), _square_roots(squares), strict=True))]
 
 
 @torch.no_grad()
-def difference_norm_squared(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> Tensor:
-    """Return ‖b a − b0 a0‖²_F as a tensor of the batch shape, accurate also when the products nearly coincide.
-
-    The difference is (b − b0) a + b0 (a − a0). With the rows of Q an orthonormal basis of the rows of a, a = L Q,
-    and with a − a0 = C Q + D split into its parts inside and outside of that basis, it is
-
-        ((b − b0) L + b0 C) Q + b0 D,
-
-    two orthogonal terms: their squared norms add up and nothing cancels, not even when b grew as a shrank.
-
-    Args:
-        b: (…, m, r), any floating dtype.
-        a: (…, r, n).
-        b0: (…, m, r), the earlier b.
-        a0: (…, r, n), the earlier a.
-    """
-    b, a, b0, a0 = _wide(b, a, b0, a0)
-    change = a - a0
-    L, Q = _orthonormal_rows(a)
-    C = change @ Q.mT
-    D = change - C @ Q
-    inside = (b - b0) @ L + b0 @ C
-    return inside.square().sum((-2, -1)) + _gram_product(b0, D)
+def difference(pair: Pair, earlier: Pair) -> Pair:
+    """Return b a − b0 a0 as a pair (m, 2 r), (2 r, n), of b (m, r), a (r, n), and b0, a0 on any device."""
+    (b, a), (b0, a0) = pair, earlier
+    return torch.cat([b, b0.to(b)], dim=1), torch.cat([a, -a0.to(a)])
 
 
 @torch.no_grad()
-def inner_product(B: Tensor, A: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    """Return ⟨B A, b a⟩ = ⟨Bᵀ b, A aᵀ⟩ as a tensor of the batch shape.
+def weight_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair]) -> list[float]:
+    """Return ‖W0 + B A‖_F of every matrix, the denominator of equation (6).
+
+    Summed over blocks of rows: each is merged and dropped again, which costs the m n R multiplications of the closed
+    form ‖W0‖² + 2⟨W0, B A⟩ + ⟨BᵀB, A Aᵀ⟩ without its cancellation, and one small block of memory.
 
     Args:
-        B: (…, m, R), any floating dtype; R may be 0.
-        A: (…, R, n).
-        b: (…, m, r).
-        a: (…, r, n).
+        weights: W0 (m, n) of every matrix, any floating dtype, by call: a quantised weight is dequantised, and a
+            sharded one gathered, one at a time.
+        updates: Finished components B (m, R), A (R, n), scale folded in; R may be 0.
     """
-    B, A, b, a = _wide(B, A, b, a)
-    return ((B.mT @ b) * (A @ a.mT)).sum((-2, -1))
+    return _square_roots([_merged_square(weight(), B, A) for weight, (B, A) in zip(weights, updates, strict=True)])
 
 
-@torch.no_grad()
-def merged_norm_squared(weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """Return the scalar ‖W0 + B A‖²_F, the denominator of equation (6) squared.
+def relative_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair]) -> list[float | None]:
+    """Return ‖B A‖_F / ‖W0‖_F of every matrix; None where W0 is 0 and its update is not.
 
-    Summed over blocks of rows: each is merged in float64 and dropped again, which costs the m n R multiplications of
-    the closed form ‖W0‖² + 2⟨W0, B A⟩ + ⟨BᵀB, A Aᵀ⟩ without its cancellation, and one small block of memory.
+    If parameters are sharded, all ranks call this together.
 
     Args:
-        weight: W0, m×n, any floating dtype; a transposed view (Conv1D) will do.
-        B: m×R with the scale folded in; R may be 0.
-        A: R×n.
+        weights: W0 (m, n) of every matrix, as for `weight_norms`.
+        updates: The whole updates B (m, R), A (R, n), scale folded in.
     """
-    B, A = _wide(B, A)
-    total = B.new_zeros(())
-    for rows in _row_blocks(weight):
-        (block,) = _wide(weight[rows])
-        total += torch.linalg.vector_norm(torch.addmm(block, B[rows], A)).square()
-    return total
+    norms = weight_norms(weights, [(B[:, :0], A[:0]) for B, A in updates])
+    return [outer_value(update, weight) for update, weight in zip(pair_norms(updates), norms, strict=True)]
 
 
-@torch.no_grad()
-def cross_term(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    """Return the scalar ⟨W0, b a⟩ = tr(bᵀ W0 aᵀ).
-
-    Args:
-        weight: W0, m×n, any floating dtype; a transposed view (Conv1D) will do.
-        b: m×r.
-        a: r×n.
-    """
-    b, a = _wide(b, a)
-    total = b.new_zeros(())
-    for rows in _row_blocks(weight):
-        (block,) = _wide(weight[rows])
-        total += (b[rows] * (block @ a.mT)).sum()
-    return total
+def inner_value(change: float, earlier_norm: float) -> float | None:
+    """Return the left side of (5), `change` / `earlier_norm`; None where the earlier component was 0."""
+    return change / earlier_norm if earlier_norm > 0 else None
 
 
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors (any shapes) in the dtype that is accumulated in."""
-    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    return tuple(tensor.to(dtype) for tensor in tensors)
+def outer_value(update_norm: float, weight_norm: float) -> float | None:
+    """Return the left side of (6), `update_norm` / `weight_norm`; None where any update of a zero weight is new."""
+    if weight_norm > 0:
+        return update_norm / weight_norm
+    return None if update_norm > 0 else 0.0
 
 
-def _gram_product(b: Tensor, a: Tensor) -> Tensor:
-    """Return ⟨bᵀb, a aᵀ⟩ of b (…, m, r) and a (…, r, n)."""
-    # For r > 1 terms of both signs meet: where columns cancel, rounding could leave a tiny negative sum.
-    return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp(min=0)
-
-
-def _orthonormal_rows(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return L (…, r, k) and Q (…, k, n) with a = L Q and Q Qᵀ = I, k = min(r, n)."""
-    if a.shape[-2] == 1:  # the common case is worth sparing a QR of every module
-        length = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-        return length, a / torch.where(length > 0, length, 1.0)
-    q, r = torch.linalg.qr(a.mT)
-    return r.mT, q.mT
-
-
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Return slices that cut the rows of a weight (m, n) into blocks."""
+def _merged_square(weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """Return the scalar ‖W0 + B A‖²_F of W0 (m, n), B (m, R), A (R, n)."""
     m, n = weight.shape
     rows = max(1, min(-(-m // _MIN_BLOCKS), _BLOCK_ELEMENTS // max(n, 1)))
-    return (slice(start, start + rows) for start in range(0, m, rows))
+    B, A = _wide(B), _wide(A)
+    total = B.new_zeros(())
+    for block, left in zip(weight.split(rows), B.split(rows), strict=True):
+        total += torch.linalg.vector_norm(torch.addmm(_wide(block), left, A)).square()
+    return total
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor (any shape) in the dtype that is accumulated in."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def _square_roots(squares: Sequence[Tensor]) -> list[float]:
+    """Bring the square roots of squares (any shapes) to the host in one go."""
+    if not squares:
+        return []
+    # Where terms cancel, rounding may leave a tiny negative sum.
+    found = torch.cat([square.reshape(-1).to(squares[0].device) for square in squares]).clamp_min(0).sqrt()
+    host: list[float] = found.tolist()
+    return host

@@ -1,4 +1,4 @@
-"""The growing matrices of a run: measured together, one host sync each, and changed one by one.
+"""The growing matrices of a run: measured together, and changed one by one.
 
 Algorithm 1 acts on these. They know layers, the optimizer, and sharded parameters.
 """
@@ -11,24 +11,145 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .criteria import Pair, difference, inner_value, outer_value, pair_norms, relative_norms, weight_norms
 from .distributed import agree
 from .errors import CheckpointError, bad_value
+from .events import ModuleSummary
 from .files import tensors_digest
-from .matrix import GrowingMatrix
-from .measures import (
-    Pair,
-    PairSnapshot,
-    grown_norms,
-    inner_values,
-    outer_value,
-    pair_norms,
-    relative_norms,
-    weight_norms,
-)
-from .reset import check_resettable, component_generator, forget_moments, reset_state
+from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
 from .sharding import gathered, refuse_missing_pairs, sharding_of_model
-from .tuner import aroma_layers
+from .spectra import effective_rank, singular_values
+from .tuner import AromaLinear, aroma_layers
 from .tuner.live import LiveAdapter
+
+
+class GrowingMatrix:
+    """One growing layer, with its place among the others and what the rule notes about it.
+
+    Args:
+        name: Its name in the base model.
+        index: Its place in module order; it seeds the random numbers.
+        layer: The layer.
+        adapter_name: The adapter that grows.
+        live: Its live state.
+
+    Attributes:
+        converged: Whether it has the label "inner-converged" in this inner loop.
+        inner_value: Left side of (5) at the last check, None where undefined.
+        outer_value: Left side of (6) at the last outer check, None before the first.
+        checked_norm: ‖b a‖_F at the previous inner check of this inner loop, None before the first.
+        checked_pair: b (m, r) and a (r, n) then; only kept where the criterion needs more than the norm.
+    """
+
+    _NOTED = ("converged", "inner_value", "outer_value")
+
+    def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
+        self.name = name
+        self.index = index
+        self.layer = layer
+        self.converged = False
+        self.inner_value: float | None = None
+        self.outer_value: float | None = None
+        self.checked_norm: float | None = None
+        self.checked_pair: Pair | None = None
+        self._adapter_name = adapter_name
+        self._live = live
+
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The component in training, b (m, r) and a (r, n), as the optimizer holds it: sharded under FSDP2."""
+        return self.layer.pair(self._adapter_name)
+
+    @property
+    def finished(self) -> Pair:
+        """The finished components, B (m, R) with the scale folded in and A (R, n)."""
+        finished = self.layer.finished(self._adapter_name)
+        return finished.B, finished.A
+
+    def components(self, pair: Pair) -> Pair:
+        """Return the whole update, B (m, R) and A (R, n), with the whole `pair` b (m, r), a (r, n) if it has moved."""
+        return self.layer.components(self._adapter_name, pair)
+
+    @property
+    def rank(self) -> int:
+        """Rank R of the finished components."""
+        return self.layer.finished(self._adapter_name).rank
+
+    @property
+    def component_count(self) -> int:
+        """Number of finished components; a loaded one of a rank below r counts, too."""
+        return -(-self.rank // self._live.config.r)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it has stopped growing, for good."""
+        return self.layer.is_frozen(self._adapter_name)
+
+    def summary(self, pair: Pair) -> ModuleSummary:
+        """Return rank, effective rank, state and last check values; `pair`, b (m, r) and a (r, n), is whole."""
+        B, A = self.components(pair)
+        return ModuleSummary(
+            name=self.name,
+            rank=A.shape[0],
+            effective_rank=effective_rank(singular_values(B, A)),
+            state="frozen" if self.is_frozen else "converged" if self.converged else "training",
+            inner_value=self.inner_value,
+            outer_value=self.outer_value,
+        )
+
+    def start_component(self, draw: int) -> None:
+        """Reinit: b = 0, and the a that outer step `draw` starts with."""
+        self.layer.start_pair(self._adapter_name, self._fresh(draw))
+
+    def _fresh(self, draw: int) -> Tensor:
+        """Return the a (r, n) that outer step `draw` starts with."""
+        return fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
+
+    # Saved and restored ----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the matrix, JSON-able."""
+        noted = {name: getattr(self, name) for name in self._NOTED}
+        return {"name": self.name, "rank": self.rank, "frozen": self.is_frozen, **noted}
+
+    def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
+        """Return the component in training by name, if the plain adapter would not give it back bit for bit.
+
+        Args:
+            draw: Number of the outer step that it began in.
+            pair: The component, b (m, r) and a (r, n), whole.
+        """
+        if self.is_frozen:
+            return {}
+        b, a = (tensor.detach() for tensor in pair)
+        scale = self._live.config.scale
+        exact = torch.equal(b * scale / scale, b) if b.any() else torch.equal(a, self._fresh(draw).to(a))
+        return {} if exact else {f"pair.{self.index}.b": b.clone(), f"pair.{self.index}.a": a.clone()}
+
+    def restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor], draw: int, pair: Pair) -> None:
+        """Restore `state()`, and take the component that was in training out of the loaded finished ones.
+
+        Args:
+            state: What `state()` returned.
+            tensors: All tensors of the checkpoint's state.
+            draw: Number of the outer step for random draws.
+            pair: The component in training as it is now, b (m, r) and a (r, n), whole. DeepSpeed loads it as it was.
+        """
+        for name in self._NOTED:
+            setattr(self, name, state[name])
+        self.checked_norm = self.checked_pair = None
+        if state["frozen"]:
+            self.layer.freeze(self._adapter_name)
+            return
+        self.layer.unfreeze(self._adapter_name)
+        b, a = self.layer.finished(self._adapter_name).pop(self.rank - state["rank"])
+        if f"pair.{self.index}.b" in tensors:
+            b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
+            self.layer.start_pair(self._adapter_name, a, b)
+        elif a.shape[0]:
+            self.layer.start_pair(self._adapter_name, a, b / self._live.config.scale)
+        elif not pair[0].any():
+            self.start_component(draw)
 
 
 class GrowingMatrices:
@@ -58,8 +179,6 @@ class GrowingMatrices:
         self._optimizer = optimizer
         self.model = model
         self.sharding = sharding_of_model(model, optimizer)
-        self._snapshot = PairSnapshot()
-        self._checked: dict[str, Pair] = {}
         self.sharding.reshard(model)
 
     # What there is ---------------------------------------------------------------------------------------------------
@@ -79,10 +198,7 @@ class GrowingMatrices:
 
     @torch.no_grad()
     def ranks(self) -> dict[str, int]:
-        """Return the rank of every update: its finished components, and the one in training once it has moved.
-
-        It is the rank that a save at this moment has. If pairs are sharded, all ranks call this together.
-        """
+        """Return the rank of every update: its finished components, and the one in training once it has moved."""
         device, r = self.device, self._live.config.r
         moved = torch.stack([b.any().to(device) for b, _ in self.pairs(self._all)]).tolist()  # the device waits once
         return {one.name: one.rank + (r if has_moved else 0) for one, has_moved in zip(self._all, moved, strict=True)}
@@ -98,7 +214,7 @@ class GrowingMatrices:
         return self.sharding.must_gather(self.parameters)
 
     @property
-    def parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         """The pairs of all matrices, b (m, r) and a (r, n) one after the other, as the optimizer holds them."""
         return [parameter for matrix in self._all for parameter in matrix.pair]
 
@@ -110,14 +226,6 @@ class GrowingMatrices:
 
     # Measured together -----------------------------------------------------------------------------------------------
 
-    def measure_weights(self) -> None:
-        """Measure ‖W0 + s B A‖_F of every matrix, from scratch."""
-        norms = weight_norms(
-            [matrix.layer.weight_matrix for matrix in self._all], [matrix.finished for matrix in self._all]
-        )
-        for matrix, norm in zip(self._all, norms, strict=True):
-            matrix.weight_norm = norm
-
     @torch.no_grad()
     def relative_updates(self) -> dict[str, float | None]:
         """Return ‖ΔW‖_F / ‖W0‖_F of every matrix by its name; None where W0 is 0."""
@@ -127,55 +235,51 @@ class GrowingMatrices:
 
     def norms(self, matrices: Sequence[GrowingMatrix]) -> list[float]:
         """Return ‖b a‖_F of the components in training."""
-        return self._agree(matrices, pair_norms(self.pairs(matrices)), [])[0]
+        return self._agree(matrices, pair_norms(self.pairs(matrices)))[0]
 
     def inner_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F of the components in training, and the left side of (5) since the previous call.
 
         The value is None where the earlier norm was 0, and at the first call since `forget_check`.
         """
-        criterion = self._live.config.inner_criterion
-        values, snapshot = inner_values(self.pairs(matrices), self._snapshot, criterion)
-        norms, values = self._agree(matrices, snapshot.norms, values)
-        self._snapshot = PairSnapshot(norms, snapshot.pairs)
+        pairs = self.pairs(matrices)
+        together = zip(pairs, matrices, strict=True)
+        moves = [difference(pair, matrix.checked_pair) for pair, matrix in together if matrix.checked_pair]
+        measured = pair_norms([*pairs, *moves])
+        norms, changes = self._agree(matrices, measured[: len(pairs)], measured[len(pairs) :])
+        values: list[float | None] = []
+        for index, (matrix, norm, (b, a)) in enumerate(zip(matrices, norms, pairs, strict=True)):
+            before = matrix.checked_norm or 0.0
+            values.append(inner_value(changes[index] if moves else norm - before, before))
+            matrix.checked_norm = norm
+            if self._live.config.inner_criterion == "update_change":
+                matrix.checked_pair = b.detach().clone(), a.detach().clone()
         return norms, values
 
     def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F of the components in training, and the left side of (6); None where W0 + s B A is zero."""
-        pairs = self.pairs(matrices)
-        self._checked = {matrix.name: pair for matrix, pair in zip(matrices, pairs, strict=True)}
-        norms = pair_norms(pairs)
-        weights = [matrix.weight_norm for matrix in matrices]
-        agreed, _ = self._agree([*matrices, *matrices], [*norms, *weights], [])
-        norms, weights = agreed[: len(matrices)], agreed[len(matrices) :]
-        for matrix, weight in zip(matrices, weights, strict=True):
-            matrix.weight_norm = weight
+        weights = weight_norms([one.layer.weight_matrix for one in matrices], [one.finished for one in matrices])
+        norms, weights = self._agree(matrices, pair_norms(self.pairs(matrices)), weights)
         scale = self._live.config.scale
         return norms, [outer_value(scale * norm, weight) for norm, weight in zip(norms, weights, strict=True)]
 
     def forget_check(self) -> None:
         """Forget the previous inner check: the components are new."""
-        self._snapshot = PairSnapshot()
+        for matrix in self._all:
+            matrix.checked_norm = matrix.checked_pair = None
 
     def _agree(
-        self, matrices: Sequence[GrowingMatrix], norms: Sequence[float], values: Sequence[float | None]
-    ) -> tuple[list[float], list[float | None]]:
-        return agree([matrix.name for matrix in matrices], norms, values, self.device)
+        self, matrices: Sequence[GrowingMatrix], norms: Sequence[float], others: Sequence[float] = ()
+    ) -> tuple[list[float], list[float]]:
+        """Return norms of the components, and other norms, that are the same on all ranks."""
+        agreed, _ = agree([matrix.name for matrix in matrices] * 2, [*norms, *others], (), self.device)
+        return agreed[: len(norms)], agreed[len(norms) :]
 
     # Changed one by one ----------------------------------------------------------------------------------------------
 
     def merge(self, matrices: Sequence[GrowingMatrix]) -> None:
-        """Merge what `outer_values` measured: components become finished ones, and ‖W0 + s B A‖_F grows with them."""
-        pairs, self._checked = [self._checked[matrix.name] for matrix in matrices], {}
-        scale = self._live.config.scale
-        norms = grown_norms(
-            [matrix.layer.weight_matrix for matrix in matrices],
-            [matrix.finished for matrix in matrices],
-            [(b.detach() * scale, a.detach()) for b, a in pairs],
-            [matrix.weight_norm for matrix in matrices],
-        )
-        for matrix, pair, norm in zip(matrices, pairs, norms, strict=True):
-            matrix.weight_norm = norm
+        """Merge: components in training become finished ones."""
+        for matrix, pair in zip(matrices, self.pairs(matrices), strict=True):
             matrix.layer.merge_pair(self._adapter_name, pair)
 
     def renew(self, matrix: GrowingMatrix, draw: int) -> None:
@@ -223,12 +327,11 @@ class GrowingMatrices:
 
     def forget_frozen(self) -> None:
         """Let the optimizer forget frozen pairs: without `drop_gradients_of_frozen` old moments would move them."""
+        self.drop_gradients_of_frozen()
         state = self.sharding.base_optimizer(self._optimizer).state
         for matrix in self._all:
-            if matrix.is_frozen:
-                for parameter in matrix.pair:
-                    parameter.grad = None
-                    state.pop(parameter, None)
+            for parameter in matrix.pair if matrix.is_frozen else ():
+                state.pop(parameter, None)
 
     # Refused ---------------------------------------------------------------------------------------------------------
 
@@ -267,11 +370,17 @@ class GrowingMatrices:
             draw: Number of the outer step that the components in training began in.
             pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
         """
-        tensors = self._snapshot.tensors()
+        tensors: dict[str, Tensor] = {}
         for matrix, pair in zip(self._all, pairs, strict=True):
             tensors.update(matrix.pair_tensors(draw, pair))
+        for index, matrix in enumerate(self.active()):
+            if matrix.checked_pair:
+                tensors |= {
+                    f"snapshot.{index}.{side}": one for side, one in zip("ba", matrix.checked_pair, strict=True)
+                }
         state = {
-            "snapshot_norms": self._snapshot.norms,
+            # Of the active ones; empty before the first check of an inner loop.
+            "snapshot_norms": [one.checked_norm for one in self.active() if one.checked_norm is not None],
             "adapter_digest": self.digest(pairs),
             # A list: the Trainer sorts the keys of a dict, and the order of modules seeds their random numbers.
             "modules": [matrix.state() for matrix in self._all],
@@ -303,9 +412,10 @@ class GrowingMatrices:
         for matrix, entry, pair in zip(self._all, state["modules"], pairs, strict=True):
             matrix.restore(entry, tensors, draw, pair)
         self.require_held_by_optimizer()
-        self._snapshot = PairSnapshot.restore(
-            state["snapshot_norms"], tensors, [matrix.pair for matrix in self.active()]
-        )
+        for index, (matrix, norm) in enumerate(zip(self.active(), state["snapshot_norms"], strict=False)):
+            matrix.checked_norm = norm
+            if f"snapshot.{index}.b" in tensors:
+                matrix.checked_pair = tensors[f"snapshot.{index}.b"], tensors[f"snapshot.{index}.a"]
 
     def digest(self, pairs: Sequence[Pair]) -> str:
         """Return a digest of all components, `pairs` b (m, r), a (r, n) included: the same before a save and after."""

@@ -1,7 +1,7 @@
 """Reinit & Reset (Algorithm 1): the fresh component, and the optimizer's state of the one that was merged.
 
 A floating-point state with the shape of its parameter, or of a row or column factor of it, is a moment. How the state
-is spread over processes is not known here: see `aroma.sharding.optimizer_state`.
+is spread over processes is not known here: see `aroma.sharding.Sharding.optimizer_state`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch import Tensor
 from .distributed import unwrapped_optimizer
 from .errors import ResetError, bad_value
 from .sharding import Entries, OptimizerState, optimizer_state
-
-RESET_KINDS = ("prune", "zero", "none")
 
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. All parameters share qmap, so it is never written."""
@@ -37,6 +35,11 @@ class _Moment(NamedTuple):
     zero: float = 0.0
     absmax: Tensor | None = None
 
+    def clear(self) -> None:
+        self.entries.values.fill_(self.zero)
+        if self.absmax is not None:
+            self.absmax.zero_()
+
 
 def component_generator(seed: int, outer_step: int, module_index: int, purpose: str) -> torch.Generator:
     """Return the CPU generator for one purpose of one module in one outer step.
@@ -48,36 +51,26 @@ def component_generator(seed: int, outer_step: int, module_index: int, purpose: 
         seed: The run's `component_seed`.
         outer_step: Number p ≥ 1 of the outer step.
         module_index: Index of the module in module order.
-        purpose: Separates streams, e.g. `"fresh"` and `"reset"`.
+        purpose: Separates streams: `"fresh"` or `"reset"`.
     """
     text = f"{seed}/{outer_step}/{module_index}/{purpose}".encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def fresh_component(
-    seed: int,
-    outer_step: int,
-    module_index: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Return the new a of a module, (r, n), Kaiming-uniform with a = √5: uniform in ±1/√n.
-
-    It is drawn in float32 on the CPU, so its values do not depend on the device.
+def fresh_component(seed: int, outer_step: int, module_index: int, shape: tuple[int, int]) -> Tensor:
+    """Return the new a of a module, (r, n), Kaiming-uniform with a = √5: uniform in ±1/√n; float32, on the CPU.
 
     Args:
         seed: The run's `component_seed`.
         outer_step: Number p ≥ 1 of the outer step that this component starts.
         module_index: Index of the module in module order.
         shape: (r, n).
-        dtype: Dtype of the result.
-        device: Device of the result.
     """
     bound = 1 / math.sqrt(shape[1])
-    generator = component_generator(seed, outer_step, module_index, "fresh")
-    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator).to(device=device, dtype=dtype)
+    return torch.empty(shape).uniform_(
+        -bound, bound, generator=component_generator(seed, outer_step, module_index, "fresh")
+    )
 
 
 @torch.no_grad()
@@ -98,18 +91,28 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
 
     Raises:
         ResetError: Some of the state is no moment; nothing has been changed.
-        ConfigError: An unknown `kind`.
     """
-    moments = _resettable_moments(optimizer, param, kind)
+    moments = check_resettable(optimizer, param, kind)
     if kind == "prune":
         _prune(moments, prune_ratio, generator)
     elif kind == "zero":
         for moment in moments:
-            _clear(moment)
+            moment.clear()
         state = optimizer.state.get(param, {})
         for name in _FIRST_COUNTS.keys() & state.keys():
             first = _FIRST_COUNTS[name]
             state[name] = state[name].fill_(first) if isinstance(state[name], Tensor) else first
+
+
+def _prune(moments: list[_Moment], ratio: float, generator: torch.Generator) -> None:
+    # One draw for all moments of a shape. With separate draws a first moment would outlive its second one, and Adam,
+    # whose gradient of a is 0 while b is 0, would move that entry by a million times the learning rate.
+    # The draw is of the whole shape even where this rank holds a part, so every number of ranks draws alike.
+    chosen: dict[tuple[int, ...], Tensor] = {}
+    for entries, zero, _ in moments:
+        if entries.shape not in chosen:
+            chosen[entries.shape] = torch.rand(entries.shape, generator=generator) < ratio
+        entries.values.masked_fill_(entries.pick(chosen[entries.shape]).to(entries.values.device), zero)
 
 
 @torch.no_grad()
@@ -122,24 +125,11 @@ def forget_moments(optimizer: Any, param: Tensor) -> None:
         ResetError: Some of the state is no moment; nothing has been changed.
     """
     state = optimizer_state(optimizer, param)
-    if not state.is_flat:
-        return
-    for moment in _resettable_moments(optimizer, param, "prune"):
-        _clear(moment)
-    if state.gradient is not None:
-        state.gradient.zero_()
-
-
-def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
-    """Raise what `reset_state` would raise, and change nothing.
-
-    Check all parameters (any shapes) before the first is reset, so that an error leaves every one unchanged.
-
-    Raises:
-        ResetError: Some of the state is no moment.
-        ConfigError: An unknown `kind`.
-    """
-    _resettable_moments(optimizer, param, kind)
+    if state.is_flat:
+        for moment in check_resettable(optimizer, param, "prune"):
+            moment.clear()
+        if state.gradient is not None:
+            state.gradient.zero_()
 
 
 def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
@@ -150,22 +140,24 @@ def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
         keywords: What `step` was called with. No loop gives a closure of None by name, and the ranks of a job agree on
             it, as they might not on gradients that are zero.
     """
-    return (
-        dict(keywords) == {"closure": None}
-        and not optimizer.state
-        and not any(float(group["lr"]) for group in optimizer.param_groups)
-    )
+    is_at_rest = not optimizer.state and not any(float(group["lr"]) for group in optimizer.param_groups)
+    return dict(keywords) == {"closure": None} and is_at_rest
 
 
 # What can be reset ---------------------------------------------------------------------------------------------------
 
 
-def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
-    """Return the moments of `param` (any shape) that `kind` resets, or raise what `reset_state` raises."""
-    if kind not in RESET_KINDS:
-        raise bad_value("reset", kind, "choose 'prune', 'zero' or 'none'")
+def check_resettable(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
+    """Return the moments of `param` (any shape) that a reset of this `kind` changes, and change nothing.
+
+    Check all parameters before the first is reset, so that an error leaves every one unchanged.
+
+    Raises:
+        ResetError: Some of the state is no moment.
+    """
     state = optimizer_state(optimizer, param)
-    if kind == "zero" and (state.is_flat or _shares_count(optimizer, state)):
+    counts_together = "step" not in state.values and any("step" in group for group in optimizer.param_groups)
+    if kind == "zero" and (state.is_flat or (state.values and counts_together)):
         remedy = "it counts the steps of many parameters at once, so one count cannot be zeroed; set reset='prune'"
         raise bad_value("reset", "zero", f"{type(unwrapped_optimizer(optimizer)).__name__}: {remedy}", ResetError)
     # The moments of a flat optimizer are needed whatever `kind` is: once the component is frozen, they are zeroed.
@@ -182,7 +174,8 @@ def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Momen
 def _read_moment(optimizer: Any, state: OptimizerState, key: str) -> _Moment | None:
     """Return the state `key` as a moment; None if it is a number or a scale, which stays."""
     value = state.values[key]
-    if key in _FIRST_COUNTS or value is None or key.startswith(("qmap", "absmax", "unorm")) or _is_number(value):
+    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+    if is_number or value is None or key in _FIRST_COUNTS or key.startswith(("qmap", "absmax", "unorm")):
         return None
     entries = state.entries(value) if isinstance(value, Tensor) else None
     if entries is not None and entries.shape in _moment_shapes(state.shape) and key not in _ITERATES:
@@ -200,37 +193,7 @@ def _read_moment(optimizer: Any, state: OptimizerState, key: str) -> _Moment | N
     )
 
 
-def _shares_count(optimizer: Any, state: OptimizerState) -> bool:
-    return bool(state.values) and "step" not in state.values and any("step" in one for one in optimizer.param_groups)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
-
-
 def _moment_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     """Return the shapes of a full moment, and of row and column factors with and without the reduced dimension."""
     rows, columns = shape[:-1], shape[:-2] + shape[-1:]
     return {shape, rows, (*rows, 1), columns, (*shape[:-2], 1, *shape[-1:])}
-
-
-# Resets --------------------------------------------------------------------------------------------------------------
-
-
-def _prune(moments: list[_Moment], ratio: float, generator: torch.Generator) -> None:
-    # One draw for all moments of a shape. With separate draws a first moment would outlive its second one, and Adam,
-    # whose gradient of a is 0 while b is 0, would move that entry by a million times the learning rate.
-    # The draw is of the whole shape even where this rank holds a part, so every number of ranks draws alike.
-    chosen: dict[tuple[int, ...], Tensor] = {}
-    for moment in moments:
-        entries = moment.entries
-        if entries.shape not in chosen:
-            chosen[entries.shape] = torch.rand(entries.shape, generator=generator) < ratio
-        mask = entries.pick(chosen[entries.shape]).to(entries.values.device)
-        entries.values.masked_fill_(mask, moment.zero)
-
-
-def _clear(moment: _Moment) -> None:
-    moment.entries.values.fill_(moment.zero)
-    if moment.absmax is not None:
-        moment.absmax.zero_()
