@@ -41,15 +41,14 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
     given: dict[str, Any] = {name: {} for name in (*kinds, "adapter", "")}
     for key, value in flatten(values, given).items():
-        section, _, name = key.rpartition(".") if key.partition(".")[0] in given else ("", "", key)
-        given[section][name] = value
+        section, dot, name = key.partition(".")
+        known = dot and section in kinds.keys() | {"adapter"}
+        given[section if known else ""][name if known else key] = value
     top = given.pop("")
     for section in given.keys() & top.keys():
         raise bad_value(section, top[section], f"it is a section; give it keys, as {section}.NAME")
-    if unknown := top.keys() - {"output"}:
-        typed_fields(
-            dict.fromkeys(name for name, _, _ in recipe_help()), {min(unknown): top[min(unknown)]}, "", _WHOLE
-        )
+    if top.keys() - {"output"}:  # refused, with the nearest of all keys
+        typed_fields(dict.fromkeys((key for key, _, _ in recipe_help()), Any), top, "", _WHOLE)
     made = {name: kind(**typed_fields(kind, given[name], name, _WHOLE)) for name, kind in kinds.items()}
     recipe = Recipe(**made, **{key: typed(key, value, str) for key, value in top.items()})
     if not given["adapter"]:
