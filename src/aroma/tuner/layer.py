@@ -77,7 +77,8 @@ class AromaLinear(LoraLinear):
 
     def finished(self, adapter_name: str) -> FinishedComponents:
         """Return the finished components of an adapter."""
-        finished: FinishedComponents = self.lora_finished[adapter_name]
+        finished = self.lora_finished[adapter_name]
+        assert isinstance(finished, FinishedComponents)
         return finished
 
     def is_frozen(self, adapter_name: str) -> bool:
