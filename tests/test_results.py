@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from aroma_lab.report.runs import Runs, read_runs
 from aroma_lab.report.tables import make_table
+from aroma_lab.study.selection import edges
 from aroma_lab.tasks.model import packaged_encoder
 
 ROOT = Path(__file__).parents[1]
