@@ -188,7 +188,7 @@ SAYS = {
     "sharded_on_one": ("ConfigError", "fully_shard="),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
     "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.weight: not finite"),
-    "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
+    "merged": ("ConfigError", "is quantised or sharded: merging in place"),
     "saved_into_a_file": ("CheckpointError", "taken"),
 }
 

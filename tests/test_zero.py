@@ -176,7 +176,7 @@ SAYS = {
     "without_zero": ("ConfigError", "set zero_optimization.stage to 1, 2 or 3"),
     "base_optimizer": ("ConfigError", "give engine.optimizer"),
     "reset_to_zero": ("ResetError", "reset='zero': DeepSpeedZeroOptimizer: it counts the steps"),
-    "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
+    "merged": ("ConfigError", "is quantised or sharded: merging in place"),
     "in_16_bits": ("ConfigError", "leave bf16 and fp16 out of DeepSpeed's configuration"),
     "other_tolerances": ("ConfigError", "outer_tolerance"),
 }
