@@ -179,6 +179,7 @@ class GrowingMatrices:
         self._optimizer = optimizer
         self.model = model
         self.sharding = sharding_of_model(model, optimizer)
+        self._measured: dict[str, Pair] = {}
         self.sharding.reshard(model)
 
     # What there is ---------------------------------------------------------------------------------------------------
@@ -259,7 +260,9 @@ class GrowingMatrices:
     def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F of the components in training, and the left side of (6); None where W0 + s B A is zero."""
         weights = weight_norms([one.layer.weight_matrix for one in matrices], [one.finished for one in matrices])
-        norms, weights = self._agree(matrices, pair_norms(self.pairs(matrices)), weights)
+        pairs = self.pairs(matrices)
+        self._measured = {matrix.name: pair for matrix, pair in zip(matrices, pairs, strict=True)}
+        norms, weights = self._agree(matrices, pair_norms(pairs), weights)
         scale = self._live.config.scale
         return norms, [outer_value(scale * norm, weight) for norm, weight in zip(norms, weights, strict=True)]
 
@@ -278,9 +281,10 @@ class GrowingMatrices:
     # Changed one by one ----------------------------------------------------------------------------------------------
 
     def merge(self, matrices: Sequence[GrowingMatrix]) -> None:
-        """Merge: components in training become finished ones."""
-        for matrix, pair in zip(matrices, self.pairs(matrices), strict=True):
-            matrix.layer.merge_pair(self._adapter_name, pair)
+        """Merge what `outer_values` measured: components in training become finished ones."""
+        for matrix in matrices:
+            matrix.layer.merge_pair(self._adapter_name, self._measured[matrix.name])
+        self._measured = {}
 
     def renew(self, matrix: GrowingMatrix, draw: int) -> None:
         """Reset and Reinit: prune the optimizer's state of the pair, and start a fresh component.
