@@ -161,7 +161,7 @@ SAYS = {
     "other_tolerances": ("ConfigError", "outer_tolerance="),
     "sharded_on_one": ("ConfigError", "fully_shard="),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
-    "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
+    "merged": ("ConfigError", "cannot be merged in place; save the adapter"),
 }
 
 
