@@ -1,0 +1,26 @@
+"""The house stays small: lines of Python by part, docstrings and comments included, and the longest file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def lines_of(part: str) -> dict[str, int]:
+    files = sorted((ROOT / part).rglob("*.py"))
+    return {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+
+
+@pytest.mark.parametrize(("part", "limit"), [("src/aroma", 8_400), ("src/aroma_lab", 10_900), ("tests", 22_300)])
+def test_a_part_is_no_longer_than_its_limit(part: str, limit: int) -> None:
+    lines = lines_of(part)
+    assert lines
+    assert sum(lines.values()) <= limit, "before something is added, something else goes; the limits only fall"
+
+
+def test_a_file_can_be_read_in_one_sitting() -> None:
+    longest = {name: count for part in ("src", "tests") for name, count in lines_of(part).items() if count > 500}
+    assert longest == {}
