@@ -38,11 +38,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"rewarmup_steps": -1}, "rewarmup_steps=-1", "0 for no re-warm-up"),
     ({"component_seed": -1}, "component_seed=-1", "non-negative"),
     ({"bias": "all"}, "bias='all'", "'none'"),
-    ({"use_rslora": True}, "use_rslora=True", "lora_alpha / r"),
-    ({"use_dora": True}, "use_dora=True", "plain LoRA"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", "pretrained model"),
-    ({"trainable_token_indices": [3]}, "trainable_token_indices=[3]", "LoraConfig"),
-    ({"rank_pattern": {"query": 4}}, "rank_pattern={'query': 4}", "max_components"),
+    ({"use_rslora": True}, "use_rslora=True", "a growing adapter cannot have it"),
+    ({"use_dora": True}, "use_dora=True", "a growing adapter cannot have it"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", "a growing adapter cannot have it"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices=[3]", "a growing adapter cannot have it"),
+    ({"rank_pattern": {"query": 4}}, "rank_pattern={'query': 4}", "a growing adapter cannot have it"),
     ({"eva_config": EvaConfig()}, "eva_config=EvaConfig(", "unset"),
 ]
 
@@ -120,7 +120,7 @@ def test_an_unsupported_kind_of_layer(name: str, target: str, kind: str) -> None
         adapted(name, target_modules=[target])
     message = str(caught.value)
     assert message.startswith("target_modules='")
-    assert f".{target}': it is a {kind}, and the paper's rule grows linear layers" in message
+    assert f".{target}': it is a {kind}, and only linear layers grow" in message
     assert "exclude_modules" in message
 
 

@@ -1,6 +1,5 @@
 """Pictures: the right marks at the right places, and every wrong request refused."""
 
-import numpy as np
 import pytest
 
 from aroma.errors import AromaError
@@ -111,28 +110,6 @@ def test_ranks_have_a_panel_for_each_method_with_ranks(grid):
     assert [(len(circles), len(crosses)) for circles, crosses in map(areas, figure.axes)] == [(40, 0), (38, 1)]
 
 
-def test_every_matrix_of_every_seed_has_a_mark_at_its_planted_and_found_rank(tmp_path):
-    planted = {"ranks": dict(zip(MODULES, (0, 1, 4), strict=False))}
-    for method, seed, found in (("aroma", 0, (1, 2, 5)), ("aroma", 1, (1, 1, 3)), ("lora", 0, (2, 2, 2))):
-        write_run(tmp_path, "net", method, seed, ranks=dict(zip(MODULES, found, strict=False)), planted=planted)
-    write_run(tmp_path, "net", "full", 0, kind="full", planted={"ranks": {}}, **NO_RANKS)
-    axes = draw_figure("planted", tmp_path).axes[0]
-    marks = np.concatenate([np.asarray(one.get_offsets()) for one in axes.collections])
-    assert sorted(zip(marks[:, 0].round(), marks[:, 1], strict=True)) == sorted(
-        [(0, 1), (1, 2), (4, 5), (0, 1), (1, 1), (4, 3), (0, 2), (1, 2), (4, 2)]
-    )
-
-
-def test_memory_has_ranks_and_what_is_recalled_against_the_number_of_pairs(tmp_path):
-    for pairs, rank, score in ((100, 1.0, 0.9), (1000, 3.0, 0.6)):
-        for seed in (0, 1):
-            changes = {"score": score + 0.1 * seed, "average_rank": rank + seed, "metric": "recalled"}
-            write_run(tmp_path, f"n{pairs}", "aroma", seed, examples={"train": pairs, "pairs": pairs}, **changes)
-    ranks, recalled = map(drawn, draw_figure("memory", tmp_path).axes)
-    assert ranks == [[pytest.approx([100, 1.5]), pytest.approx([1000, 3.5])]]
-    assert recalled == [[pytest.approx([100, 95]), pytest.approx([1000, 65])]]
-
-
 @pytest.mark.parametrize(
     ("kind", "choice", "message"),
     [
@@ -140,8 +117,6 @@ def test_memory_has_ranks_and_what_is_recalled_against_the_number_of_pairs(tmp_p
         ("ranks", {"task": "cola"}, "--task='cola': no finished run has it; there are mrpc, rte"),
         ("budget", {"methods": ("not-begun",)}, "--methods='not-begun': no finished run has it; there are lora-r1"),
         ("ranks", {"methods": ("head-only",)}, "--methods='head-only': none of them has ranks"),
-        ("planted", {}, "--task='mrpc': nothing is planted in it"),
-        ("memory", {}, "--task='mrpc': no pairs are remembered in it"),
     ],
 )
 def test_a_choice_that_cannot_be_drawn_is_refused(grid, kind, choice, message):

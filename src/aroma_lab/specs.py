@@ -184,7 +184,7 @@ def adapter_keys() -> dict[str, AdapterKey]:
     keys = {}
     for one in sorted(fields(AromaConfig), key=lambda field: not field.name.endswith("modules")):
         if one.name in chosen:
-            said = re.search(rf"^ +{one.name} \(.*?\): (.+?\.)(?:\s|$)", AromaConfig.__doc__ or "", re.S | re.M)
+            said = re.search(rf"^ +{one.name}: (.+?\.)(?:\s|$)", AromaConfig.__doc__ or "", re.S | re.M)
             meaning = said[1] if said else str(one.metadata.get("help", ""))
             meaning = re.sub(r"\bNone\b", "null", " ".join(meaning.replace("`", "").split()))
             keys[one.name] = AdapterKey(hints[one.name], None if one.default is MISSING else one.default, meaning)
