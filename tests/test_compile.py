@@ -73,7 +73,7 @@ def test_ten_growths_take_two_graphs_and_no_break(r: int) -> None:
     method = {**ALWAYS_GROW, "r": r}
     attachment, losses, _ = run(shallow(**method), 11, lambda model: torch.compile(model, backend=graphs))
     assert attachment.controller.outer_number == 12
-    assert set(ranks(attachment.controller._wrapper).values()) == {11 * r}
+    assert set(ranks(attachment.controller.matrices.model).values()) == {11 * r}
     assert len(graphs.graphs) == 2
     assert graphs.breaks == {}
     _, expected, _ = run(shallow(**method), 11)

@@ -183,7 +183,7 @@ def record_save(args: TrainingArguments, state: TrainerState, is_complete: bool)
     """Record the checkpoint that the Trainer saves; called before its last file, and by all processes after it.
 
     A single process records it twice, because after the last file the Trainer removes older checkpoints. Several
-    record it once, after all have saved what is theirs: keep two checkpoints or more, in case of a kill between.
+    record it once, after all have saved their parts: keep two checkpoints or more, in case of a kill between.
     """
     if world_size() > 1:
         if not is_complete:

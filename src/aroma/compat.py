@@ -1,6 +1,6 @@
 """Every private name of another package that AROMA reads or overrides, in one table.
 
-A release of torch, peft, accelerate, transformers or DeepSpeed may rename any of them. What can be looked up is
+A release of torch, peft, accelerate, transformers or DeepSpeed may rename any of them. Names that can be looked up are
 checked at import: the error names the package, its version, and the versions that work.
 """
 

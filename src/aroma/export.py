@@ -167,7 +167,7 @@ def export_merged(
 
 
 def about_of(adapter: AdapterWeights) -> dict[str, Any]:
-    """Return what is known of a classifier's outputs; see `aroma.about`.
+    """Return number and names of a classifier's outputs; see `aroma.about`.
 
     Where nothing beside the adapter says their number, it is the number of rows of the saved head's last tensor.
     """

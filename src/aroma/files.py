@@ -197,7 +197,7 @@ def own_file(folder: Path, name: str) -> Path:
 
 @contextmanager
 def _readable(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield `path`; what goes wrong while it is read is a CheckpointError that names it."""
+    """Yield `path`; errors while it is read become a CheckpointError that names it."""
     from safetensors import SafetensorError
 
     file = _regular_file(path)

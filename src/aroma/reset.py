@@ -144,7 +144,7 @@ def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
     return dict(keywords) == {"closure": None} and is_at_rest
 
 
-# What can be reset ---------------------------------------------------------------------------------------------------
+# Resettable state ----------------------------------------------------------------------------------------------------
 
 
 def check_resettable(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:

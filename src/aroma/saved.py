@@ -27,7 +27,7 @@ from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, read_state, require_adapter_files
 
 _FREE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
-"""Fields that may be edited: where the base model is, and what changes nothing of what is computed."""
+"""Fields that may be edited: the place of the base model, and others that no computation reads."""
 
 _OFF: tuple[str, ...] = (
     *("use_dora", "lora_bias", "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices"),

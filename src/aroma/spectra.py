@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _NEGLIGIBLE = 1e-12
-"""Share of a component's norm below which what is left of it is rounding, not a new direction."""
+"""Share of a component's norm below which the rest of it is rounding, not a new direction."""
 
 
 @torch.no_grad()

@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
             code: int | None = arguments.run(arguments)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the buffer goes nowhere
         return 141
     except (AromaError, OSError) as error:
         if os.environ.get("AROMA_DEBUG") == "1":
             raise
         return _report(str(error), code=2)
     except KeyboardInterrupt as interrupt:
-        return _report(str(interrupt) or "interrupted; what was saved before is whole", code=130)
+        return _report(str(interrupt) or "interrupted; earlier saves are whole", code=130)
     return code or 0
 
 

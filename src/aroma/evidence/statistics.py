@@ -1,4 +1,4 @@
-"""What stays, as pure functions of arrays: an order of directions, and how many of the first ones to keep."""
+"""The decision as pure functions of arrays: an order of directions, and how many of the first ones to keep."""
 
 from __future__ import annotations
 

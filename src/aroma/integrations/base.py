@@ -15,7 +15,7 @@ _WRAPPED = "aroma_callbacks"
 class TrainingCallback(TrainerCallback, trainer_callback.ExportableState):
     """A callback that `Trainer.train` calls first, and whose state is part of every checkpoint.
 
-    The Trainer shows itself to no callback, and says to none what it resumes from; so its `train` is wrapped once.
+    No callback sees the Trainer or the checkpoint that it resumes from; so its `train` is wrapped once.
     """
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ class AromaCallback(TrainingCallback):
         controller: The `AromaController` of the current or last training; None before the first.
     """
 
-    # Of the class: the Trainer may replace the callback by a restored one, and tells none what it resumes from.
+    # Of the class: the Trainer may replace the callback by a restored one, and no callback sees the checkpoint.
     _resumed: ClassVar[str] = ""
 
     def __init__(
@@ -76,7 +76,7 @@ class AromaCallback(TrainingCallback):
         trainable_adapter(model)
 
     def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
-        """Resume from a whole checkpoint only; come before the trackers, so that they get what is logged."""
+        """Resume from a whole checkpoint only; come before the trackers, so that its totals reach them."""
         self._remove_hooks()  # of an earlier training that ended with an exception
         self.controller = None
         flow_first = (DefaultFlowCallback, AromaCallback)

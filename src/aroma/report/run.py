@@ -41,7 +41,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A training run, finished or not; what is unknown is empty or None.
+    """A training run, finished or not; unknown fields are empty or None.
 
     `metric` is the score, and the last of this run's `results` the headline; `parameters` are those of the adapter at
     the end, `lora_parameters` those of a LoRA of rank `LORA_RANK` on the same matrices; `ranks` holds for each module
@@ -158,11 +158,11 @@ def _columns(rows: Steps, name: str) -> dict[str, Sequence[Any]]:
     return {"step": [step for step, _ in kept], name: [float(f"{value:.5g}") for _, value in kept]}
 
 
-# What is said in numbers ---------------------------------------------------------------------------------------------
+# Numbers -------------------------------------------------------------------------------------------------------------
 
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
-    """Return title, number and remark of what is said largest."""
+    """Return title, number and remark of the headline."""
     tiles = []
     own = [one for one in facts.results if one.kind == "own"]
     if own and facts.metric is not None and facts.metric in own[-1].metrics:

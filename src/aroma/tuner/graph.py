@@ -56,7 +56,7 @@ class GraphKeeper:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` was applied to the model, to a part of it, or to what it wraps."""
+    """Whether `torch.compile` was applied to the model, a part of it, or the model inside it."""
     return any(map(compat.is_compiled, model.modules()))
 
 

@@ -69,7 +69,7 @@ class AromaLinear(LoraLinear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
 
-    # The pair and what is known of it -------------------------------------------------------------------------------
+    # The pair and its state ------------------------------------------------------------------------------------------
 
     def pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the trainable pair b (m, r) and a (r, n)."""
@@ -115,7 +115,7 @@ class AromaLinear(LoraLinear):
         scale, own = self.scaling[adapter_name], self.own_scaling[adapter_name]
         return B if scale == own else B * (scale / own)
 
-    # The steps of Algorithm 1 that change a module ------------------------------------------------------------------
+    # The steps of Algorithm 1 that change a module -------------------------------------------------------------------
 
     @torch.no_grad()
     def merge_pair(self, adapter_name: str, pair: Factors | None = None) -> None:
@@ -165,7 +165,7 @@ class AromaLinear(LoraLinear):
         for parameter in self.pair(adapter_name):
             parameter.requires_grad_(required)
 
-    # What PEFT calls ------------------------------------------------------------------------------------------------
+    # What PEFT calls -------------------------------------------------------------------------------------------------
 
     def weight_matrix(self) -> Tensor:
         """Return W0 as (m, n): a view, or a copy if the base layer is quantised or offloaded.
@@ -270,7 +270,7 @@ class AromaLinear(LoraLinear):
                 result = result + self.lora_B[adapter_name](h) * update.scale
         return result.to(dtype)
 
-    # Offloaded base layers ------------------------------------------------------------------------------------------
+    # Offloaded base layers -------------------------------------------------------------------------------------------
 
     def onload_pair(self, adapter_name: str) -> None:
         """Put a new pair on the device where an offloaded base layer computes.

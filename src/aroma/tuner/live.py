@@ -1,4 +1,4 @@
-"""What is true of an adapter while its model lives: its seed, its controller, and the save that is under way.
+"""The state of an adapter while its model lives: its seed, its controller, and the save that is under way.
 
 A configuration is data; everything else that an adapter needs is here. All growing layers of an adapter share one
 `LiveAdapter`, so it is found also where PEFT drops the tuner (`inject_adapter_in_model`, `model.add_adapter`).
@@ -32,7 +32,7 @@ class LiveAdapter:
         chose_seed: Whether the configuration has a `component_seed`.
         seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
         ever_controlled: Whether a controller has ever taken a step.
-        dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
+        dtype_is_chosen: Whether PEFT has chosen the dtype of the pairs.
     """
 
     def __init__(self, config: AromaConfig) -> None:
@@ -40,7 +40,7 @@ class LiveAdapter:
         self.chose_seed = config.component_seed is not None
         self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
         self.ever_controlled = False
-        self.dtype_is_settled = False
+        self.dtype_is_chosen = False
         self._controller: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def remember(collected: Collected) -> None:
 
 
 def take_collected(config: AromaConfig) -> Collected | None:
-    """Return what was collected for `config`, once.
+    """Return the tensors that were collected for `config`, once.
 
     None if nothing was collected, or a step was made since: then `config` is written as the data it is.
     """

@@ -111,12 +111,12 @@ class AromaModel(LoraModel):
         # Once, when the adapter is made. PEFT casts again at every load_adapter, which would replace the parameters
         # that the optimizer holds.
         live = live_adapter(self, adapter_name)
-        if not live.dtype_is_settled:
+        if not live.dtype_is_chosen:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             for layer in aroma_layers(self, adapter_name).values():
                 # PEFT casts parameters only; the storage, still empty, has the dtype of the base layer.
                 layer.finished(adapter_name).to(layer.pair(adapter_name)[1].dtype)
-            live.dtype_is_settled = True
+            live.dtype_is_chosen = True
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

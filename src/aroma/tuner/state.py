@@ -64,8 +64,8 @@ def write_export_state(
     Args:
         folder: Holds the export.
         state: Of the adapter that was exported.
-        config: What was written as adapter_config.json.
-        tensors: What was written as its tensors, of any shape.
+        config: The content of adapter_config.json.
+        tensors: The saved tensors, of any shape.
         ranks: Rank of every module.
     """
     modules = {name: {**entry, "rank": ranks[name]} for name, entry in state["modules"].items()}

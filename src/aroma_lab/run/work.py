@@ -33,7 +33,7 @@ class Work:
         held_out: Name of the held-out split.
         choice: Metric of the held-out split that a checkpoint is chosen by.
         traced: Splits that are evaluated during training, where any are.
-        planted: Ranks of the right answer by module; None where nobody knows it.
+        planted: Ranks of the right answer by module; None where it is unknown.
     """
 
     job: Job

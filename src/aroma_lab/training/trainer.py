@@ -193,6 +193,7 @@ class ExactResume:
     ) -> None:
         super().__init__(**options)
         self._hooks, self._evaluate_set, self._describe = hooks, evaluate, describe
+        self.add_callback(LossWindow(self))
         if hooks is not None:  # else AromaCallback does it
             self.add_callback(CheckpointRecorder())
         if not counts_items:
@@ -312,3 +313,23 @@ class CheckpointRecorder(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End with a training."""
         self._training = None
+
+
+class LossWindow(TrainerCallback, ExportableState):
+    """Keeps the loss since the last log in checkpoints; else a resumed Trainer would log the mean of fewer steps."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On resume, go on with the sum of the checkpoint."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step > 0 and saved is not None:
+            window = saved["attributes"]
+            self._trainer._tr_loss = torch.tensor(window["loss"], device=args.device)
+            self._trainer._globalstep_last_logged = window["logged"]
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer stores in a checkpoint; it asks before the training begins, too."""
+        loss, logged = getattr(self._trainer, "_tr_loss", 0.0), getattr(self._trainer, "_globalstep_last_logged", 0)
+        return {"args": {}, "attributes": {"loss": float(loss), "logged": logged}}
