@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .sharding import is_sharded, refuse_sharding, sharding_modules
 from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
+from .tuner.state import read_controller_state
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -80,7 +81,7 @@ class AromaController(PaperRule):
         self.config = self.live.config
         self.matrices = matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
         self._processes = world_size()
-        with self.together():
+        with refuse_together():
             refuse_sharding(wrapper, optimizer)
             inner_steps = self.config.resolve_inner_steps(total_steps)
             matrices.require_held_by_optimizer()
@@ -154,15 +155,11 @@ class AromaController(PaperRule):
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             # Not at the end of the inner loop. A rank may hold no part of a flat optimizer's state for any pair.
-            with self.together():
+            with refuse_together():
                 self.matrices.require_resettable()
             self._state_is_known = True
         with without_autocast(self.matrices.device):  # a loop may step within it
             return super().step()
-
-    def together(self) -> AbstractContextManager[None]:
-        """Return a context in which an error of one rank is raised on all; see `refuse_together`."""
-        return refuse_together()
 
     def detach(self) -> None:
         """Remove the hooks that the controller has made; the adapter stays as it is."""
@@ -204,12 +201,28 @@ class AromaController(PaperRule):
         """
         pairs = self.matrices.pairs(self.modules)
         state = exported["state"]
-        with self.together():
+        with refuse_together():
             self.live.check_resumable(state["config"])
             self.matrices.require_same(state, pairs)
             self.set_counters(state)
             self.matrices.restore(state, exported["tensors"], self.draw, pairs)
             self._stale = False
+
+    def resume(self, folder: str | os.PathLike[str]) -> None:
+        """Restore the state of the run whose adapter was saved in `folder`, onto that adapter; all ranks call it.
+
+        Raises:
+            ConfigError: As `load_state_dict`.
+            CheckpointError: As `load_state_dict`, or `folder` holds no state of a run, or a damaged one.
+        """
+        with refuse_together():
+            exported = read_controller_state(folder)
+            if exported is None:
+                raise CheckpointError(
+                    f"resume_from={os.fspath(folder)!r}: saved without a controller, so there is no run to resume; "
+                    "use another checkpoint, or load the adapter and start a new run"
+                )
+        self.load_state_dict(exported)
 
     def invalidate(self) -> None:
         """Note that other components were loaded behind the controller's back."""

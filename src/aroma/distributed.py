@@ -75,39 +75,34 @@ def is_engine(model: nn.Module) -> bool:
 # Decisions -----------------------------------------------------------------------------------------------------------
 
 
-def agree(
-    names: Sequence[str], norms: Sequence[float], values: Sequence[float | None], device: torch.device
-) -> tuple[list[float], list[float | None]]:
-    """Return norms, and values derived from them, that are the same on all ranks: the largest of any rank.
+def agree(names: Sequence[str], norms: Sequence[float], device: torch.device) -> list[float]:
+    """Return norms that are the same on all ranks: the largest of any rank.
 
     Replicas are equal, so the largest is every rank's own number unless something is wrong. NaN on one rank becomes
     infinity on all, so that all stop together, and replicas that drifted apart are noticed.
 
     Args:
-        names: What the norms are of.
+        names: Whose norms they are; one name for each.
         norms: Norms of parameters; NaN and infinity become infinity.
-        values: Further numbers; None must be None on all ranks.
         device: A device whose tensors the process group can reduce.
 
     Raises:
         ConfigError: The norms of the ranks differ by more than rounding.
     """
     if not is_distributed() or not norms:
-        return [*norms], [*values]
-    own = [*norms, *(0.0 if value is None else value for value in values)]
-    finite = [number if -torch.inf < number < torch.inf else torch.inf for number in own]
+        return [*norms]
+    finite = [number if -torch.inf < number < torch.inf else torch.inf for number in norms]
     sent = torch.tensor([finite, [-number for number in finite]], dtype=torch.float64, device=device)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
-    agreed, smallest = sent[0].tolist(), (-sent[1]).tolist()
-    for name, most, least in zip(names, agreed, smallest, strict=False):
+    agreed: list[float] = sent[0].tolist()
+    for name, most, least in zip(names, agreed, (-sent[1]).tolist(), strict=True):
         if most < torch.inf and most - least > _DRIFT * most:
             raise ConfigError(
                 f"{name}: its norm is {least:.6g} on one rank and {most:.6g} on another, so the replicas drift apart; "
                 "wrap the model in DistributedDataParallel with this adapter active, call the wrapper and not the "
                 "model inside, and let every rank take the same optimizer steps"
             )
-    derived = zip(values, agreed[len(norms) :], strict=True)
-    return agreed[: len(norms)], [None if value is None else number for value, number in derived]
+    return agreed
 
 
 def of_first_rank(number: int) -> int:

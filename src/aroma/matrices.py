@@ -275,7 +275,8 @@ class GrowingMatrices:
         self, matrices: Sequence[GrowingMatrix], norms: Sequence[float], others: Sequence[float] = ()
     ) -> tuple[list[float], list[float]]:
         """Return norms of the components, and other norms, that are the same on all ranks."""
-        agreed, _ = agree([matrix.name for matrix in matrices] * 2, [*norms, *others], (), self.device)
+        names = [matrix.name for matrix in matrices]
+        agreed = agree([*names, *names[: len(others)]], [*norms, *others], self.device)
         return agreed[: len(norms)], agreed[len(norms) :]
 
     # Changed one by one ----------------------------------------------------------------------------------------------

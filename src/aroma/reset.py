@@ -1,7 +1,7 @@
 """Reinit & Reset (Algorithm 1): the fresh component, and the optimizer's state of the one that was merged.
 
 A floating-point state with the shape of its parameter, or of a row or column factor of it, is a moment. How the state
-is spread over processes is not known here: see `aroma.sharding.Sharding.optimizer_state`.
+is spread over processes is not known here: see `aroma.sharding.optimizer_state`.
 """
 
 from __future__ import annotations

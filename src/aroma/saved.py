@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, bad_value, shown_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
-from .tuner.layout import PEFT_PREFIX
+from .tuner.layout import PEFT_PREFIX, padded
 from .tuner.state import STATE_FILE, read_state, require_adapter_files
 
 _FREE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
@@ -71,8 +71,7 @@ class Update:
 
     def tensors(self, module: str, rank: int) -> dict[str, Tensor]:
         """Return PEFT's two tensors of the module by their names, padded with components of zero to `rank`."""
-        A, B = self.A.new_zeros(rank, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], rank)
-        A[: self.rank], B[:, : self.rank] = self.A, self.B
+        B, A = padded(self.B, self.A, rank)
         if self.kernel:
             A, B = A.reshape(rank, *self.kernel), B.reshape(*B.shape, *(1 for _ in self.kernel[1:]))
         name = "lora_embedding_{}" if self.is_embedding else "lora_{}.weight"

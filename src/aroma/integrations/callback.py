@@ -16,10 +16,9 @@ from transformers.trainer_utils import SaveStrategy
 from .. import compat
 from ..checkpoint import record_save, whole_checkpoint
 from ..controller import AromaController
-from ..errors import CheckpointError, NonFiniteError, bad_value
+from ..errors import NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import aroma_layers
-from ..tuner.state import read_controller_state
 from .base import TrainingCallback
 from .reporting import TrainingRecord
 from .rewarmup import Rewarmup, was_skipped
@@ -115,14 +114,7 @@ class AromaCallback(TrainingCallback):
         controller = self._running()
         # PEFT gives every adapter but "default" a folder of its own.
         name = "" if controller.adapter_name == "default" else controller.adapter_name
-        with controller.together():
-            exported = read_controller_state(os.path.join(checkpoint, name))
-            if exported is None:
-                raise CheckpointError(
-                    f"{checkpoint}: it was saved without AromaCallback, so its inner and outer loops are unknown; "
-                    "use another checkpoint, or load its adapter and start a new run"
-                )
-        controller.load_state_dict(exported)
+        controller.resume(os.path.join(checkpoint, name))
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""

@@ -9,10 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..controller import AromaController
-from ..errors import CheckpointError
 from ..events import Event, Summary
 from ..reset import makes_state_only
-from ..tuner.state import read_controller_state
 from .rewarmup import Rewarmup, was_skipped
 
 
@@ -106,13 +104,7 @@ def attach(
     """
     controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
     if resume_from is not None:
-        with controller.together():
-            exported = read_controller_state(resume_from)
-            if exported is None:
-                raise CheckpointError(
-                    f"resume_from={resume_from!r}: saved without a controller, so there is no run to resume"
-                )
-        controller.load_state_dict(exported)
+        controller.resume(resume_from)
     if on_event is not None:
         controller.subscribe(on_event)
     return Attachment(controller, optimizer, scheduler)

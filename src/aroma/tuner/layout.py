@@ -77,10 +77,10 @@ def plain_factors(updates: Mapping[str, Factors], rank: int | None = None) -> di
     """
     ranks = {name: len(A) for name, (_, A) in updates.items()}
     chosen = _targets(ranks) if rank is None else dict.fromkeys(ranks, rank)
-    return {name: _padded(*updates[name], count) for name, count in chosen.items()}
+    return {name: padded(*updates[name], count) for name, count in chosen.items()}
 
 
-def _padded(B: Tensor, A: Tensor, rank: int) -> Factors:
+def padded(B: Tensor, A: Tensor, rank: int) -> Factors:
     """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
     if len(A) == rank:
         return B, A

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Self, get_type_hints
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
+from aroma import compat
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import write_tensors
 
@@ -96,8 +97,7 @@ class Hooks(TrainerCallback):
             return
         used = [group["lr"] for group in kwargs["optimizer"].param_groups]
         self.after_step(state.global_step + 1)
-        if hasattr(kwargs["lr_scheduler"], "_last_lr"):
-            kwargs["lr_scheduler"]._last_lr = used
+        compat.report_rates(kwargs["lr_scheduler"], used)
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ from transformers.trainer_callback import ExportableState
 from aroma.errors import CheckpointError, NonFiniteError
 from aroma.events import Event
 from aroma.files import write_text
+from aroma.integrations.reporting import EVALUATION_COSTS
 
 from ..methods import Method
 from .machine import peak_bytes
 
 Changes = list[list[int]]
 """Pairs of optimizer step and value; a value holds from its step on, until the next pair's."""
-
-_COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-"""What the Trainer adds to the metrics of an evaluation."""
 
 
 class Curve:
@@ -175,7 +173,7 @@ def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str
             prefix = f"eval_{split}_"
             # Sorted, because they are in the checkpoint that a resumed run goes on from.
             found = {key.removeprefix(prefix): entry[key] for key in sorted(entry) if key.startswith(prefix)}
-            metrics = {name: value for name, value in found.items() if name not in _COST}
+            metrics = {name: value for name, value in found.items() if name not in EVALUATION_COSTS}
             if metrics:
                 history["evaluations"].append({"step": entry["step"], "split": split, **metrics})
                 break

@@ -15,7 +15,7 @@ from ..specs import DataSpec, TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
 RUNS = "runs"
-"""Folder, in the output of a grid or a search, of the trials' folders."""
+"""Folder, in the output of a grid, of the trials' folders."""
 
 REPORT = "report.html"
 """Name of the page to look at, in the folder of a run or of a grid."""

@@ -1,4 +1,4 @@
-"""The trials in the output folder of a grid or a search: how they ended, and processes that run them.
+"""The trials in the output folder of a grid: how they ended, and processes that run them.
 
 Each trial runs in a process of its own, forked from one that has imported PyTorch. A trial whose process is killed,
 as when memory runs out, goes on from its last checkpoint. Several commands, on any machines, can share a folder.
@@ -138,12 +138,14 @@ def run_all(plan: Plan, watch: Watch = lambda *_: None, runner: str = RUNNER) ->
     before = plan.runs.all_ended()
     seen, running = {*before}, dict[str, Any]()
     deaths: Counter[str] = Counter()
+    names = plan.names()
     try:
         while True:
-            names = plan.names()
             ends = {name: plan.runs.ended(name) for name in names}
             new = {name: end for name, end in ends.items() if end is not None and name not in seen}
             seen.update(new)
+            if new:
+                names = plan.names()  # more may be due by now; it reads many files, so not at every turn
             for name, end in new.items():
                 watch(name, end, len(seen.intersection(names)), len(names))
             gone = {name: process.exitcode for name, process in running.items() if process.exitcode is not None}
@@ -153,7 +155,7 @@ def run_all(plan: Plan, watch: Watch = lambda *_: None, runner: str = RUNNER) ->
                 if deaths[name] >= MOST_DEATHS:
                     _give_up(plan.runs, name, code)
             if new or gone:
-                continue  # more may be due by now
+                continue
             if not (due := [name for name, end in ends.items() if end is None]):
                 return seen - before
             for name in due:
