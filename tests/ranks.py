@@ -111,7 +111,7 @@ def run_ranks(context: ForkServerContext, count: int, program: str, *arguments: 
 def launch(count: int, program: str, *arguments: str, fails: bool = False) -> str:
     """Run a script or module in several processes; return what they said, and how each ended."""
     said, codes, _ = run_ranks(processes(), count, program, *arguments)
-    assert any(codes) == fails, said[-4000:]
+    assert any(codes) == fails, f"exit codes {codes} after: {said[-4000:]}"
     return said + "".join(f"exitcode  : {code}\n" for code in codes)
 
 

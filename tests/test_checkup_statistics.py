@@ -8,22 +8,10 @@ import pytest
 import torch
 
 from aroma.errors import ConfigError, NonFiniteError
-from aroma.evidence.schedule import HeldOut, batch_counts, moments
-from aroma.evidence.statistics import fewest, ordered, sizes_to_measure, t_values
+from aroma.evidence.schedule import HeldOut, batches_each, moments
+from aroma.evidence.statistics import fewest, sizes_to_measure
 
 # Statistics ----------------------------------------------------------------------------------------------------------
-
-
-def test_t_values() -> None:
-    credits = torch.tensor([[1.0, 0.0, -1.0], [3.0, 0.0, -1.5]], dtype=torch.float64)
-    assert t_values(credits).tolist() == pytest.approx([2.0, 0.0, -5.0])
-    with pytest.raises(NonFiniteError, match="not finite"):
-        t_values(torch.tensor([[1.0], [math.nan]]))
-
-
-def test_the_order_leaves_out_what_does_not_exist() -> None:
-    scores = torch.tensor([0.5, 3.0, 1.0, 2.0])
-    assert ordered(scores, torch.tensor([True, False, True, True])).tolist() == [3, 2, 0]
 
 
 def test_the_fewest_within_some_standard_errors_of_the_least_loss() -> None:
@@ -76,7 +64,6 @@ def test_held_out_batches_come_once_before_any_comes_again() -> None:
 def test_all_checkups_cost_twelve_percent_of_the_steps_at_most(
     steps: int, count: int, there: int, cost: float
 ) -> None:
-    counts = batch_counts(steps, count, there, cost)
-    assert min(counts.credits, counts.losses) >= 8
-    assert max(counts.credits, counts.losses) <= there
-    assert count * cost * (counts.credits + 8 * counts.losses / 3) <= 0.12 * steps
+    each = batches_each(steps, count, there, cost)
+    assert 8 <= each <= there
+    assert count * cost * 9 * each / 3 <= 0.12 * steps

@@ -1,4 +1,4 @@
-"""Evidence on PEFT's own LoRA: what gradients say, what goes, what stays, and that a checkup leaves no trace."""
+"""Evidence on PEFT's own LoRA: what is measured, what goes, what stays, and that a checkup leaves no trace."""
 
 from __future__ import annotations
 
@@ -109,48 +109,30 @@ def all_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-# What is read --------------------------------------------------------------------------------------------------------
+# What is measured ----------------------------------------------------------------------------------------------------
 
 
-def test_credits_are_those_of_dense_matrices() -> None:
-    """The oracle: W + ½ s B A as one matrix, its gradient by autograd, and every direction's share of it."""
+def test_losses_and_choice_are_those_of_dense_matrices() -> None:
+    """The oracle: W + s B A as one matrix, its singular values by SVD, and the sum of those that a size keeps."""
     model = adapted()
-    updates = Updates(model)
-    updates.to_singular_directions()
-    given = batches()
-    credits = updates.credits(losses_of(model, given))
+    layers = {name: getattr(model.base_model.model, name) for name in ("first", "middle")}
+    parts = [torch.linalg.svd(layer.get_delta_weight("default")) for layer in layers.values()]
+    order = torch.cat([sigma[:R] for _, sigma, _ in parts]).argsort(descending=True)
 
-    dense = copy.deepcopy(model.base_model.model).eval()
-    weights = {}
-    for name in ("first", "middle"):
-        layer = getattr(dense, name)
-        plain = layer.get_base_layer()
-        weights[name] = (plain.weight + 0.5 * layer.get_delta_weight("default")).detach().requires_grad_(True)
-        setattr(dense, name, plain)
-    for row, (x, y) in enumerate(given):
-        hidden = torch.tanh(nn.functional.linear(x, weights["first"], dense.first.bias))
-        out = dense.last(nn.functional.linear(hidden, weights["middle"], dense.middle.bias))
-        gradients = torch.autograd.grad((out - y).square().mean(), [*weights.values()])
-        expected = []
-        for name, gradient in zip(weights, gradients, strict=True):
-            layer = getattr(model.base_model.model, name)
-            U, sigma, Vh = torch.linalg.svd(layer.get_delta_weight("default"))
-            expected.append(-torch.einsum("mk,mn,kn,k->k", U, gradient, Vh, sigma)[:R])
-        torch.testing.assert_close(credits[row], torch.cat(expected), rtol=1e-9, atol=1e-12)
+    def dense(size: int) -> nn.Module:
+        net = copy.deepcopy(model.base_model.model).eval()
+        stays = torch.zeros(2 * R, dtype=torch.float64).index_fill(0, order[:size], 1.0).split(R)
+        for (name, layer), (U, sigma, Vh), strength in zip(layers.items(), parts, stays, strict=True):
+            plain = copy.deepcopy(layer.get_base_layer())
+            plain.weight.data += (U[:, :R] * sigma[:R] * strength) @ Vh[:R]
+            setattr(net, name, plain)
+        return net
 
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
-def test_credits_sum_to_the_measured_loss_where_it_is_quadratic(kind: str) -> None:
-    """One adapted layer below linear ones and a squared loss: the midpoint rule is exact."""
-    only = {"embedding": ["first"], "experts": []}.get(kind, ["middle"])
-    model = adapted(kind, target_modules=only)
-    if kind == "embedding":
-        model.base_model.model.forward = lambda x: model.base_model.model.last(model.base_model.model.first(x))
-    updates, given = Updates(model), batches(kind)
-    alive = updates.to_singular_directions() > 0
-    credits = updates.credits(losses_of(model, given)).sum(1)
-    with_all, without = (updates.losses(losses_of(model, given), kept) for kept in (alive, alive & False))
-    torch.testing.assert_close(credits, without - with_all, rtol=1e-9, atol=1e-12)
+    given = [(x, dense(3)(x).detach() + 0.1 * y) for x, y in batches()]
+    losses = [torch.stack([squares(dense(size), batch) for batch in given]).mean().item() for size in range(2 * R + 1)]
+    found = compress(model, given, loss=squares)
+    assert found.losses == pytest.approx(losses, rel=1e-9)
+    assert found.kept == losses.index(min(losses)) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,7 +186,6 @@ def test_a_checkup_leaves_no_trace() -> None:
     updates = Updates(model)
     updates.to_singular_directions()
     before = all_parameters(model)
-    updates.credits(losses_of(model, given))
     updates.losses(losses_of(model, given), torch.zeros(2 * R, dtype=torch.bool))
     assert {name: p.grad for name, p in model.named_parameters() if p.grad is not None}.keys() == gradients.keys()
     assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if n in gradients)
@@ -223,7 +204,7 @@ def test_a_checkup_that_fails_leaves_no_trace_either() -> None:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        updates.credits([fails])
+        updates.losses([fails], torch.zeros(2 * R, dtype=torch.bool))
     assert all(torch.equal(value, before[name]) for name, value in all_parameters(model).items())
 
 
@@ -231,7 +212,8 @@ def test_dropout_of_the_training_is_off_in_a_checkup() -> None:
     model, given = adapted(lora_dropout=0.5).train(), batches()
     updates = Updates(model)
     updates.to_singular_directions()
-    one, other = (updates.credits(losses_of(model, given)) for _ in range(2))
+    kept = updates.to_singular_directions() > 0
+    one, other = (updates.losses(losses_of(model, given), kept) for _ in range(2))
     assert torch.equal(one, other)
 
 
@@ -257,27 +239,13 @@ def test_a_quantised_base_is_evaluated_and_cut(tmp_path: Path) -> None:
     updates = Updates(model)
     kept = updates.to_singular_directions() > 0
     torch.testing.assert_close(model(given[0][0]), before, rtol=1e-4, atol=1e-4)
-    assert updates.credits(losses_of(model, given)).abs().min() > 0
+    with_all = updates.losses(losses_of(model, given), kept)
+    assert not torch.equal(updates.losses(losses_of(model, given), kept & False), with_all)
     kept[1:] = False
     updates.cut(kept)
     expected = model(given[0][0])
     assert compact(model) == {"1": 1}
     torch.testing.assert_close(model(given[0][0]), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_gradient_scaler_is_out_of_the_way() -> None:
-    """A checkup takes the loss as it is, and leaves scale and gradients to the next step."""
-    model, given = adapted(), batches()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    updates = Updates(model, optimizer)
-    updates.to_singular_directions()
-    plain = updates.credits(losses_of(model, given))
-    scaler.scale(squares(model.eval(), given[0])).backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    assert torch.equal(updates.credits(losses_of(model, given)), plain)
-    assert all(map(torch.equal, gradients, [p.grad for p in model.parameters() if p.grad is not None]))
-    assert scaler.get_scale() == 1024.0
 
 
 # What goes -----------------------------------------------------------------------------------------------------------
@@ -465,7 +433,7 @@ def test_a_layer_whose_update_is_no_product_is_left_alone_with_a_warning() -> No
 
 @pytest.mark.parametrize("loss", [lambda model, batch: 1.0, lambda model, batch: model(batch[0])])
 def test_a_loss_that_is_no_number_is_refused(loss: Any) -> None:
-    with pytest.raises(ConfigError, match="must return one number"):
+    with pytest.raises(ConfigError, match="must return a tensor of one number"):
         compress(adapted(), batches(), loss=loss)
 
 

@@ -12,8 +12,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..errors import bad_value
-from .schedule import BatchCounts, HeldOut
-from .statistics import fewest, ordered, paired, sizes_to_measure, t_values
+from .schedule import HeldOut
+from .statistics import fewest, paired, sizes_to_measure
 from .updates import Updates
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -92,23 +92,19 @@ class Checkup:
         return said
 
 
-def check(
-    updates: Updates, held_out: HeldOut, loss: Loss, counts: BatchCounts, standard_errors: float, step: int
-) -> Checkup:
-    """Order the directions by what they save on held-out batches, and keep the first that lose nothing there.
+def check(updates: Updates, held_out: HeldOut, loss: Loss, count: int, standard_errors: float, step: int) -> Checkup:
+    """Order the singular directions of all updates by size, and keep the first that lose nothing on held-out batches.
 
     Directions that go are zero in A and in B afterwards.
     """
-    alive = updates.to_singular_directions() > 0
+    sigma = updates.to_singular_directions()
     before = updates.ranks()
-    for_credits, for_losses = (
-        [partial(_loss_of, updates.model, loss, batch) for batch in held_out.take(count)] for count in counts
-    )
-    order = ordered(t_values(updates.credits(for_credits)), alive)
+    order = sigma.argsort(descending=True, stable=True)[: int((sigma > 0).sum())]
+    batches = [partial(_loss_of, updates.model, loss, batch) for batch in held_out.take(count)]
     sizes = sizes_to_measure(len(order))
-    losses = torch.stack([updates.losses(for_losses, _first(order, size, alive)) for size in sizes])
+    losses = torch.stack([updates.losses(batches, _first(order, size, len(sigma))) for size in sizes])
     chosen = fewest(losses, standard_errors)
-    updates.cut(_first(order, sizes[chosen], alive))
+    updates.cut(_first(order, sizes[chosen], len(sigma)))
     saves, gains = paired(losses[chosen], losses[0]), paired(losses[chosen], losses[-1])
     return Checkup(
         step=step,
@@ -126,9 +122,9 @@ def check(
     )
 
 
-def _first(order: Tensor, size: int, alive: Tensor) -> Tensor:
-    """Return which directions are among the first in `order` (directions,), as `alive` (d,) has them."""
-    kept = torch.zeros_like(alive)
+def _first(order: Tensor, size: int, directions: int) -> Tensor:
+    """Return which of all directions are among the first `size` in `order` (directions that exist,), (directions,)."""
+    kept = torch.zeros(directions, dtype=torch.bool)
     kept[order[:size]] = True
     return kept
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import CheckpointError, bad_value
 from .checkup import Checkup, Loss, check, model_loss
 from .compact import compact
-from .schedule import BatchCounts, HeldOut, batch_counts, moments
+from .schedule import HeldOut, batches_each, moments
 from .updates import Updates
 
 
@@ -45,7 +45,7 @@ class Checkups:
         loss: Loss of a model and a batch; by default the loss that the model returns. Put `torch.autocast` into it if
             the training uses it.
         on_event: Called with every `Checkup`.
-        cost: What forward and backward of a held-out batch cost, in optimizer steps: below 1 where it is smaller.
+        cost: What a training step on a held-out batch costs, in optimizer steps: below 1 where it is smaller.
 
     Attributes:
         history: The checkups so far.
@@ -71,9 +71,9 @@ class Checkups:
         self.history: list[Checkup] = []
         self._step, self._total_steps, self._moments = 0, total_steps, moments(at, total_steps)
         self._updates, self._held_out = Updates(model, optimizer), HeldOut(held_out)
-        self._counts = batch_counts(total_steps, len(self._moments), len(self._held_out), cost)
+        self._count = batches_each(total_steps, len(self._moments), len(self._held_out), cost)
         self._loss, self._standard_errors, self._on_event = loss or model_loss, standard_errors, on_event
-        self._updates.require_equal_ranks(held_out=len(self._held_out), at=self._moments, batches_each=self._counts)
+        self._updates.require_equal_ranks(held_out=len(self._held_out), at=self._moments, batches_each=self._count)
 
     def step(self) -> Checkup | None:
         """Count an optimizer step, and return its checkup, if one is due; after the last, make the adapter compact."""
@@ -87,7 +87,7 @@ class Checkups:
         self._step = step
         if step not in self._moments or any(found.step == step for found in self.history):
             return None
-        found = check(self._updates, self._held_out, self._loss, self._counts, self._standard_errors, step)
+        found = check(self._updates, self._held_out, self._loss, self._count, self._standard_errors, step)
         self.history.append(found)
         if self._on_event is not None:
             self._on_event(found)
@@ -137,7 +137,7 @@ def compress(
 
     Args:
         model: A model with an active LoRA adapter of PEFT, in one process.
-        held_out: As for `Checkups`. Every batch gives credits, and its loss is measured at every size.
+        held_out: As for `Checkups`. The loss of every batch is measured at every size.
         standard_errors: As for `Checkups`.
         loss: As for `Checkups`.
 
@@ -146,7 +146,7 @@ def compress(
     """
     require_standard_errors(standard_errors)
     updates, batches = Updates(model), HeldOut(held_out)
-    found = check(updates, batches, loss or model_loss, BatchCounts(len(batches), len(batches)), standard_errors, 0)
+    found = check(updates, batches, loss or model_loss, len(batches), standard_errors, 0)
     compact(model)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,13 +17,6 @@ FORWARD = 1 / 3
 """What a forward costs, in steps; the rest are its backward, the gradients of the adapter, and the optimizer."""
 FEWEST, WANTED = 8, 16
 """Batches without which nothing is decided, and batches that are made where the examples allow."""
-
-
-class BatchCounts(NamedTuple):
-    """How many batches one checkup uses: for credits, which order the directions, and for the losses of each size."""
-
-    credits: int
-    losses: int
 
 
 def moments(at: Sequence[float], total_steps: int) -> list[int]:
@@ -41,7 +34,7 @@ def moments(at: Sequence[float], total_steps: int) -> list[int]:
     return steps
 
 
-def batch_counts(total_steps: int, checkups: int, batches: int, cost: float) -> BatchCounts:
+def batches_each(total_steps: int, checkups: int, batches: int, cost: float) -> int:
     """Return how many batches each checkup uses, so that all together cost `SHARE` of the run at most.
 
     In a very short run the fewest batches that decide anything cost more than that.
@@ -50,12 +43,10 @@ def batch_counts(total_steps: int, checkups: int, batches: int, cost: float) -> 
         total_steps: Planned optimizer steps.
         checkups: How many checkups share the run.
         batches: Held-out batches that there are.
-        cost: Forward and backward of one of them, in optimizer steps.
+        cost: A training step on one of them, in optimizer steps.
     """
-    affordable = SHARE * total_steps / checkups / cost
-    credits = max(FEWEST, min(batches, int(affordable / 3)))
-    losses = int((affordable - credits) / (FORWARD * SIZES))
-    return BatchCounts(credits, max(FEWEST, min(batches, losses)))
+    affordable = SHARE * total_steps / (checkups * (SIZES + 1) * FORWARD * cost)
+    return max(FEWEST, min(batches, int(affordable)))
 
 
 class HeldOut:

@@ -1,36 +1,15 @@
-"""The decision as pure functions of arrays: an order of directions, and how many of the first ones to keep."""
+"""The decision as pure functions of arrays: which adapter sizes are measured, and which of them is kept."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
 
 SIZES = 8
 """Adapter sizes whose held-out loss a checkup measures, beside the base alone."""
-
-
-def t_values(credits: Tensor) -> Tensor:
-    """Return mean over standard error of what each direction saves, (directions,); 0 where it never does anything.
-
-    Args:
-        credits: Loss that each direction saves on each batch, (batches, directions); at least two batches.
-
-    Raises:
-        NonFiniteError: A credit is NaN or infinite.
-    """
-    _require_finite(credits)
-    error = credits.std(0) / math.sqrt(len(credits))
-    return torch.where(error > 0, credits.mean(0) / error, torch.zeros_like(error))
-
-
-def ordered(scores: Tensor, alive: Tensor) -> Tensor:
-    """Return the indices of the directions that are `alive`, by their scores, both (directions,), the best first."""
-    order = scores.argsort(descending=True, stable=True)
-    return order[alive[order]]
 
 
 def sizes_to_measure(directions: int) -> list[int]:
@@ -50,7 +29,8 @@ def fewest(losses: Tensor, standard_errors: float) -> int:
     Raises:
         NonFiniteError: A loss is NaN or infinite.
     """
-    _require_finite(losses)
+    if not losses.isfinite().all():
+        raise NonFiniteError("held-out loss: it is not finite; lower the learning rate, or look at the data")
     excess = losses - losses[losses.mean(1).argmin()]
     tolerated = standard_errors * excess.std(1) / math.sqrt(losses.shape[1])
     return int((excess.mean(1) <= tolerated).int().argmax())
@@ -60,11 +40,3 @@ def paired(better: Tensor, worse: Tensor) -> tuple[float, float]:
     """Return how much less one loss is than another over the same batches, both (batches,), and the standard error."""
     saved = worse - better
     return float(saved.mean()), float(saved.std() / math.sqrt(len(saved)))
-
-
-def _require_finite(values: Tensor) -> None:
-    """Raise NonFiniteError unless all `values` (any shape) are finite."""
-    if not values.isfinite().all():
-        raise NonFiniteError(
-            "held-out loss: it, or its gradient, is not finite; lower the learning rate, or look at the data"
-        )

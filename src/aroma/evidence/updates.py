@@ -1,4 +1,4 @@
-"""The updates s B A of a LoRA adapter, whatever layers hold them: read, split into directions, weakened, cut."""
+"""The updates s B A of a LoRA adapter, whatever layers hold them: read, split into directions, measured, cut."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .. import distributed, sharding
 from ..errors import AromaWarning, bad_value
-from ..evaluation import evaluating
 from ..reset import check_resettable
 
 _NORM = 1 / math.sqrt(3)
@@ -136,31 +134,19 @@ class Updates:
 
         Both gradients of such a direction are exactly zero, so it stays zero without a mask.
         """
-        self._pairs = self._scaled(kept)
+        self._pairs = self._only(kept)
         self._write(self._pairs)
         self._forget()
 
-    def credits(self, losses: Losses) -> Tensor:
-        """Return what every direction saves on each batch, by the midpoint rule.
-
-        With all updates at half strength it is −⟨∂L/∂b_k, b_k⟩, b_k being the whole column of B. Where the loss is
-        quadratic, the credits sum to the loss that the whole update saves.
-
-        Returns:
-            Credits, (batches, d) in float64 on the CPU, the mean over the processes.
-        """
-        parameters = [update.pair[1] for update in self.each]
-        found = []
-        with self._evaluated_at(0.5, parameters):
-            for loss in losses:
-                gradients = self._gradients(loss(), parameters)
-                found.append(torch.cat([*map(_saved, self.each, gradients, (B for _, B in self._pairs))]).cpu())
-        return self._mean_of_ranks(torch.stack(found))
-
     def losses(self, losses: Losses, kept: Tensor) -> Tensor:
         """Return the loss of each batch with the directions `kept` (d,) only, (batches,), the mean over processes."""
-        with self._evaluated_at(kept, []), torch.no_grad():
-            found = torch.stack([loss().detach().double().cpu() for loss in losses])
+        before = self._pairs
+        try:
+            self._write(self._only(kept))
+            with _evaluating(self.model), torch.no_grad(), _eagerly():
+                found = torch.stack([_number(loss()) for loss in losses])
+        finally:
+            self._write(before)
         return self._mean_of_ranks(found)
 
     def ranks(self) -> dict[str, list[int]]:
@@ -168,46 +154,14 @@ class Updates:
         pairs = zip(self.each, self._pairs, strict=True)
         return {update.name: update.columns(B).any(1).sum(1).tolist() for update, (_, B) in pairs}
 
-    @contextmanager
-    def _evaluated_at(self, strength: Tensor | float, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """Evaluate the updates at a strength, one or (d,), with gradients of `parameters`; then all is as before."""
-        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-        before = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            for parameter, _ in before:
-                parameter.grad = None
-            self._write(self._scaled(strength))
-            with evaluating(self.model), torch.enable_grad(), _eagerly():
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            for parameter, gradient in before:
-                parameter.grad = gradient
-            self._write(self._pairs)
-
-    def _gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-        """Return ∂L/∂B of every update, whole; None where the scalar loss did not reach one."""
-        _require_loss(loss)
-        if not any(isinstance(parameter, DTensor) for parameter in parameters):
-            return [*torch.autograd.grad(loss, parameters, allow_unused=True)]
-        loss.backward()  # FSDP2 puts gradients into its shards
-        gradients: list[Any] = [parameter.grad for parameter in parameters]
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        return [one.full_tensor() if isinstance(one, DTensor) else one for one in gradients]
-
-    def _scaled(self, strength: Tensor | float) -> list[tuple[Tensor, Tensor]]:
-        """Return A and B of every update with its directions at a strength, one for all or (d,)."""
-        counts = [len(A) for A, _ in self._pairs]
-        pieces = torch.as_tensor(strength).expand(sum(counts)).split(counts)
-        scaled = []
+    def _only(self, kept: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return A and B of every update with the directions `kept` (d,), and zeros for the others."""
+        pieces = kept.split([len(A) for A, _ in self._pairs])
+        chosen = []
         for update, (A, B), piece in zip(self.each, self._pairs, pieces, strict=True):
             by = piece.to(B).view(update.matrices, update.r)
-            scaled.append(update.shaped(update.rows(A) * (by != 0)[:, :, None], update.columns(B) * by[:, None], A, B))
-        return scaled
+            chosen.append(update.shaped(update.rows(A) * by[:, :, None], update.columns(B) * by[:, None], A, B))
+        return chosen
 
     @torch.no_grad()
     def _write(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -247,6 +201,19 @@ class Updates:
         summed = values.to(self._device())
         dist.all_reduce(summed)
         return summed.cpu() / dist.get_world_size()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model: no dropout, and the state of the random numbers is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    with torch.random.fork_rng([*{p.device for p in model.parameters() if p.is_cuda}]):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _eagerly() -> Any:
@@ -309,19 +276,14 @@ def _singular(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _saved(update: Update, gradient: Tensor | None, B: Tensor) -> Tensor:
-    """Return the credits of an update's directions, (matrices · r,)."""
-    if gradient is None:
-        return torch.zeros(update.matrices * update.r, dtype=torch.float64, device=B.device)
-    product = update.columns(gradient.to(B.device)).double() * update.columns(B).double()
-    return -product.sum(1).flatten()
-
-
-def _require_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+def _number(loss: Any) -> Tensor:
+    """Return a loss, of any device and dtype, as a scalar in float64 on the CPU."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        remedy = "it must return one number that depends on the adapter; give loss=, a function of model and batch"
-        raise bad_value("loss", kind, remedy)
+        raise bad_value(
+            "loss", kind, "it must return a tensor of one number; give loss=, a function of model and batch"
+        )
+    return loss.detach().double().cpu().reshape(())
 
 
 def _as_of_first_rank(*tensors: Tensor) -> list[Tensor]:

@@ -146,7 +146,7 @@ def held_out_batches(trainer: Trainer, held_out: Any) -> tuple[list[Any], float]
     They have the training's size, or a smaller one where there would be fewer than 16 of them.
 
     Returns:
-        The batches, and what forward and backward of one cost, in optimizer steps.
+        The batches, and what a training step on one costs, in optimizer steps.
 
     Raises:
         ConfigError: Too few examples, or no examples at all.
