@@ -236,8 +236,8 @@ def loops(out: Path, ways: dict[str, Way] = LOOPS) -> None:
 
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
-TRAINER_SAVED_AT = 20
-TRAINER_AT = (0.2, 0.4, 0.6)
+TRAINER_SAVED_AT = 40
+TRAINER_AT = (0.5, 0.8)
 """Checkups that cut on this small task, and not all."""
 
 

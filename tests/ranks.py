@@ -149,12 +149,15 @@ def deepspeed_environment() -> dict[str, str]:
 
 def _rank(variables: dict[str, str], said: str, program: str, arguments: tuple[str, ...]) -> None:
     """Be one process of a launch."""
+    import faulthandler
+
     import torch
 
     os.environ.update(variables)
     output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.enable()
     torch.set_num_threads(1)
     sys.argv = [program, *arguments]
     if program.endswith(".py"):
