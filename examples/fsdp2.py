@@ -137,6 +137,7 @@ def main() -> None:
     if rank == 0:
         print(f"saved {options.out}", flush=True)
     if processes > 1:
+        dist.barrier()  # a gloo group that ends right after a broadcast can hang under DDP (torch 2.13)
         dist.destroy_process_group()
 
 
