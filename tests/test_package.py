@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import tarfile
 import tomllib
 import zipfile
@@ -9,6 +12,7 @@ from email import message_from_bytes
 from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
@@ -59,3 +63,17 @@ def test_the_metadata_say_what_is_required(archives: dict[str, Path]) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"plot", "gguf", "quant", "lab", "language", "demo"} <= set(metadata.get_all("Provides-Extra", []))
+
+
+def test_on_the_index_page_the_links_of_the_readme_lead_to_the_tag(tmp_path: Path) -> None:
+    """The commands of the release workflow, run on a copy."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    (step,) = [step for step in workflow["jobs"]["build"]["steps"] if "README" in step.get("name", "")]
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    names = {"GITHUB_SERVER_URL": "https://example.org", "GITHUB_REPOSITORY": "a/b", "TAG": "v1"}
+    subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env={**os.environ, **names}, check=True)
+    targets = re.findall(r"\]\(([^)]+)\)", copy.read_text(encoding="utf-8"))
+    assert all(target.startswith("https://") for target in targets)
+    assert "https://example.org/a/b/raw/v1/docs/pictures/ranks.png" in targets
+    assert "https://example.org/a/b/blob/v1/CITATION.cff" in targets

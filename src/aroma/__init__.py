@@ -1,4 +1,4 @@
-"""AROMA: LoRA whose rank grows by itself, matrix by matrix (arXiv 2504.05343).
+"""AROMA: LoRA without choosing ranks, by held-out examples or as published (arXiv 2504.05343).
 
 Importing the package registers the tuner with PEFT the first time a name is used; nothing heavy is imported before.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .integrations.loop import Attachment, attach
     from .tuner import AromaConfig, AromaModel, aroma_layers
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AromaCallback": "integrations.callback",

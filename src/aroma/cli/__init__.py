@@ -71,9 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="aroma",
-        description="LoRA without choosing ranks: every weight matrix grows its own update and stops by itself.",
+        description="LoRA without choosing ranks: held-out examples decide what each weight matrix keeps.",
         epilog=examples(
             "aroma demo",
+            "aroma compress runs/mrpc/adapter --data held-out.jsonl --out smaller",
             "aroma train examples/recipes/mrpc.yaml training.seed=1",
             "aroma inspect runs/mrpc/adapter --plot ranks.png",
             "aroma lab run examples/lab/minilm-tiny.yaml",
