@@ -13,8 +13,8 @@ FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def test_two_notebooks_are_committed_without_outputs() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["classification", "instructions"]
+def test_three_notebooks_are_committed_without_outputs() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["classification", "compress", "instructions"]
     for path in NOTEBOOKS:
         cells = nbformat.read(path, as_version=4).cells
         assert not any(cell.get("outputs") for cell in cells)
@@ -53,3 +53,16 @@ def test_instructions(tmp_path: Path) -> None:
     assert after < before / 2
     assert printed.count("directions stay in") == 2
     assert printed.splitlines()[-2:] == ["Question A: is 5 even or odd?", "It is odd ."]
+
+
+@pytest.mark.slow
+def test_compress(tmp_path: Path) -> None:
+    printed = printed_by("compress", tmp_path)
+    before, after, large, small = re.search(
+        r"accuracy ([\d.]+) before, ([\d.]+) after; ([\d,]+) bytes before, ([\d,]+) after", printed
+    ).groups()
+    assert float(after) > float(before) - 0.03
+    assert float(before) > 0.8
+    assert int(small.replace(",", "")) < 0.95 * int(large.replace(",", ""))
+    assert (tmp_path / "ranks.png").stat().st_size > 5000
+    assert "'sports'" in printed.splitlines()[-1]
