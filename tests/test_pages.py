@@ -49,8 +49,8 @@ def sections(page: str) -> dict[str, list[str]]:
     """The Python blocks of a page by the title above them; those before the first title by an empty one."""
     parts = re.split(r"^## (.*)$", f"\n{PAGES[page]}", flags=re.MULTILINE)
     texts = zip(["", *parts[1::2]], parts[::2], strict=True)
-    found = {title: re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE) for title, text in texts}
-    return {title: of_title for title, of_title in found.items() if of_title}
+    python = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+    return {title: python.findall(text) for title, text in texts if python.search(text)}
 
 
 GUIDE = sections("guide.md")
@@ -162,7 +162,7 @@ def given(folder: Path, count: int = 160) -> dict[str, Any]:
     return {"base": tiny_bert(), "fresh_base": tiny_bert(), "args": args, "dataset": dataset, "Trainer": Trainer}
 
 
-CHECKPOINTS = "Checkpoints of the Trainer"
+CHECKPOINTS, OFFLOADED = "Checkpoints of the Trainer", "Quantised, compiled and offloaded models"
 
 
 def run(texts: Iterable[str], names: dict[str, Any]) -> dict[str, Any]:
@@ -174,9 +174,8 @@ def run(texts: Iterable[str], names: dict[str, Any]) -> dict[str, Any]:
 
 def test_pages_with_python_are_those_that_run() -> None:
     pages = {name for name, language, _ in BLOCKS if language == "python"}
-    assert pages == {"README.md", *(f"{page}.md" for page in ("index", "guide", "settings", "compress", "serving"))} | {
-        "distributed.md"
-    }
+    here = "index guide settings compress serving distributed"
+    assert pages == {"README.md", *(f"{page}.md" for page in here.split())}  # the README: test_snippets.py
     assert [*sections("serving.md")] == ["PEFT and transformers", CHECKPOINTS]
 
 
@@ -210,11 +209,15 @@ def test_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("smaller/adapter_model.safetensors").is_file()
 
 
-SPECIAL = {"", "Preferences and reinforcement learning", "Other layers", "Quantised, compiled and offloaded models"}
-"""Sections of the guide with a test of their own; that of reinforcement is in test_trl.py."""
+SECTIONS = ["The Trainer", "A loop of your own", "TRL", "Several adapters over one model", "What a run tells"]
 
 
-@pytest.mark.parametrize("section", slow_but(["The Trainer", "A loop of your own"], [*GUIDE.keys() - SPECIAL]))
+def test_every_section_of_the_guide_is_run() -> None:
+    of_others = {"", "Preferences and reinforcement learning", "Other layers", OFFLOADED}  # test_trl.py, and below
+    assert {*GUIDE} == of_others | {*SECTIONS}
+
+
+@pytest.mark.parametrize("section", slow_but(SECTIONS[:2], SECTIONS))
 def test_the_scripts_of_the_guide(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {**given(tmp_path), "rows": examples(160)}
@@ -268,7 +271,7 @@ def test_resuming_as_on_the_pages(tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert(), AromaConfig(**method))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
     names = {"folder": folder, "model": model, "optimizer": optimizer}
-    run([*GUIDE[""], *GUIDE["Quantised, compiled and offloaded models"]], names)
+    run([*GUIDE[""], *GUIDE[OFFLOADED]], names)
     assert names["growth"].controller.global_step == 40
 
 
