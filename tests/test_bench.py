@@ -130,7 +130,7 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
 
 
 PASSES = 4
-"""Over the inputs, and over the outputs, of a matrix with an update: what docs/speed.md says. Forward reads x, and
+"""Over the inputs, and over the outputs, of a matrix with an update: what docs/cost.md says. Forward reads x, and
 reads and writes y; backward reads gy twice, reads and writes gx, and reads x."""
 
 

@@ -51,7 +51,7 @@ def test_axolotl_takes_the_configuration_and_its_adapter_grows(tmp_path: Path) -
 
 
 def test_the_page_shows_what_the_example_says() -> None:
-    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[0])
     example = yaml.safe_load((EXAMPLES / "axolotl" / "sft.yaml").read_text(encoding="utf-8"))
     assert shown.items() <= example.items()

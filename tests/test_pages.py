@@ -8,6 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,15 @@ STRANGERS = {
 }
 
 
-USAGE = {
-    title: text
-    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGES["usage.md"], flags=re.DOTALL | re.MULTILINE)
-    if "```python" in text
-}
+def sections(page: str) -> dict[str, list[str]]:
+    """The Python blocks of a page by the title above them; those before the first title by an empty one."""
+    parts = re.split(r"^## (.*)$", f"\n{PAGES[page]}", flags=re.MULTILINE)
+    texts = zip(["", *parts[1::2]], parts[::2], strict=True)
+    python = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+    return {title: python.findall(text) for title, text in texts if python.search(text)}
+
+
+GUIDE = sections("guide.md")
 
 
 def blocks(language: str, page: str | None = None) -> list[str]:
@@ -72,7 +78,7 @@ def test_the_commands_of_the_pages_are_the_parsers() -> None:
         for command in commands()
         if command[0] == "torchrun" and "aroma" in command
     ]
-    assert len(ours) > 50
+    assert len(ours) > 40
     for command in ours:
         make_parser().parse_args(command)
     names = {command[0] for command in ours}
@@ -156,115 +162,117 @@ def given(folder: Path, count: int = 160) -> dict[str, Any]:
     return {"base": tiny_bert(), "fresh_base": tiny_bert(), "args": args, "dataset": dataset, "Trainer": Trainer}
 
 
-def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
-    for block in blocks("python", page):
-        exec(compile(block, page, "exec"), names)
+CHECKPOINTS, OFFLOADED = "Checkpoints of the Trainer", "Quantised, compiled and offloaded models"
+
+
+def run(texts: Iterable[str], names: dict[str, Any]) -> dict[str, Any]:
+    """Run blocks one after another; `names` are what they take as given, and get what they make."""
+    for text in texts:
+        exec(compile(text, "a page", "exec"), names)
     return names
 
 
 def test_pages_with_python_are_those_that_run() -> None:
-    of_others = {"README.md", "reinforcement.md"}  # test_snippets.py, test_trl.py
-    here = "index evidence serving settings usage files precision distributed layers"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
-    assert pages == of_others | {f"{page}.md" for page in here.split()}
+    here = "index guide settings compress serving distributed"
+    assert pages == {"README.md", *(f"{page}.md" for page in here.split())}  # the README: test_snippets.py
+    assert [*sections("serving.md")] == ["PEFT and transformers", CHECKPOINTS]
 
 
 def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = torch.tensor(given(tmp_path)["dataset"][:4]["input_ids"])
-    names = run("index.md", given(tmp_path))
+    names = run(blocks("python", "index.md"), given(tmp_path))
+    assert len(names["evidence"].history) == 2
     with torch.no_grad():
         answers = [one.eval()(rows).logits for one in (names["trainer"].model, names["model"], tiny_bert())]
-        served = run("serving.md", given(tmp_path))
+        served = run(sections("serving.md")["PEFT and transformers"], given(tmp_path))
         answers += [served["merged"].eval()(rows).logits]
     torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(answers[3], answers[0], rtol=0, atol=1e-5)
     assert float((answers[2] - answers[0]).abs().max()) > 1e-3
 
 
-def test_evidence_in_the_trainer_and_in_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    in_trainer, in_loop = blocks("python", "evidence.md")
-    names = {**given(tmp_path), "aroma": aroma}
-    exec(compile(in_trainer, "evidence.md", "exec"), names)
-    assert len(names["callback"].history) == 2
-    assert Path("adapter/adapter_model.safetensors").is_file()
-    model = get_peft_model(tiny_bert(), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"]))
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    few = [{name: value[None] for name, value in row.items()} for row in examples(20)]
-    names |= {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": few[:10]}
-    names |= {"training": few * 20}
-    exec(compile(in_loop, "evidence.md", "exec"), names)
-    assert [found.step for found in names["checkups"].history] == [400]
-
-
 def test_choosing_settings(tmp_path: Path) -> None:
-    names = run("settings.md", given(tmp_path))
-    assert names["config"].r == 1
+    evidence, published = blocks("python", "settings.md")
+    assert run([evidence], given(tmp_path))["config"].r == 16
+    assert run([published], {})["config"].r == 1
 
 
-def test_other_layers(tmp_path: Path) -> None:
-    images, of_experts = blocks("python", "layers.md")
+def test_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(tiny_bert(), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"]))
+    model.save_pretrained("adapter")
+    batches = [{name: value[None] for name, value in row.items()} for row in examples(20)]
+    names = run(blocks("python", "compress.md"), {"base": tiny_bert(), "batches": batches})
+    assert names["found"].kept == 0, "nothing was trained"
+    assert Path("smaller/adapter_model.safetensors").is_file()
+
+
+SECTIONS = ["The Trainer", "A loop of your own", "TRL", "Several adapters over one model", "What a run tells"]
+
+
+def test_every_section_of_the_guide_is_run() -> None:
+    of_others = {"", "Preferences and reinforcement learning", "Other layers", OFFLOADED}  # test_trl.py, and below
+    assert {*GUIDE} == of_others | {*SECTIONS}
+
+
+@pytest.mark.parametrize("section", slow_but(SECTIONS[:2], SECTIONS))
+def test_the_scripts_of_the_guide(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {**given(tmp_path), "rows": examples(160)}
+    fresh: Any = tiny_bert
+    if section == "TRL":
+        args = SFTConfig("out", max_steps=60, max_length=16, bf16=False, gradient_checkpointing=False, use_cpu=True)
+        texts = Dataset.from_dict({"text": ["the cat sees a bird"] * 160})
+        names |= {"dataset": texts, "args": args, "tokenizer": tokenizer()}
+        fresh = partial(base, "llama")
+    if section == "Several adapters over one model":
+        names["model"] = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS"))
+    run(GUIDE[""], names)
+    for block in GUIDE[section]:  # each begins with the model as it was loaded
+        run([block], names := names | {"base": fresh()})
+    if "evidence" in names:
+        assert len(names["evidence"].history) == 2
+    if "checkups" in names:
+        assert [found.step for found in names["checkups"].history] == [29, 43]
+    if section in ("The Trainer", "A loop of your own"):
+        assert Path("adapter/adapter_model.safetensors").is_file()
+    if section == "What a run tells":
+        assert names["events"]
+        assert Path("ranks.png").stat().st_size > 5000
+        assert Path("report.html").stat().st_size > 100_000
+
+
+def test_other_layers_on_the_guide(tmp_path: Path) -> None:
+    images, of_experts = GUIDE["Other layers"]
     rows = [{name: value[0] for name, value in batch("vit", seed).items()} for seed in range(100)]
-    names = {**given(tmp_path), "base": base("vit"), "dataset": rows}
-    exec(compile(images, "layers.md", "exec"), names)
+    names = run([*GUIDE[""], images], {**given(tmp_path), "base": base("vit"), "dataset": rows})
     assert any(isinstance(layer, torch.nn.Conv2d) for layer in names["model"].modules())
-    exec(compile(of_experts, "layers.md", "exec"), names)
+    run([of_experts], names)
     sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"vocab_size": 40, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4}
     model = get_peft_model(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)), names["config"])
     assert [*aroma.compact(model).values()] == [1], "nothing is trained: one zero direction"
 
 
-@pytest.mark.parametrize("section", slow_but(["The Trainer", "A loop of your own"], USAGE))
-def test_the_scripts_of_usage(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = {**given(tmp_path), "rows": examples(160)}
-    first = next(iter(USAGE))
-    if section == "TRL":
-        args = SFTConfig("out", max_steps=60, max_length=16, bf16=False, gradient_checkpointing=False, use_cpu=True)
-        texts = Dataset.from_dict({"text": ["the cat sees a bird"] * 40})
-        names |= {"base": base("llama"), "dataset": texts, "args": args, "tokenizer": tokenizer()}
-    # The page is read from the top: a section goes on from what the first one has made.
-    beginning = (
-        [] if section == first else re.findall(r"```python\n(.*?)trainer = ", USAGE[first], flags=re.DOTALL)[:1]
-    )
-    for block in [*beginning, *re.findall(r"```python\n(.*?)```", USAGE[section], flags=re.DOTALL)]:
-        exec(compile(block, f"usage.md, {section}", "exec"), names)
-    if section == "What a run tells":
-        assert names["events"]
-        assert Path("ranks.png").stat().st_size > 5000
-    if section == "A report to look at":
-        assert Path("report.html").stat().st_size > 100_000
-
-
-def test_resuming_as_on_the_page_of_files_and_of_precisions(tmp_path: Path) -> None:
+def test_resuming_as_on_the_pages(tmp_path: Path) -> None:
     names = given(tmp_path)
-    args = TrainingArguments(
-        **{
-            **names["args"].to_dict(),
-            "save_strategy": "steps",
-            "max_steps": 40,
-            "save_steps": 20,
-            "save_total_limit": 1,
-        }
-    )
+    changes = {"save_strategy": "steps", "max_steps": 40, "save_steps": 20, "save_total_limit": 1}
+    args = TrainingArguments(**{**names["args"].to_dict(), **changes})
     method = {"task_type": "SEQ_CLS", "max_inner_steps": 20}
     model = get_peft_model(names["base"], AromaConfig(**method))
     trainer = Trainer(model, args, train_dataset=names["dataset"], callbacks=[aroma.AromaCallback()])
     trainer.train()
     folder = aroma.last_complete_checkpoint(args.output_dir)
-    run("files.md", {"trainer": trainer, "aroma": aroma, "args": args})
+    run(sections("serving.md")[CHECKPOINTS], {"trainer": trainer, "aroma": aroma, "args": args})
     assert trainer.state.global_step == 40
 
     model = get_peft_model(tiny_bert(), AromaConfig(**method))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    names = {"load_peft_weights": load_peft_weights, "set_peft_model_state_dict": set_peft_model_state_dict}
-    names |= {"attach": aroma.attach, "folder": folder, "model": model, "optimizer": optimizer}
-    run("precision.md", names)
+    names = {"folder": folder, "model": model, "optimizer": optimizer}
+    run([*GUIDE[""], *GUIDE[OFFLOADED]], names)
+    assert names["growth"].controller.global_step == 40
 
 
 IMPORTS = """

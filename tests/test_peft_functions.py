@@ -1,6 +1,6 @@
 """PEFT's public functions on a model that grows: each works, or is refused by name.
 
-The table in docs/peft.md is this one. After a change `python tests/test_peft_functions.py` writes it.
+The table in docs/guide.md is this one. After a change `python tests/test_peft_functions.py` writes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aroma import AromaConfig, aroma_layers
 from aroma.tuner import live_adapter
 from models import adapted, base, batch, logits, set_ranks
 
-PAGE = Path(__file__).parent.parent / "docs" / "peft.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guide.md"
 HEAD = "| function | on a growing model | |\n|---|---|---|\n"
 
 
@@ -154,7 +154,7 @@ ROWS: dict[str, Row] = {
     ),
     "add_adapter, load_adapter of growing adapters": Row(
         lambda m, f: m.add_adapter("b", AromaConfig(task_type="SEQ_CLS")) is None and len(m.peft_config) == 2,
-        "each grows when it is active; [several adapters](usage.md#several-adapters-over-one-model)",
+        "each grows when it is active; [several adapters](#several-adapters-over-one-model)",
     ),
     "add_adapter, load_adapter of plain LoRA beside it": Row(
         lambda m, f: m.add_adapter("b", LoraConfig(target_modules=["query"], task_type="SEQ_CLS")),
@@ -204,7 +204,7 @@ BESIDE_THE_POINT = {
 
 
 def table() -> str:
-    """The table as docs/peft.md has it."""
+    """The table as docs/guide.md has it."""
     lines = [
         f"| `{'`, `'.join(name.split(', '))}` | {'works' if row.works else 'refused'} | {row.works or row.instead} |\n"
         for name, row in ROWS.items()

@@ -134,7 +134,9 @@ def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, ki
 
 @pytest.mark.slow
 def test_the_page_does_what_it_says(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "reinforcement.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    imports = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)[0]
+    text = text.partition("\n## Preferences and reinforcement learning\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     assert len(blocks) == 3
     names: dict[str, Any] = {
@@ -146,8 +148,9 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
         "tokenizer": trl_runs.tokenizer(),
         **{name: base("dpo") for name in ("base", "fresh_base", "another_base")},
     }
-    for block in blocks:
-        exec(compile(block, "reinforcement.md", "exec"), names)
-        if "callback" in names:
-            assert names["callback"].controller.global_step == 60
+    for block in [imports, *blocks]:
+        exec(compile(block, "guide.md", "exec"), names)
+        if "trainer" in names:
+            assert names["trainer"].state.global_step == 60
+    assert names["callback"].controller.global_step == 60
     assert {tensor.shape[tensor.shape.index(16)] for tensor in names["tensors"].values()} == {16}

@@ -41,7 +41,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
 
     `model.save_pretrained` overwrites one file after the other. This function writes all of them elsewhere, checks
     them, waits until they are on the disk, and moves them to their places. A reader of AROMA, or the next save,
-    finishes a move that was killed (docs/files.md).
+    finishes a move that was killed (docs/serving.md).
 
     Under DistributedDataParallel, ZeRO-1 and ZeRO-2 rank 0 calls this. Under FSDP2 and ZeRO-3 all ranks do: they
     gather the trained parameters, and wait until rank 0 has written them.

@@ -253,7 +253,7 @@ def _found(model: nn.Module, adapter: str) -> list[Update]:
             found.append(Update(name, layer, adapter, 1))
     others = [update.name for update in found if not update.is_product()]
     if len(others) == len(found):
-        raise bad_value("model", adapter, "no layer of this adapter has an update B A; docs/method.md names the kinds")
+        raise bad_value("model", adapter, "no layer of this adapter has an update B A; see docs/evidence.md")
     if others:
         said = f"{len(others)} adapted layers are left alone, because their update is no product B A: "
         warnings.warn(said + ", ".join(others[:3]), AromaWarning, stacklevel=4)
