@@ -79,7 +79,7 @@ def compress_adapter(
         raise bad_value("peft_type", config["peft_type"], f"{folder} is no LoRA adapter; give one of those")
     types = {name: tensor.dtype for name, tensor in read_tensors(weights).items()}
     asked = (_language if _speaks(folder, config) else _classifier)(folder, config, data, want)
-    with progress("evaluating held-out examples", len(asked.batches) * (SIZES + 2)) as advance:
+    with progress("evaluating held-out examples", len(asked.batches) * (SIZES + 1)) as advance:
 
         def loss(model: Any, batch: Any) -> Any:
             advance(1)

@@ -14,7 +14,7 @@ from .statistics import SIZES
 SHARE = 0.12
 """Largest share of a run's optimizer steps that all checkups together cost."""
 FORWARD = 1 / 3
-"""What a forward costs, in steps; the rest are its backward, the gradients of the adapter, and the optimizer."""
+"""What a forward costs, in training steps; backward and optimizer are the rest."""
 FEWEST, WANTED = 8, 16
 """Batches without which nothing is decided, and batches that are made where the examples allow."""
 

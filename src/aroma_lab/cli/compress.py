@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "keep of a LoRA adapter what saves loss on examples of a file",
         "Find the directions of a LoRA adapter that save loss on examples it was not trained on, and write an\n"
         "adapter of these alone: plain LoRA for PEFT, each matrix with its own rank. It may be a classifier, a\n"
-        "regression, or a causal language model, from any trainer. Each example is evaluated ten times.",
+        "regression, or a causal language model, from any trainer. Each example is evaluated nine times.",
         "aroma compress runs/mrpc/adapter --data held-out.jsonl --out smaller",
         "aroma compress out/adapter --data reviews.csv --text review --label stars --out smaller",
         "aroma compress out/chat --data chats.jsonl --out smaller --base models/smollm2 --standard-errors 1",
