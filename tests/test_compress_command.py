@@ -300,7 +300,7 @@ def edited(home: Path, folder: Path, **fields: Any) -> list[str]:
     ("make", "words"),
     [
         (few, ("--data=", "7 examples", "8")),
-        (other_labels, ("column 'label'", "medium", "low, high")),
+        (other_labels, ("row 1", "medium", "low, high")),
         (another_method, ("peft_type='IA3'", "LoRA")),
         (another_task, ("task_type='TOKEN_CLS'", "SEQ_CLS", "CAUSAL_LM")),
         (lost_base, ("--base='/gone/base'", "no such folder")),

@@ -13,7 +13,7 @@ from aroma.tuner import AromaConfig
 from aroma_lab.run.recipe import load_recipe, make_recipe, recipe_help, run_recipe, save_recipe, trial_of
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.specs import DataSpec, ModelSpec, TrainSpec, adapter_keys
+from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec, adapter_keys
 from aroma_lab.study.grid import expand, load_grid
 from trial_runs import GROWING, read, save_material
 
@@ -35,7 +35,7 @@ def test_a_recipe_is_a_delta_on_the_defaults_and_overrides_are_stronger(recipe_f
     recipe = load_recipe(recipe_file, [*overrides, "output=o"])
     assert recipe.training == TrainSpec(batch_size=16, learning_rate=1e-4)  # plain YAML would read the text "1e-4"
     assert recipe.adapter == {"target_modules": ["query", "value"], "inner_tolerance": None}
-    assert recipe.data == DataSpec(train="train.csv")
+    assert recipe.data == TaskSpec(train="train.csv")
     assert recipe.output == "o"
     assert load_recipe(recipe_file).training.batch_size == 8
 
@@ -65,7 +65,7 @@ def test_a_wrong_override_names_key_value_and_remedy(recipe_file, override, mess
     [
         ({"model.name": None}, r"model\.name=None"),
         ({"data.train": None}, r"data\.train=None"),
-        ({"data.validation_fraction": 1.0}, r"data\.validation_fraction=1\.0"),
+        ({"data.held_out": 1.0}, r"data\.held_out=1\.0"),
         ({"data.max_length": 2}, r"data\.max_length=2"),
         ({"training.batch_size": 0}, r"training\.batch_size=0"),
         ({"training.checkpoint": "best"}, r"training\.eval_steps=None"),
@@ -98,15 +98,16 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
 
 def test_every_key_is_documented():
     helped = {key: meaning for key, _, meaning in recipe_help()}
-    sections = {"model": ModelSpec, "data": DataSpec, "training": TrainSpec}
+    sections = {"model": ModelSpec, "data": TaskSpec, "training": TrainSpec}
     keys = {f"{section}.{name}" for section, kind in sections.items() for name in kind.__dataclass_fields__}
+    keys.remove("data.name")
     assert set(helped) == keys | {f"adapter.{name}" for name in adapter_keys()} | {"output"}
     assert all(helped.values())
 
 
 def test_a_resolved_recipe_and_its_trial_come_back_equal(tmp_path):
-    values = {"data.task": "causal_lm", "training.packing": True, "model.gguf_file": "m.gguf"}
-    values |= {"adapter.target_modules": ["query"], "data.name": "org/chats", "training.seed": 3}
+    values = {"data.kind": "causal_lm", "training.packing": True, "model.gguf_file": "m.gguf"}
+    values |= {"adapter.target_modules": ["query"], "data.source": "org/chats", "training.seed": 3}
     recipe = make_recipe({**MINIMAL, **values})
     save_recipe(recipe, tmp_path / "recipe.yaml")
     trial = trial_of(recipe)
@@ -120,18 +121,18 @@ def test_a_recipe_and_the_grid_of_its_one_cell_give_the_same_adapter(tmp_path):
     material = save_material(tmp_path / "material")
     training = {"max_steps": 12, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2, "threads": 1}
     training |= {"head_learning_rate": 5e-3}
-    files = {"train": str(material / "train.jsonl"), "max_length": 16, "split_seed": 3}
-    test = str(material / "test.jsonl")
+    reported = {"test": str(material / "test.jsonl")}
+    words = {"train": str(material / "train.jsonl"), "max_length": 16, "held_out": 0.2, "reported": reported}
     recipe = {
         "model": {"name": str(material / "model")},
-        "data": {**files, "test": test, "validation_fraction": 0.2},
+        "data": words,
         "adapter": {**GROWING, "target_modules": "all-linear"},
         "training": {**training, "seed": 5},
         "output": str(tmp_path / "recipe"),
     }
     grid = {
         "model": str(material / "model"),
-        "tasks": {"words": {**files, "held_out": 0.2, "reported": {"test": test}}},
+        "tasks": {"words": words},
         "methods": {"mine": {"kind": "aroma", **GROWING, "target_modules": "all-linear"}},
         "training": training,
         "seeds": [5],

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import BertConfig, BertModel, BertTokenizerFast
-
-from aroma_lab.tasks.data import make_examples
-from aroma_lab.tasks.spec import Layout
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -66,6 +64,5 @@ def examples(
     names: tuple[str, ...] | None = ("a", "b"),
 ) -> Any:
     """Return examples of a classification with class indices, or of a regression (`names=None`)."""
-    values = list(labels) if names is None else [names[int(label)] for label in labels]
-    columns: dict[str, list[Any]] = {"text": texts, "label": values} | ({} if pairs is None else {"pair": pairs})
-    return make_examples("examples", Layout("text", None if pairs is None else "pair", "label"), columns, names)
+    values = [float(label) for label in labels] if names is None else list(labels)
+    return Dataset.from_dict({"text": texts, **({} if pairs is None else {"pair": pairs}), "labels": values})

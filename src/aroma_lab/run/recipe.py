@@ -16,8 +16,7 @@ from aroma.files import write_text
 from aroma.outputs import new_folder
 
 from ..settings import describe, flatten, load_values, typed, typed_fields
-from ..specs import Recipe, adapter_keys
-from ..tasks.spec import TaskSpec
+from ..specs import Recipe, TaskSpec, adapter_keys
 from .trial import Trial, TrialFiles
 
 _WHOLE = "a recipe"
@@ -49,7 +48,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise bad_value(section, top[section], f"it is a section; give it keys, as {section}.NAME")
     if top.keys() - {"output"}:  # refused, with the nearest of all keys
         typed_fields(dict.fromkeys((key for key, _, _ in recipe_help()), Any), top, "", _WHOLE)
-    made = {name: kind(**typed_fields(kind, given[name], name, _WHOLE)) for name, kind in kinds.items()}
+    made = {name: kind(**typed_fields(_types(kind), given[name], name, _WHOLE)) for name, kind in kinds.items()}
     recipe = Recipe(**made, **{key: typed(key, value, str) for key, value in top.items()})
     if not given["adapter"]:
         return recipe
@@ -57,9 +56,16 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     return replace(recipe, adapter=typed_fields(types, given["adapter"], "adapter", _WHOLE))
 
 
+def _types(kind: type[Any]) -> dict[str, Any]:
+    """Return the types of a section's keys; a recipe's task gets its name from its data."""
+    return {name: hint for name, hint in get_type_hints(kind).items() if not (kind is TaskSpec and name == "name")}
+
+
 def recipe_help() -> Iterator[tuple[str, Any, str]]:
     """Yield key, default and meaning of every field of a recipe, in the order of the file."""
     for key, default, meaning in describe(Recipe):
+        if key == "data.name":
+            continue
         if key != "adapter":
             yield key, default, meaning
             continue
@@ -70,22 +76,29 @@ def recipe_help() -> Iterator[tuple[str, Any, str]]:
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe, defaults included, atomically."""
     adapter = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
-    write_text(path, yaml.safe_dump({**asdict(recipe), "adapter": adapter}, sort_keys=False, allow_unicode=True))
+    content = {**asdict(recipe), "adapter": adapter}
+    del content["data"]["name"]
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def task_of(recipe: Recipe) -> TaskSpec:
+    """Return the task of a recipe, named for tables after its configuration, its source, or its training file."""
+    data = recipe.data
+    path = data.source or Path((data.train or "").partition("+")[0]).stem
+    name = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
+    return replace(data, name=name, reported=data.reported or {})
 
 
 def trial_of(recipe: Recipe) -> Trial:
     """Return the one trial that a recipe is; components are drawn by its seed unless the adapter has its own."""
-    data, seed = recipe.data, recipe.training.seed
-    # For tables: of the data set's configuration, the data set, or the training file.
-    path = data.name or Path((data.train or "").partition("+")[0]).stem
-    name = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
+    task, seed = task_of(recipe), recipe.training.seed
     options = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
     if options["component_seed"] is None:
         options["component_seed"] = seed
     return Trial(
-        name=f"{name}/aroma/seed-{seed}",
+        name=f"{task.name}/aroma/seed-{seed}",
         model=recipe.model.name or "",
-        task=TaskSpec(name=name),
+        task=task,
         method="aroma",
         kind="aroma",
         options=options,
@@ -93,7 +106,6 @@ def trial_of(recipe: Recipe) -> Trial:
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
         gguf_file=recipe.model.gguf_file,
-        data=data,
     )
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from aroma.errors import DataError, bad_value
 
 from ..methods.head import encoder_linears
-from ..specs import MadeTask
+from ..specs import TaskSpec
 from .classification import check_positions, load_tokenizer
 from .made import Made, MadeJob
 from .planted import FRESH, METRIC, GivenModel, deal_ranks, evaluate, planted_update, rows_of, squared_error
@@ -97,7 +97,7 @@ def plant(model: nn.Module, ranks: Mapping[str, int], strength: float, generator
 
 
 def encoder_job(
-    spec: MadeTask, held_out: str, seed: int, model: str, texts: Mapping[str, list[str]], max_length: int
+    spec: TaskSpec, held_out: str, seed: int, model: str, texts: Mapping[str, list[str]], max_length: int
 ) -> MadeJob:
     """Return the job of a planted encoder.
 
@@ -124,7 +124,7 @@ def encoder_job(
 
 
 def _made_encoder(
-    spec: MadeTask,
+    spec: TaskSpec,
     name: str,
     ranks: Mapping[str, int],
     generator: torch.Generator,

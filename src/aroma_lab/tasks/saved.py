@@ -24,9 +24,9 @@ from aroma.tuner.state import STATE_FILE
 
 from ..progress import Progress, no_progress
 from .classification import encode, load_tokenizer, predict_logits
-from .data import make_examples, named_labels
+from .data import checked_examples
 from .metrics import metrics_of
-from .sources import read_file
+from .sources import fitting_columns, read_located
 from .task import TASK_FILE, Task, load_task
 
 _LONGEST = 512
@@ -133,9 +133,11 @@ def evaluate_adapter(
     task = saved.task
     if saved.is_multi_label:
         raise bad_value("adapter", str(folder), "an example has several labels, which no metric here counts")
-    columns = read_file("data", data, [task.layout.columns()])[1]
-    columns[task.label] = named_labels(columns[task.label], task.label_names)
-    examples = make_examples("data", task.layout, columns, task.label_names)
+    from datasets import Dataset
+
+    rows = read_located("data", data)
+    fitting_columns(rows, [task.layout.columns()])
+    examples = Dataset.from_list(checked_examples(rows, task))
     model = saved.load()
     encoded = encode(examples, saved.tokenizer, task.max_length)
     with progress("evaluate", len(examples)) as advance:

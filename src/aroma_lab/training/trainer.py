@@ -73,7 +73,7 @@ def make_trainer(
         ConfigError: The method cannot train the model.
     """
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
-    trainer: Trainer = (objective.trainer.trainer_class or MethodTrainer)(
+    trainer: Trainer = (objective.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
         counts_items=objective.counts_items,
         evaluate=objective.evaluate,
@@ -115,7 +115,7 @@ def training_arguments(training: TrainSpec, objective: Objective, folder: str | 
         further["train_sampling_strategy"] = "group_by_length"
     if training.scheduler == "cosine_with_min_lr":
         further["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_lr_ratio}
-    return (objective.trainer.arguments_class or TrainingArguments)(
+    return (objective.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         max_steps=-1 if training.max_steps is None else training.max_steps,
