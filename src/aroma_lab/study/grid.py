@@ -158,9 +158,9 @@ def make_grid(values: Mapping[str, Any]) -> Grid:
     given = typed_fields(types, values)
     tasks = {}
     for name, keys in (given.get("tasks") or {}).items():
-        types = _types(TaskSpec)
+        values = typed_fields(_types(TaskSpec), keys or {}, f"tasks.{name}")
         with _under(f"tasks.{name}"):
-            tasks[name] = TaskSpec(name=name, **typed_fields(types, keys or {}, f"tasks.{name}"))
+            tasks[name] = TaskSpec(name=name, **values)
     methods = {label: keys or {} for label, keys in (given.get("methods") or {}).items()}
     for label, options in methods.items():
         typed(f"methods.{label}.kind", options.get("kind"), str)
