@@ -292,20 +292,6 @@ def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path)
 TEXTS = {"kind": "causal_lm", "train": "train.jsonl", "reported": {"test": "test.jsonl"}}
 
 
-@pytest.mark.slow
-def test_a_task_of_instructions_is_scored_by_the_probability_of_unseen_tokens(files: Path, tmp_path: Path) -> None:
-    methods = {"pretrained": {"kind": "pretrained"}, "lora": {"kind": "lora", "r": 2}}
-    trials = expand(grid_of(files, tmp_path / "grid", methods, task=TEXTS))
-    before, after = (run_trial(trial, tmp_path / trial.method) for trial in trials)
-    assert after["metric"] == "token_probability"
-    assert after["examples"] == {"train": 50, "held_out": 20, "test": 23}
-    for result in (before, after):
-        found = result["reported"]["test"]
-        assert result["score"] == found["token_probability"] == pytest.approx(math.exp(-found["loss"]))
-        assert found["perplexity"] == pytest.approx(1 / result["score"])
-    assert after["score"] > before["score"]
-
-
 def texts_of(spec: dict[str, Any], files: Path, **options: Any) -> Any:
     task = TaskSpec(name="texts", **{"held_out": 0.25, "max_length": 32, **spec})
     return language_job(task, ModelSpec(str(files / "model")), False, **options)
@@ -330,16 +316,6 @@ def test_news_articles_are_a_task_of_plain_text(files: Path) -> None:
     split = {"train": "train/tech", "reported": {"test": "test/tech"}}
     tech = texts_of({"kind": "causal_lm", "source": "bbc-news", **split}, files)
     assert {split: len(part) for split, part in tech.parts.items()} == {"train": 240, "held_out": 81, "test": 80}
-
-
-def test_a_wrong_task_of_texts_is_refused(files: Path) -> None:
-    spec = {"kind": "causal_lm", "source": str(files)}
-    with pytest.raises((ConfigError, DataError), match="no such file"):
-        texts_of({**spec, "train": "nope.jsonl"}, files)
-    with pytest.raises((ConfigError, DataError), match=r"again=.*: every example of it is"):
-        texts_of({**spec, "train": "train.jsonl", "reported": {"again": "train.jsonl"}}, files)
-    with pytest.raises((ConfigError, DataError), match=r"train='train/war': bbc-news has no such split"):
-        texts_of({"kind": "causal_lm", "source": "bbc-news", "train": "train/war"}, files)
 
 
 # After training ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any
 from aroma.errors import DataError, NonFiniteError, bad_value
 from aroma.files import replacing
 
-from .tasks.classification import encode, predict_logits
 from .tasks.saved import open_classifier
 from .tasks.sources import Row
 
@@ -42,22 +41,17 @@ def classify(
         NonFiniteError: An answer is NaN or infinite.
         AromaError: The adapter or its base model cannot be loaded; see `open_classifier`.
     """
-    from datasets import Dataset
     from scipy.special import expit, softmax
 
     saved = open_classifier(
         folder, base_model=base_model, text=text, text_pair=text_pair, max_length=max_length, needs_label=False
     )
-    task, tokenizer = saved.task, saved.tokenizer
+    task = saved.task
     texts = {"text": _texts(rows, "--text", task.text)}
     if task.text_pair is not None:
         texts["pair"] = _texts(rows, "--text-pair", task.text_pair)
-    # Rows of similar lengths are answered together, so that there is little padding.
-    order = sorted(range(len(rows)), key=lambda number: -sum(len(column[number]) for column in texts.values()))
-    data = Dataset.from_dict({name: [column[number] for number in order] for name, column in texts.items()})
-    encoded = encode(data, tokenizer, task.max_length)
-    logits = predict_logits(saved.load(), encoded, tokenizer, batch_size, on_batch).astype("float64")
-    logits[order] = logits.copy()
+    examples = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
+    logits = saved.answer(examples, batch_size, on_batch).astype("float64")
     for number, row in enumerate(logits, start=1):
         if not abs(row).max() < float("inf"):
             raise NonFiniteError(f"data (row {number}): the model's answer is NaN or infinite; check the model")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from aroma.errors import bad_value
 
-from ..specs import HELD_OUT, LANGUAGE_KINDS, MADE, MADE_KINDS, ModelSpec, TaskSpec
+from ..specs import LANGUAGE_KINDS, MADE, MADE_KINDS, ModelSpec
 from ..tasks import memory, planted, planted_encoder
 from ..tasks.classification import ClassifierJob
-from ..tasks.data import source_of
 from ..tasks.model import packaged_encoder
 from ..training.job import Job
 from .trial import Trial
@@ -41,16 +40,7 @@ def _made_job(trial: Trial, encoder: str) -> Job:
             raise bad_value(key, value, f"a task of kind {spec.kind} is made for weights in float32; leave it out")
     seed = trial.training.seed if spec.seed is None else spec.seed
     if spec.kind == "planted_encoder":
-        return planted_encoder.encoder_job(spec, HELD_OUT, seed, encoder, _split_texts_of(spec), spec.max_length)
+        return planted_encoder.encoder_job(spec, seed, encoder)
     if trial.model != MADE:
         raise bad_value("model", trial.model, f"a task of kind {spec.kind} makes its own; give {MADE}")
-    return memory.memory_job(spec, seed) if spec.kind == "memory" else planted.planted_job(spec, HELD_OUT, seed)
-
-
-def _split_texts_of(spec: TaskSpec) -> dict[str, list[str]]:
-    """Read the texts of a planted encoder: those trained on, held out, and fresh."""
-    column = spec.text or "text"
-    texts = [row.get(column) for _, row in source_of(spec).read("train", spec.train or "train")]
-    split = planted_encoder.split_texts(texts, spec.held_out, spec.split_seed, HELD_OUT, "data.held_out")
-    split["train"] = split["train"][: spec.train_examples]
-    return split
+    return memory.memory_job(spec, seed) if spec.kind == "memory" else planted.planted_job(spec, seed)

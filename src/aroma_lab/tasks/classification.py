@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from transformers import DataCollatorWithPadding
 
 from aroma.errors import bad_value
@@ -24,7 +23,6 @@ from .task import Task, save_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from numpy.typing import NDArray
 
 
 def load_tokenizer(name: str, max_length: int) -> Any:
@@ -65,27 +63,6 @@ def encode(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
 
     texts = [name for name in examples.column_names if name != "labels"]
     return examples.map(tokenize, batched=True, remove_columns=texts, keep_in_memory=True, load_from_cache_file=False)
-
-
-@torch.no_grad()
-def predict_logits(
-    model: Any, data: Dataset, tokenizer: Any, batch_size: int, on_batch: Callable[[int], None]
-) -> NDArray[Any]:
-    """Return a model's logits, shape (examples, outputs), in the order of `data`, in batches padded to their longest.
-
-    Args:
-        model: A sequence classifier; it runs on its own device.
-        data: Tokenized examples.
-        on_batch: Called after each batch with its number of examples.
-    """
-    from torch.utils.data import DataLoader
-
-    inputs: Any = data.select_columns([name for name in data.column_names if name != "labels"])
-    logits = []
-    for batch in DataLoader(inputs, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)):
-        logits.append(model.eval()(**batch.to(model.device)).logits.float().cpu())
-        on_batch(len(logits[-1]))
-    return torch.cat(logits).numpy()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from aroma.errors import bad_value
 
-from ..specs import TaskSpec
+from ..specs import HELD_OUT, TaskSpec
 from .made import Collate, Made, MadeJob
 
 if TYPE_CHECKING:
@@ -156,12 +156,12 @@ def make_net(spec: TaskSpec, seed: int) -> NetData:
 # The job -------------------------------------------------------------------------------------------------------------
 
 
-def planted_job(spec: TaskSpec, held_out: str, seed: int) -> MadeJob:
+def planted_job(spec: TaskSpec, seed: int) -> MadeJob:
     """Return the job of a planted net; ConfigError for a rank that is larger than the net is wide."""
     data = make_net(spec, seed)
-    splits = ("train", FRESH, held_out)
+    splits = ("train", FRESH, HELD_OUT)
     counts = {split: len(one) for split, one in zip(splits, data.inputs, strict=True)}
-    return MadeJob(counts, (held_out, FRESH), METRIC, partial(_made_net, data, splits), planted=data.ranks)
+    return MadeJob(counts, (HELD_OUT, FRESH), METRIC, partial(_made_net, data, splits), planted=data.ranks)
 
 
 @torch.no_grad()
