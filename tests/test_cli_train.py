@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 
 from aroma.cli import main
 from aroma_lab.run.machine import git_revision
@@ -233,17 +231,6 @@ def test_eval_finds_what_the_run_reported(files, run, tmp_path, capsys):
     assert read(out)["metrics"] == read(run / "result.json")["reported"]["test"]
 
 
-def test_eval_takes_other_columns_and_another_base(files, run, tmp_path, capsys):
-    rows = [{"words": row["text"], "kind": row["label"]} for row in sentences(37, seed=2)]
-    data = str(write_json_lines(tmp_path / "other.jsonl", rows))
-    arguments = ["eval", str(run / "adapter"), "--data", data, "--base-model", str(files / "model")]
-    assert main(arguments) == 2
-    assert "it has no column 'text', 'label'; its columns are 'words', 'kind'" in capsys.readouterr().err
-    out = tmp_path / "metrics.json"
-    assert main([*arguments, "--text", "words", "--label", "kind", "--json", str(out)]) == 0
-    assert read(out)["metrics"] == read(run / "result.json")["reported"]["test"]
-
-
 def test_eval_refuses(files, run, tmp_path, capsys):
     unknown = write_json_lines(tmp_path / "d.jsonl", [{"text": "w1", "label": "middling"}])
     edited = shutil.copytree(run / "adapter", tmp_path / "adapter")
@@ -287,18 +274,3 @@ def test_inspect_prints_json(run, capsys):
         assert matrix["effective_rank"] == pytest.approx(result["effective_ranks"][matrix["name"]])
         assert matrix["parameters"] == matrix["rank"] * sum(matrix["shape"])
     assert told["total_rank"] == result["total_rank"]
-
-
-def test_exports_predict_the_same(files, run, tmp_path, capsys):
-    assert main(["export", str(run / "adapter"), str(tmp_path / "served"), "--uniform", "--rank", "16"]) == 0
-    assert "adapter of rank 16" in capsys.readouterr().out
-    assert main(["export", str(run / "adapter"), str(tmp_path / "merged"), "--merged"]) == 0
-    base = lambda: AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)  # noqa: E731
-    batch = {"input_ids": torch.arange(5, 29).view(4, 6)}
-    original, served = (
-        PeftModel.from_pretrained(base(), folder).eval()(**batch).logits
-        for folder in (run / "adapter", tmp_path / "served")
-    )
-    torch.testing.assert_close(served, original)
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(merged(**batch).logits, original, atol=1e-5, rtol=1e-4)

@@ -16,7 +16,6 @@ from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.run.work import job_of
 from aroma_lab.specs import TaskSpec, TrainSpec
-from aroma_lab.study.grid import make_grid
 from aroma_lab.tasks.planted import GRADED, compare_ranks, make_net
 from tiny_classifier import save_tiny_bert, write_json_lines
 from trial_runs import sentences
@@ -184,21 +183,6 @@ def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ({"kind": "planted"}, r"tasks\.t\.kind='planted': give one of .*planted_net"),
-        ({"kind": "planted_net", "noise": -1}, r"tasks\.t\.noise=-1\.0: give 0 or more"),
-        ({"kind": "planted_net", "layers": 0}, r"tasks\.t\.layers=0: give 1 or more"),
-        ({"kind": "planted_net", "ranks": []}, r"tasks\.t\.ranks=\[\]: give one rank or more"),
-        ({"kind": "planted_net", "ranks": [-1]}, r"tasks\.t\.ranks=\[-1\]: give one rank or more"),
-    ],
-)
-def test_a_task_that_cannot_work_is_refused(task: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_grid({"output": "o", "model": "made", "tasks": {"t": task}, "methods": {"a": {"kind": "lora"}}})
 
 
 @pytest.mark.parametrize(

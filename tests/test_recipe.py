@@ -46,7 +46,6 @@ def test_a_recipe_is_a_delta_on_the_defaults_and_overrides_are_stronger(recipe_f
         ("adapter.target_modules={a: 1}", "adapter.target_modules={'a': 1}: give a list of texts or a text"),
         ("training.batch_size.x=3", "'batch_size' holds 8, which has no keys; give it as a whole"),
         ("training.a.b=3", "training.a={'b': 3}: a recipe has no such key; the nearest is 'training."),
-        ("training=3", "training=3: it is a section; give it keys, as training.NAME"),
         ("resume", "override='resume': write KEY=VALUE"),
     ],
 )

@@ -15,11 +15,9 @@ from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import new_folder
 
-from ..settings import describe, flatten, load_values, typed, typed_fields
+from ..settings import describe, flatten, load_values, section_of, typed_fields
 from ..specs import Recipe, TaskSpec, adapter_keys
 from .trial import Trial, TrialFiles
-
-_WHOLE = "a recipe"
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
@@ -37,28 +35,17 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key (the nearest is named), or a value of a wrong type or out of range.
     """
-    kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
-    given: dict[str, Any] = {name: {} for name in (*kinds, "adapter", "")}
-    for key, value in flatten(values, given).items():
-        section, dot, name = key.partition(".")
-        known = dot and section in kinds.keys() | {"adapter"}
-        given[section if known else ""][name if known else key] = value
-    top = given.pop("")
-    for section in given.keys() & top.keys():
-        raise bad_value(section, top[section], f"it is a section; give it keys, as {section}.NAME")
-    if top.keys() - {"output"}:  # refused, with the nearest of all keys
-        typed_fields(dict.fromkeys((key for key, _, _ in recipe_help()), Any), top, "", _WHOLE)
-    made = {name: kind(**typed_fields(_types(kind), given[name], name, _WHOLE)) for name, kind in kinds.items()}
-    recipe = Recipe(**made, **{key: typed(key, value, str) for key, value in top.items()})
-    if not given["adapter"]:
-        return recipe
-    types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
-    return replace(recipe, adapter=typed_fields(types, given["adapter"], "adapter", _WHOLE))
-
-
-def _types(kind: type[Any]) -> dict[str, Any]:
-    """Return the types of a section's keys; a recipe's task gets its name from its data."""
-    return {name: hint for name, hint in get_type_hints(kind).items() if not (kind is TaskSpec and name == "name")}
+    sections: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
+    flat, types = flatten(values, (*sections, "adapter")), {"output": str}
+    for section, kind in sections.items():
+        types |= {f"{section}.{name}": hint for name, hint in get_type_hints(kind).items()}
+    del types["data.name"]  # a recipe's task is named after its data
+    if any(key.startswith("adapter.") for key in flat):  # else PyTorch need not be loaded
+        types |= {f"adapter.{name}": key.type for name, key in adapter_keys().items()}
+    given = typed_fields(types, flat, whole="a recipe")
+    made = {name: kind(**section_of(given, name)) for name, kind in sections.items()}
+    output = {"output": given["output"]} if "output" in given else {}
+    return Recipe(adapter=section_of(given, "adapter"), **made, **output)
 
 
 def recipe_help() -> Iterator[tuple[str, Any, str]]:

@@ -207,15 +207,9 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
 
 
 def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return a method's options; seeds that were left open are the trial's.
-
-    What a method draws from a generator of its own, as AROMA its components, would otherwise be the same in every
-    trial.
-    """
-    if kind not in METHODS:
-        return dict(options)
-    seeds = dict.fromkeys(METHODS[kind].option_types().keys() & {"seed", "component_seed"}, seed)
-    return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
+    """Return a method's options; what it draws by itself, as AROMA its components, has the trial's seed if none."""
+    seeded = METHODS[kind].option_types().keys() & {"seed", "component_seed"} if kind in METHODS else ()
+    return {**options, **{name: seed for name in seeded if options.get(name) is None}}
 
 
 def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:

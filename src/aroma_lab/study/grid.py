@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 from aroma.errors import AromaError, bad_value
 
 from ..run.trial import Trial
-from ..settings import flatten, load_values, typed, typed_fields
+from ..settings import flatten, load_values, section_of, typed, typed_fields
 from ..specs import TaskSpec, TrainSpec, check_training
 
 SECTIONS = ("training", "options", "task")
@@ -199,12 +199,6 @@ def check_settings(values: Mapping[str, Any], where: str = "", lists: bool = Fal
         types = {key: list[hint] | None for key, hint in types.items()}  # type: ignore[valid-type]
     types |= {key: list | None if lists else Any for key in flat if key.startswith("options.")}
     return typed_fields(types, flat, where)
-
-
-def section_of(settings: Settings, section: str) -> dict[str, Any]:
-    """Return the settings of one section, by the names of its fields."""
-    prefix = f"{section}."
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
 def _overrides(
