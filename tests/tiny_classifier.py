@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -55,14 +53,3 @@ def write_json_lines(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write an object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def examples(
-    texts: list[str],
-    labels: Sequence[float],
-    pairs: list[str] | None = None,
-    names: tuple[str, ...] | None = ("a", "b"),
-) -> Any:
-    """Return examples of a classification with class indices, or of a regression (`names=None`)."""
-    values = [float(label) for label in labels] if names is None else list(labels)
-    return Dataset.from_dict({"text": texts, **({} if pairs is None else {"pair": pairs}), "labels": values})
