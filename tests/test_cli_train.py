@@ -147,14 +147,6 @@ def cut_short(run, out):
     (out / "events.jsonl").write_text(events[: int(len(events) * 0.95)])
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
-    out = tmp_path / "copy"
-    cut_short(run, out)
-    overrides = ["data.held_out=0.2", f"output={out}", "--resume"]
-    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
-    assert_same_run(out, run)
-
-
 def test_an_interrupt_says_how_to_go_on(files, run, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     command = ["train", str(files / "recipe.yaml"), "data.held_out=0.2", f"output={out}"]

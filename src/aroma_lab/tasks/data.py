@@ -217,7 +217,7 @@ def layout_of(spec: TaskSpec) -> Layout:
     return layout
 
 
-def checked_examples(rows: Iterable[Located], task: Task) -> list[Row]:
+def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
     """Return `text`, `pair` (if the task has pairs) and `labels` of every row: a class's index, or a number.
 
     Labels may be names of classes or, where no name is a number, their indices, as a Trainer is given them.
@@ -228,22 +228,28 @@ def checked_examples(rows: Iterable[Located], task: Task) -> list[Row]:
     names = task.label_names or ()
     index = {str(number): number for number in range(len(names))} if not any(map(_is_whole, names)) else {}
     index |= {name: number for number, name in enumerate(names)}
-    columns = dict(zip(("text", "pair", "labels"), task.layout, strict=True))
-    examples = []
-    for where, row in rows:
-        example = {key: row.get(column) for key, column in columns.items() if column is not None}
-        for key, value in example.items():
-            if value is None:
-                remedy = f"nothing is in column {columns[key]!r}; fill it in, or leave the row out"
-                raise bad_value(where, value, remedy, DataError)
-        label = example.pop("labels")
-        example = {key: str(text) for key, text in example.items()}
+    examples = checked_texts(rows, task.layout)
+    for (where, row), example in zip(rows, examples, strict=True):
+        label = _value(where, row, task.label)
         example["labels"] = _number(where, label) if task.label_names is None else index.get(str(label))
         if example["labels"] is None:
             remedy = f"no training example has this label; they have {', '.join(names)}. Mend the label"
             raise bad_value(where, label, remedy, DataError)
-        examples.append(example)
     return examples
+
+
+def checked_texts(rows: Sequence[Located], layout: Layout) -> list[Row]:
+    """Return `text` and `pair` (if there are pairs) of every row; DataError for a missing one."""
+    columns = {key: name for key, name in zip(("text", "pair"), layout[:2], strict=True) if name is not None}
+    fitting_columns(rows, [[*columns.values()]])
+    return [{key: str(_value(where, row, name)) for key, name in columns.items()} for where, row in rows]
+
+
+def _value(where: str, row: Row, column: str) -> Any:
+    if row.get(column) is None:
+        remedy = f"nothing is in column {column!r}; fill it in, or leave the row out"
+        raise bad_value(where, None, remedy, DataError)
+    return row[column]
 
 
 def class_names(column: str, rows: Iterable[Row]) -> tuple[str, ...]:
