@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"name": str(folder / "model")},
         "data": {
             "train": str(folder / "train.jsonl"),
-            "test": str(folder / "test.jsonl"),
+            "reported": {"test": str(folder / "test.jsonl")},
             "max_length": 10,
             "held_out": 0.2,  # leaves 96: accelerate would fill a last batch up with others
         },
