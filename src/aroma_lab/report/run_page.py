@@ -73,7 +73,7 @@ def run_facts(folder: str | os.PathLike[str]) -> RunFacts:
 
 
 def _results(trial: Mapping[str, Any], result: Mapping[str, Any]) -> list[Result]:
-    held_out = "held-out training examples" if holds_out(result) else "what is trained on"
+    held_out = "held-out examples" if holds_out(result) else "what is trained on"
     guessed = result.get("guessed") or {}
     splits = [*result["reported"]] or [*guessed]
     return [
