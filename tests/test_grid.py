@@ -241,7 +241,7 @@ MESSAGES = {
         ({"source": "/nope"}, DataError, "tasks.messages.source='/nope': no such folder"),
         ({"metric": "foo"}, ConfigError, "tasks.messages.metric='foo': no metric"),
         ({"reported": {"test": "nope.jsonl"}}, DataError, "tasks.messages.reported.test='nope.jsonl'"),
-        ({"max_length": 9999}, ConfigError, "tasks.messages: data.max_length=9999"),
+        ({"max_length": 9999}, ConfigError, "tasks.messages.max_length=9999"),
         ({"kind": "commonsense", "train": "nope.json"}, DataError, "tasks.messages.train="),
     ],
     ids=str,

@@ -20,7 +20,7 @@ from aroma_lab.methods import Lora, find_targets
 from aroma_lab.methods.lora import layers_of, pair_of
 from aroma_lab.run import run as runner
 from aroma_lab.run.run import run_trial
-from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.specs import TaskSpec
 from trial_runs import save_material, trial_of
 
 SETTINGS = BenchSettings(model="tiny", batch_size=8, length=12)

@@ -20,14 +20,13 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.language.data import load_examples
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat
-from aroma_lab.language.job import task_job
+from aroma_lab.language.job import language_job
 from aroma_lab.language.model import load_for_inference
 from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial
-from aroma_lab.run.work import work_of
-from aroma_lab.specs import ModelSpec
+from aroma_lab.run.work import job_of
+from aroma_lab.specs import ModelSpec, TaskSpec
 from aroma_lab.study.grid import expand, make_grid
-from aroma_lab.tasks.spec import TaskSpec
 from quick import slow_but
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
@@ -47,10 +46,10 @@ def values_of(files: Path, out: str, **changes: Any) -> dict[str, Any]:
     """Values of a recipe by dotted key."""
     return {
         "model.name": str(files / "model"),
-        "data.task": "causal_lm",
+        "data.kind": "causal_lm",
         "data.train": str(files / "train.jsonl"),
-        "data.test": str(files / "test.jsonl"),
-        "data.validation_fraction": 0.2,
+        "data.reported": {"test": str(files / "test.jsonl")},
+        "data.held_out": 0.2,
         "data.max_length": 64,
         "adapter.max_inner_steps": 8,
         "adapter.inner_check_interval": 2,
@@ -103,7 +102,7 @@ def test_it_learns_and_plain_peft_loads_it(files: Path, finished: Path) -> None:
     assert len(told) == STEPS
     assert told[-1] < told[0] - 1
     result = read(finished / "result.json")
-    assert result["examples"] == {"train": 64, "validation": 16, "test": 23}
+    assert result["examples"] == {"train": 64, "held_out": 16, "test": 23}
     assert set(result["reported"]) == {"test"}
     assert result["total_rank"] == sum(result["ranks"].values()) > 14
     assert result["parameters"]["head"] == 0
@@ -167,7 +166,7 @@ UNEVEN = [{"text": "bird " * (3 if number % 3 else 20)} for number in range(43)]
 
 def test_micro_batches_are_weighed_by_their_tokens(files: Path) -> None:
     train = str(write_json_lines(files / "uneven.jsonl", UNEVEN))
-    changes: dict[str, Any] = {"data.train": train, "data.test": None, "training.max_steps": 4}
+    changes: dict[str, Any] = {"data.train": train, "data.reported": None, "training.max_steps": 4}
     changes |= {"training.warmup_steps": 1, "adapter.max_inner_steps": 4}
     whole = run(files, "whole", **changes)
     parts = run(files, "parts", **changes, **{"training.batch_size": 2, "training.gradient_accumulation_steps": 4})
@@ -185,7 +184,7 @@ def test_packed_rows_learn_the_same(files: Path) -> None:
     one, other = (read(out / "result.json")["reported"]["test"]["loss"] for out in (packed, plain))
     assert one == pytest.approx(other, rel=1e-4)
     recipe = make_recipe(values_of(files, "x", **{"training.packing": True, "data.max_length": 128}))
-    assert len(work_of(trial_of(recipe)).job.train) == 64 / 2  # two of some 46 tokens fit into 128
+    assert len(job_of(trial_of(recipe)).train) == 64 / 2  # two of some 46 tokens fit into 128
 
 
 def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path: Path, files: Path) -> None:
@@ -214,7 +213,7 @@ def test_what_was_cut_is_told(files: Path, capsys: pytest.CaptureFixture[str], f
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data.task": "classification"}, DataError, "it has no column 'text', 'label'"),
+        ({"data.kind": "classification"}, DataError, "it has no column 'text', 'label'"),
         ({"data.max_length": 500}, ConfigError, "data.max_length=500"),
         ({"data.train": "nowhere.jsonl"}, DataError, "data.train='nowhere.jsonl'"),
         ({"data.max_length": 3}, DataError, "no example is left to learn from"),
@@ -293,23 +292,9 @@ def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path)
 TEXTS = {"kind": "causal_lm", "train": "train.jsonl", "reported": {"test": "test.jsonl"}}
 
 
-@pytest.mark.slow
-def test_a_task_of_instructions_is_scored_by_the_probability_of_unseen_tokens(files: Path, tmp_path: Path) -> None:
-    methods = {"pretrained": {"kind": "pretrained"}, "lora": {"kind": "lora", "r": 2}}
-    trials = expand(grid_of(files, tmp_path / "grid", methods, task=TEXTS))
-    before, after = (run_trial(trial, tmp_path / trial.method) for trial in trials)
-    assert after["metric"] == "token_probability"
-    assert after["examples"] == {"train": 50, "held_out": 20, "test": 23}
-    for result in (before, after):
-        found = result["reported"]["test"]
-        assert result["score"] == found["token_probability"] == pytest.approx(math.exp(-found["loss"]))
-        assert found["perplexity"] == pytest.approx(1 / result["score"])
-    assert after["score"] > before["score"]
-
-
 def texts_of(spec: dict[str, Any], files: Path, **options: Any) -> Any:
-    task = TaskSpec("texts", **{"held_out": 0.25, "max_length": 32, **spec})
-    return task_job(task, ModelSpec(str(files / "model")), False, **options)
+    task = TaskSpec(name="texts", **{"held_out": 0.25, "max_length": 32, **spec})
+    return language_job(task, ModelSpec(str(files / "model")), False, **options)
 
 
 def test_a_task_of_plain_text_reads_its_column(files: Path, tmp_path: Path) -> None:
@@ -333,16 +318,6 @@ def test_news_articles_are_a_task_of_plain_text(files: Path) -> None:
     assert {split: len(part) for split, part in tech.parts.items()} == {"train": 240, "held_out": 81, "test": 80}
 
 
-def test_a_wrong_task_of_texts_is_refused(files: Path) -> None:
-    spec = {"kind": "causal_lm", "source": str(files)}
-    with pytest.raises((ConfigError, DataError), match="no such file"):
-        texts_of({**spec, "train": "nope.jsonl"}, files)
-    with pytest.raises((ConfigError, DataError), match=r"again=.*: every example of it is"):
-        texts_of({**spec, "train": "train.jsonl", "reported": {"again": "train.jsonl"}}, files)
-    with pytest.raises((ConfigError, DataError), match=r"train='train/war': bbc-news has no such split"):
-        texts_of({"kind": "causal_lm", "source": "bbc-news", "train": "train/war"}, files)
-
-
 # After training ------------------------------------------------------------------------------------------------------
 
 
@@ -362,14 +337,25 @@ def test_whatever_a_run_leaves_is_asked_as_in_training(files: Path, tmp_path: Pa
     assert prompts == ["Context:\nbird\n\nRequest:\nPlease choose\n\nReply:\n"] * 5
 
 
-def test_a_hub_data_set_is_read(files: Path) -> None:
-    folder = files / "hub"
-    folder.mkdir()
-    shutil.copy(files / "train.jsonl", folder / "train.jsonl")
-    shutil.copy(files / "test.jsonl", folder / "test.jsonl")
-    recipe = make_recipe(
-        values_of(files, "x", **{"data.name": str(folder), "data.train": "train[:50%]", "data.test": "test"})
-    )
-    hub, by_file = (work_of(trial_of(one)).job for one in (recipe, make_recipe(values_of(files, "x"))))
-    assert hub.examples == {"train": 32, "validation": 8, "test": 23}
-    assert hub.eval_sets["test"].to_dict() == by_file.eval_sets["test"].to_dict()
+@pytest.mark.parametrize("kind", ["text", "instructions"])
+def test_a_recipe_and_a_grid_describe_the_same_task_in_the_same_words(files: Path, tmp_path: Path, kind: str) -> None:
+    rows = [{"text": f"bird {noun} king {noun}"} for noun in ("apple", "cloud", "door", "eagle", "fish", "grass")]
+    write_json_lines(tmp_path / "train.jsonl", rows if kind == "text" else questions(6, seed=3))
+    write_json_lines(tmp_path / "test.jsonl", [{"text": "lamp king"}] if kind == "text" else questions(2, seed=4))
+    data = {
+        "kind": "causal_lm",
+        "source": str(tmp_path),
+        "reported": {"test": "test"},
+        "held_out": 0.3,
+        "max_length": 64,
+    }
+    training = {"max_steps": 4, "batch_size": 2, "warmup_steps": 1, "threads": 1}
+    model = str(files / "model")
+    recipe = make_recipe({"model": {"name": model}, "data": data, "training": training})
+    methods = {"aroma": {"kind": "aroma", **GROWING}}
+    grid = {"output": "o", "model": model, "tasks": {tmp_path.name: data}, "methods": methods, "training": training}
+    (cell,) = expand(make_grid(grid))
+    assert cell.task == trial_of(recipe).task
+    result = run_trial(cell, tmp_path / "run")
+    assert result["examples"] == {"train": 4, "held_out": 2, "test": 1 if kind == "text" else 2}
+    assert result["score"] == result["reported"]["test"]["token_probability"]

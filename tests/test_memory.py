@@ -13,10 +13,9 @@ import torch
 from aroma.errors import ConfigError
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.run.work import work_of
-from aroma_lab.specs import TrainSpec
+from aroma_lab.run.work import job_of
+from aroma_lab.specs import TaskSpec, TrainSpec
 from aroma_lab.tasks.memory import BITS, KEY_TOKENS, VOCABULARY, make_pairs, recall
-from aroma_lab.tasks.spec import TaskSpec
 
 LOOP = TrainSpec(max_steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=1, save_steps=3, logging_steps=2)
 AROMA = {"inner_check_interval": 1, "max_inner_steps": 2, "rewarmup_steps": 0}
@@ -34,7 +33,7 @@ def test_pairs_have_different_keys_and_are_the_same_for_the_same_seed() -> None:
     assert int(pairs.max()) < VOCABULARY
     assert torch.equal(pairs, make_pairs(500, 1))
     assert not torch.equal(pairs, make_pairs(500, 2))
-    one, same, other = (work_of(trial_of(seed=seed)).job.load_model().state_dict() for seed in (0, 0, 1))
+    one, same, other = (job_of(trial_of(seed=seed)).load_model().state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 
@@ -81,13 +80,13 @@ def test_more_rank_holds_more_of_many_pairs_and_one_holds_few(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"pairs": 0}, r"tasks\.memory\.pairs=0: give 1 or more"),
-        ({"pairs": 64**3 + 1}, r"tasks\.memory\.pairs=262145: there are 262144 different keys"),
-        ({"width": 12}, r"tasks\.memory\.width=12: attention has 4 heads of even width; give a multiple of 8"),
+        ({"pairs": 0}, r"data\.pairs=0: give 1 or more"),
+        ({"pairs": 64**3 + 1}, r"data\.pairs=262145: there are 262144 different keys"),
+        ({"width": 12}, r"data\.width=12: attention has 4 heads of even width; give a multiple of 8"),
     ],
 )
 def test_a_task_that_cannot_work_is_refused(task: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        work_of(trial_of(**task))
+        job_of(trial_of(**task))
     with pytest.raises(ConfigError, match=r"model='minilm': a task of kind memory makes its own; give made"):
-        work_of(replace(trial_of(), model="minilm"))
+        job_of(replace(trial_of(), model="minilm"))

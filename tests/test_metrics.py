@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 
 from aroma.errors import DataError, NonFiniteError
-from aroma_lab.tasks.classification import encode, load_tokenizer, predict_logits
 from aroma_lab.tasks.metrics import loss_of, metrics_of, score
-from aroma_lab.tasks.model import load_classifier
-from tiny_classifier import examples, save_tiny_bert
 
 
 def classified(predicted, labels, classes=3):
@@ -56,25 +53,3 @@ def test_a_score_is_the_mean_over_splits_of_equal_weight():
         "mismatched": classified([0], [0]),
     }
     assert score("accuracy", by_split) == pytest.approx((4 / 7 + 1) / 2)
-
-
-@pytest.mark.parametrize("batch_size", [3, 64])
-def test_every_example_is_predicted_exactly_once_in_its_place_whatever_the_batch(tmp_path, batch_size):
-    base = str(save_tiny_bert(tmp_path / "model"))
-    tokenizer = load_tokenizer(base, 8)
-    texts = [f"w{number}" if number % 2 else f"w{number} w1 w2" for number in range(10)]
-    data = encode(examples(texts, [0, 1] * 5), tokenizer, 8)
-    model = load_classifier(base, ("a", "b"), 0)
-    seen, sizes = [], []
-    model.register_forward_pre_hook(
-        lambda _, args, inputs: seen.extend(inputs["input_ids"][:, 1].tolist()), with_kwargs=True
-    )
-    logits = predict_logits(model, data, tokenizer, batch_size, sizes.append)
-    assert seen == [ids[1] for ids in data["input_ids"]]
-    assert len(set(seen)) == 10
-    assert sum(sizes) == 10
-    alone = predict_logits(model, data, tokenizer, 1, lambda _: None)
-    np.testing.assert_allclose(logits, alone, atol=1e-5)
-    labels = np.array([0, 1] * 5)
-    hits = [int(row.argmax() == label) for row, label in zip(alone, labels, strict=True)]
-    assert metrics_of("classification", logits, labels)["accuracy"] == pytest.approx(sum(hits) / 10)

@@ -195,13 +195,11 @@ def test_a_trainer_leaves_a_report_and_adds_a_later_evaluation(tmp_path):
 
 
 def test_guessing_is_answering_with_the_commonest_label():
-    class Part(dict):
-        pass
-
     def job(kind, names, train, test):
         return ClassifierJob(
             None,
             Task(kind, names, "text", None, "label", 8),
+            "accuracy",
             {"train": {"labels": train}, "test": {"labels": test}},
             None,
         )

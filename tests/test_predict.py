@@ -185,10 +185,10 @@ def test_a_language_model_writes_what_plain_peft_writes(tmp_path: Path, capsys: 
     ("content", "options", "message"),
     [
         ("text,label\na,b\n", [], "no aroma_task.json, as adapters that `aroma train` saves, so its columns are not"),
-        ("text\na\n", ["--text", "words"], "--text='words': data (row 1) has no such column; its columns are 'text'"),
+        ("text\na\n", ["--text", "words"], "data (row 1): it has no column 'words'; its columns are 'text'"),
         ("text,label\n", ["--text", "text"], "it has no rows; give at least one"),
         ("text,label\na,b\nc\n", ["--text", "text"], "line 3: its number of fields is not that of the"),
-        ("text,label\na,b\n,b\n", ["--text", "text"], "data (row 2)=None: a text is missing in column 'text'"),
+        ("text,label\na,b\n,b\n", ["--text", "text"], "data (row 2)=None: nothing is in column 'text'"),
         ("text,prediction\na,b\n", ["--text", "text"], "it has a column 'prediction', which a prediction would over"),
         ("text\na\n", ["--text", "text", "--batch-size", "0"], "--batch-size=0: give 1 or more"),
         ("text\na\n", ["--text", "text", "--max-length", "99"], "data.max_length=99"),
@@ -205,19 +205,6 @@ def test_what_cannot_be_answered_is_one_clear_error(
     assert message in told
     assert told.count("error: ") == 1
     assert os.listdir(tmp_path) == []
-
-
-def test_nothing_is_overwritten_unasked(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.csv"
-    out.write_text("mine")
-    arguments = ["predict", str(home / "named"), str(home / "rows.csv"), "--text", "text", "--out"]
-    assert main([*arguments, str(out)]) == 2
-    assert "out.csv': it exists, and nothing is overwritten; give another name, or --force" in capsys.readouterr().err
-    assert out.read_text() == "mine"
-    assert main([*arguments, str(tmp_path / "out.xlsx")]) == 2
-    assert "unknown format; its name must end in .csv or .jsonl" in capsys.readouterr().err
-    assert main([*arguments, str(out), "--force"]) == 0
-    assert len(out.read_text().splitlines()) > 11
 
 
 # Evaluation without aroma_task.json ----------------------------------------------------------------------------------

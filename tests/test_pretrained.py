@@ -17,8 +17,7 @@ from aroma_lab.language.evaluate import evaluate_questions
 from aroma_lab.language.model import LoadedModel
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.specs import TrainSpec
-from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.specs import TaskSpec, TrainSpec
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 from trial_runs import read, save_material
 

@@ -351,7 +351,7 @@ def test_a_recorded_run_is_read(tmp_path):
     folder = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma", trained_rank=2.0)
     facts = run_facts(folder)
     lines = [(line.name, line.metrics.get("accuracy")) for line in facts.results]
-    assert lines == [("held-out training examples", None), ("test", 0.8)]
+    assert lines == [("held-out examples", None), ("test", 0.8)]
     assert facts.lora_parameters == 8 * 500
     assert facts.command == "aroma lab run grid.yaml 'seeds=[0]' --tasks mrpc --methods aroma"
     edit(folder / "result.json", lambda result: result.update(examples={"train": 100, "pairs": 100}))

@@ -39,9 +39,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"name": str(folder / "model")},
         "data": {
             "train": str(folder / "train.jsonl"),
-            "test": str(folder / "test.jsonl"),
+            "reported": {"test": str(folder / "test.jsonl")},
             "max_length": 10,
-            "validation_fraction": 0.2,  # leaves 96: accelerate would fill a last batch up with others
+            "held_out": 0.2,  # leaves 96: accelerate would fill a last batch up with others
         },
         "adapter": {"max_inner_steps": 8, "inner_check_interval": 4, "rewarmup_steps": 2, "outer_tolerance": 0.02},
         "training": {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 4, "save_steps": 10},

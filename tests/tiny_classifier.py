@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
-
-from aroma_lab.tasks.data import make_examples
-from aroma_lab.tasks.spec import Layout
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -57,15 +53,3 @@ def write_json_lines(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write an object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def examples(
-    texts: list[str],
-    labels: Sequence[float],
-    pairs: list[str] | None = None,
-    names: tuple[str, ...] | None = ("a", "b"),
-) -> Any:
-    """Return examples of a classification with class indices, or of a regression (`names=None`)."""
-    values = list(labels) if names is None else [names[int(label)] for label in labels]
-    columns: dict[str, list[Any]] = {"text": texts, "label": values} | ({} if pairs is None else {"pair": pairs})
-    return make_examples("examples", Layout("text", None if pairs is None else "pair", "label"), columns, names)

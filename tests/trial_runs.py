@@ -16,8 +16,7 @@ import torch
 from aroma_lab.run import recorder
 from aroma_lab.run.run import join, run_trial
 from aroma_lab.run.trial import Trial, load_trial
-from aroma_lab.specs import TrainSpec
-from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.specs import TaskSpec, TrainSpec
 from tiny_classifier import WORDS, save_tiny_bert, write_json_lines
 
 STEPS, SAVE_STEPS, LAST = 18, 5, 15

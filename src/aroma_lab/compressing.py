@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import compress as chosen
@@ -32,11 +32,10 @@ from .language.model import load_for_inference, load_language_task, model_source
 from .preflight import require_model
 from .progress import Progress
 from .specs import ModelSpec
-from .tasks.data import checked_values, named_labels
+from .tasks.data import checked_examples
 from .tasks.saved import known_by_base, open_classifier
-from .tasks.sources import read_file
-from .tasks.spec import Layout, common_layouts
-from .tasks.task import TASK_FILE, Task, load_task, save_task
+from .tasks.sources import fitting_columns, read_located
+from .tasks.task import TASK_FILE, Layout, Task, common_layouts, load_task, save_task
 
 REPORT, PICTURE, WEIGHTS = "compression.json", "ranks.png", "adapter_model.safetensors"
 _TOKENS = 1024
@@ -148,19 +147,19 @@ def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes
     if (folder / TASK_FILE).exists():
         known = load_task(folder)
         layouts = [Layout(want.text or known.text, want.text_pair or known.text_pair, want.label or known.label)]
-    index, columns = read_file("--data", data, [one.columns() for one in layouts])
-    layout, adapter = layouts[index], known_by_base(folder, want.base)
+    located = read_located("--data", data)
+    layout = layouts[fitting_columns(located, [one.columns() for one in layouts])]
+    adapter = known_by_base(folder, want.base)
     saved = open_classifier(
-        folder, adapter=adapter, base_model=want.base, max_length=want.max_length, **asdict(layout)
+        folder, adapter=adapter, base_model=want.base, max_length=want.max_length, **layout._asdict()
     )
     if saved.is_multi_label:
         raise bad_value("adapter", str(folder), "an example has several labels; use aroma.compress(model, batches)")
     task, tokenizer = saved.task, saved.tokenizer
-    columns[layout.label] = named_labels(columns[layout.label], task.label_names)
-    values = checked_values("--data", layout, columns, task.label_names)
-    encoded = tokenizer(values["text"], values.get("pair"), truncation=True, max_length=task.max_length)
-    rows = {**encoded, "labels": values["labels"]}
-    batches = _batches(data, rows, DataCollatorWithPadding(tokenizer), want.batch_size or 16)
+    examples = checked_examples(located, task)
+    texts, pairs, labels = ([one.get(key) for one in examples] for key in ("text", "pair", "labels"))
+    encoded = tokenizer(texts, pairs if task.text_pair else None, truncation=True, max_length=task.max_length)
+    batches = _batches(data, {**encoded, "labels": labels}, DataCollatorWithPadding(tokenizer), want.batch_size or 16)
     base = base_of(adapter, want.base)
     base.config.pad_token_id = tokenizer.pad_token_id  # of decoders, which pool at the last other token
     return _Asked(placed(with_adapter(base, folder, ModelSpec(name))), batches, task)

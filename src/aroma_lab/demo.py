@@ -18,12 +18,11 @@ from aroma.pictures import MatrixRank, draw_ranks, save_picture
 
 from .run.run import run_trial
 from .run.trial import Trial
-from .specs import TrainSpec, check_training
+from .specs import TaskSpec, TrainSpec, check_training
 from .tasks.articles import BBC_NEWS, SOURCE, load_articles, split_articles
 from .tasks.model import ENCODER_SOURCE, packaged_encoder
-from .tasks.spec import TaskSpec
 
-TASK = TaskSpec("bbc-news", source=BBC_NEWS, max_length=16)
+TASK = TaskSpec(name="bbc-news", source=BBC_NEWS, max_length=16)
 """The first 16 tokens of an article, hardly more than its headline: with more of them a head alone does as well."""
 TRAINING = TrainSpec(
     max_steps=150,  # each article once and a half

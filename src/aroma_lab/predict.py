@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aroma.errors import DataError, NonFiniteError, bad_value
+from aroma.errors import NonFiniteError, bad_value
 from aroma.files import replacing
 
-from .tasks.classification import encode, predict_logits
+from .tasks.data import checked_texts
 from .tasks.saved import open_classifier
-from .tasks.sources import Row
+from .tasks.sources import Located, Row
+from .tasks.task import Layout
 
-SUFFIXES = (".csv", ".jsonl")
 PREDICTION, PROBABILITIES, FINISHED = "prediction", "probabilities", "finished"
 PROBABILITY = "probability_"
 """Beginning of the column of a label's probability in CSV."""
@@ -42,25 +42,16 @@ def classify(
         NonFiniteError: An answer is NaN or infinite.
         AromaError: The adapter or its base model cannot be loaded; see `open_classifier`.
     """
-    from datasets import Dataset
+    from numpy import isfinite
     from scipy.special import expit, softmax
 
     saved = open_classifier(
         folder, base_model=base_model, text=text, text_pair=text_pair, max_length=max_length, needs_label=False
     )
-    task, tokenizer = saved.task, saved.tokenizer
-    texts = {"text": _texts(rows, "--text", task.text)}
-    if task.text_pair is not None:
-        texts["pair"] = _texts(rows, "--text-pair", task.text_pair)
-    # Rows of similar lengths are answered together, so that there is little padding.
-    order = sorted(range(len(rows)), key=lambda number: -sum(len(column[number]) for column in texts.values()))
-    data = Dataset.from_dict({name: [column[number] for number in order] for name, column in texts.items()})
-    encoded = encode(data, tokenizer, task.max_length)
-    logits = predict_logits(saved.load(), encoded, tokenizer, batch_size, on_batch).astype("float64")
-    logits[order] = logits.copy()
-    for number, row in enumerate(logits, start=1):
-        if not abs(row).max() < float("inf"):
-            raise NonFiniteError(f"data (row {number}): the model's answer is NaN or infinite; check the model")
+    task = saved.task
+    logits = saved.answer(checked_texts(_located(rows), task.layout), batch_size, on_batch).astype("float64")
+    for number in (~isfinite(logits).all(axis=1)).nonzero()[0]:
+        raise NonFiniteError(f"data (row {number + 1}): the model's answer is NaN or infinite; check the model")
     if task.label_names is None:
         return [{PREDICTION: value} for value in logits[:, 0].tolist()]
     shares = (expit(logits) if saved.is_multi_label else softmax(logits, axis=-1)).tolist()
@@ -98,8 +89,9 @@ def respond(
 
     if max_new_tokens < 1:
         raise bad_value("--max-new-tokens", max_new_tokens, "give 1 or more")
-    asked = rows if text is None else [{"prompt": prompt} for prompt in _texts(rows, "--text", text)]
-    chats = [messages_of(f"data (row {number})", row) for number, row in enumerate(asked, start=1)]
+    if text is not None:
+        rows = [{"prompt": row["text"]} for row in checked_texts(_located(rows), Layout(text, None, ""))]
+    chats = [messages_of(where, row) for where, row in _located(rows)]
     loaded = load_for_inference(folder, base_model)
     found = generate_batch(loaded, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, on_batch=on_batch)
     return [{PREDICTION: answer.text, FINISHED: answer.finished} for answer in found]
@@ -125,16 +117,8 @@ def write_answers(path: Path, rows: Sequence[Row], answers: Sequence[Row]) -> No
             table.writerow({key: _as_json(one) if isinstance(one, list | dict) else one for key, one in row.items()})
 
 
-def _texts(rows: Sequence[Row], option: str, column: str) -> list[str]:
-    for number, row in enumerate(rows, start=1):
-        if column not in row:
-            there = ", ".join(map(repr, row))
-            remedy = f"data (row {number}) has no such column; its columns are {there}"
-            raise bad_value(option, column, remedy, DataError)
-        if row[column] in (None, ""):
-            remedy = f"a text is missing in column {column!r}; fill it in, or leave the row out"
-            raise bad_value(f"data (row {number})", row[column], remedy, DataError)
-    return [str(row[column]) for row in rows]
+def _located(rows: Sequence[Row]) -> list[Located]:
+    return [(f"data (row {number})", row) for number, row in enumerate(rows, start=1)]
 
 
 def _as_json(value: Any) -> str:

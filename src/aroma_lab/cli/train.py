@@ -63,12 +63,13 @@ def run(arguments: argparse.Namespace) -> None:
     require_extra("lab")
     from ..preflight import check_sources
     from ..run.recipe import check_output, load_recipe
+    from ..specs import LANGUAGE_KINDS
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     # Here, too: before PyTorch is loaded.
     check_output(recipe, arguments.resume)
     check_sources(recipe)
-    if recipe.data.task == "causal_lm":
+    if recipe.data.kind in LANGUAGE_KINDS:
         require_extra("language")
 
     from aroma.cli.quiet import quiet
@@ -114,7 +115,7 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("split", *result["held_out"])
-    for split, metrics in {"validation": result["held_out"], **result["reported"]}.items():
+    for split, metrics in {"held out": result["held_out"], **result["reported"]}.items():
         table.add_row(split, *(f"{value:.4f}" for value in metrics.values()))
     ranks = result["ranks"].values()
     frozen = sum(state == "frozen" for state in result["states"].values())

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from aroma.errors import DataError, bad_value
 
-from ..tasks.sources import read_hub, read_rows
+from ..tasks.sources import read_located
 
 Messages = list[dict[str, str]]
 """A chat as chat templates take it: messages, each with `role` and `content`."""
@@ -28,40 +27,20 @@ class Example:
     """
 
     content: Messages | str
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
-def load_examples(
-    key: str, path: str, text: str | None = None, hub: tuple[str, str | None] | None = None
-) -> list[Example]:
-    """Read every row of a file, or of several joined by `+`: `messages`, `prompt` and `completion`, `text`, or
-    LLM-Adapters' `instruction`, `input` and `output`. An empty response stays, as an empty message.
+def load_examples(key: str, path: str, text: str | None = None) -> list[Example]:
+    """Read every row of a file, or of several joined by `+`; see `example_of`.
 
     Args:
         key: The recipe's key of the file, for errors.
-        path: The file, or the split of a data set on the hub.
-        text: Column of plain text, whatever other columns there are; None: as above.
-        hub: Name and configuration of that data set; None: a file.
+        text: Column of plain text, whatever other columns there are; None: as in `example_of`.
 
     Raises:
         DataError: No such file, no rows, or a damaged row, with its number.
     """
-    if hub is not None:
-        known = [["messages"], ["instruction", "input", "output"], *map(list, _PAIRS), ["text"]]
-        _, columns = read_hub(key, path, *hub, known if text is None else [[text]])
-        named = {hub[0]: [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]}
-    else:
-        named = {file: read_rows(key, file) for file in joined_files(path)}
-    return [
-        _example(f"{key} ({file}, row {number})", row, text)
-        for file, rows in named.items()
-        for number, row in enumerate(rows, start=1)
-    ]
-
-
-def joined_files(path: str) -> list[str]:
-    """Return the paths of several files joined by `+`, or of the one file that there is."""
-    return [path] if Path(path).exists() else path.split("+")
+    return [example_of(where, row, text) for where, row in read_located(key, path)]
 
 
 def messages_of(where: str, row: Mapping[str, Any]) -> Messages:
@@ -83,7 +62,13 @@ def messages_of(where: str, row: Mapping[str, Any]) -> Messages:
     return [_message("user", f"{asked}\n\n{given}" if given.strip() else asked)]
 
 
-def _example(where: str, row: Mapping[str, Any], text: str | None) -> Example:
+def example_of(where: str, row: Mapping[str, Any], text: str | None = None) -> Example:
+    """Return the example of a row: `messages`, `prompt` and `completion`, `text`, or LLM-Adapters' `instruction`,
+    `input` and `output`; with `text` that column. An empty response stays, as an empty message.
+
+    Raises:
+        DataError: A damaged row.
+    """
     reply = next((reply for asked, reply in _PAIRS if asked in row and "messages" not in row), None)
     if text is None and ("messages" in row or reply):
         messages, said = messages_of(where, row), row.get(reply or "")
@@ -149,20 +134,17 @@ class Question:
 
 
 def load_questions(key: str, path: str) -> list[Question]:
-    """Read every row of a file, or of several joined by `+`, as a question.
+    """Read every row of a file, or of several joined by `+`, as a question; see `question_of`."""
+    return [question_of(where, row) for where, row in read_located(key, path)]
+
+
+def question_of(where: str, row: Mapping[str, Any]) -> Question:
+    """Return the question of a row.
 
     Raises:
-        DataError: No such file, or a damaged row, with its number: a missing value, an instruction that does not end
-            with a line such as `Answer format: a/b/c`, or an answer that is not listed or not the end of the output.
+        DataError: A missing value, an instruction that does not end with a line such as `Answer format: a/b/c`, or an
+            answer that is not listed or not the end of the output.
     """
-    return [
-        _question(f"{key} ({file}, row {number})", row)
-        for file in joined_files(path)
-        for number, row in enumerate(read_rows(key, file), start=1)
-    ]
-
-
-def _question(where: str, row: Mapping[str, Any]) -> Question:
     instruction, output, answer = (_text(where, row.get(name)) for name in ("instruction", "output", "answer"))
     output, answer = output.strip(), answer.strip()
     listed = _ANSWER_FORMAT.findall(instruction)

@@ -43,7 +43,7 @@ def run_facts(folder: str | os.PathLike[str]) -> RunFacts:
     early = f"It stopped early, after {row['steps']:,} of {row['planned_steps']:,} planned steps."
     of_rank_1 = result["parameters"]["average"] / result["trained_rank"] if result.get("trained_rank") else None
     return RunFacts(
-        title=str(row["task"]) if trial.get("data") is None else files.root.resolve().name,
+        title=files.root.resolve().name if files.recipe.is_file() else str(row["task"]),
         about=[f"model {Path(trial['model']).name}", f"method {row['method']}", f"seed {row['seed']}"],
         results=_results(trial, result),
         metric=metric,
@@ -73,9 +73,7 @@ def run_facts(folder: str | os.PathLike[str]) -> RunFacts:
 
 
 def _results(trial: Mapping[str, Any], result: Mapping[str, Any]) -> list[Result]:
-    held_out = "held-out training examples" if holds_out(result) else "what is trained on"
-    if trial.get("data") is not None:
-        held_out = "validation"
+    held_out = "held-out examples" if holds_out(result) else "what is trained on"
     guessed = result.get("guessed") or {}
     splits = [*result["reported"]] or [*guessed]
     return [

@@ -15,12 +15,9 @@ from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import new_folder
 
-from ..settings import describe, flatten, load_values, typed, typed_fields
-from ..specs import Recipe, adapter_keys
-from ..tasks.spec import TaskSpec
+from ..settings import describe, flatten, load_values, section_of, typed_fields
+from ..specs import Recipe, TaskSpec, adapter_keys
 from .trial import Trial, TrialFiles
-
-_WHOLE = "a recipe"
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
@@ -38,28 +35,24 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key (the nearest is named), or a value of a wrong type or out of range.
     """
-    kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
-    given: dict[str, Any] = {name: {} for name in (*kinds, "adapter", "")}
-    for key, value in flatten(values, given).items():
-        section, dot, name = key.partition(".")
-        known = dot and section in kinds.keys() | {"adapter"}
-        given[section if known else ""][name if known else key] = value
-    top = given.pop("")
-    for section in given.keys() & top.keys():
-        raise bad_value(section, top[section], f"it is a section; give it keys, as {section}.NAME")
-    if top.keys() - {"output"}:  # refused, with the nearest of all keys
-        typed_fields(dict.fromkeys((key for key, _, _ in recipe_help()), Any), top, "", _WHOLE)
-    made = {name: kind(**typed_fields(kind, given[name], name, _WHOLE)) for name, kind in kinds.items()}
-    recipe = Recipe(**made, **{key: typed(key, value, str) for key, value in top.items()})
-    if not given["adapter"]:
-        return recipe
-    types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
-    return replace(recipe, adapter=typed_fields(types, given["adapter"], "adapter", _WHOLE))
+    sections: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
+    flat, types = flatten(values, (*sections, "adapter")), {"output": str}
+    for section, kind in sections.items():
+        types |= {f"{section}.{name}": hint for name, hint in get_type_hints(kind).items()}
+    del types["data.name"]  # a recipe's task is named after its data
+    if any(key.startswith("adapter.") for key in flat):  # else PyTorch need not be loaded
+        types |= {f"adapter.{name}": key.type for name, key in adapter_keys().items()}
+    given = typed_fields(types, flat, whole="a recipe")
+    made = {name: kind(**section_of(given, name)) for name, kind in sections.items()}
+    output = {"output": given["output"]} if "output" in given else {}
+    return Recipe(adapter=section_of(given, "adapter"), **made, **output)
 
 
 def recipe_help() -> Iterator[tuple[str, Any, str]]:
     """Yield key, default and meaning of every field of a recipe, in the order of the file."""
     for key, default, meaning in describe(Recipe):
+        if key == "data.name":
+            continue
         if key != "adapter":
             yield key, default, meaning
             continue
@@ -70,22 +63,29 @@ def recipe_help() -> Iterator[tuple[str, Any, str]]:
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe, defaults included, atomically."""
     adapter = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
-    write_text(path, yaml.safe_dump({**asdict(recipe), "adapter": adapter}, sort_keys=False, allow_unicode=True))
+    content = {**asdict(recipe), "adapter": adapter}
+    del content["data"]["name"]
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def task_of(recipe: Recipe) -> TaskSpec:
+    """Return the task of a recipe, named for tables after its configuration, its source, or its training file."""
+    data = recipe.data
+    path = data.source or Path((data.train or "").partition("+")[0]).stem
+    name = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
+    return replace(data, name=name, reported=data.reported or {})
 
 
 def trial_of(recipe: Recipe) -> Trial:
     """Return the one trial that a recipe is; components are drawn by its seed unless the adapter has its own."""
-    data, seed = recipe.data, recipe.training.seed
-    # For tables: of the data set's configuration, the data set, or the training file.
-    path = data.name or Path((data.train or "").partition("+")[0]).stem
-    name = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
+    task, seed = task_of(recipe), recipe.training.seed
     options = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
     if options["component_seed"] is None:
         options["component_seed"] = seed
     return Trial(
-        name=f"{name}/aroma/seed-{seed}",
+        name=f"{task.name}/aroma/seed-{seed}",
         model=recipe.model.name or "",
-        task=TaskSpec(name=name),
+        task=task,
         method="aroma",
         kind="aroma",
         options=options,
@@ -93,7 +93,6 @@ def trial_of(recipe: Recipe) -> Trial:
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
         gguf_file=recipe.model.gguf_file,
-        data=data,
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -161,22 +161,18 @@ class EventLog:
             stream.write(json.dumps(event.as_dict()) + "\n")
 
 
-def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str, Any]:
-    """Return the content of `history.json`: the Trainer's `log_history`, with the evaluations of `splits`."""
+def history_of(log: Iterable[dict[str, Any]], split: str) -> dict[str, Any]:
+    """Return the content of `history.json`: the Trainer's `log_history`, with the evaluations of a split."""
     history: dict[str, list[Any]] = {"loss": [], "learning_rate": [], "evaluations": []}
     for entry in log:
         for name in ("loss", "learning_rate"):
             if name in entry:
                 history[name].append([entry["step"], entry[name]])
-        # The longest name first: of the splits "test" and "test_b", the second's metrics begin with the first's name.
-        for split in sorted(splits, key=len, reverse=True):
-            prefix = f"eval_{split}_"
-            # Sorted, because they are in the checkpoint that a resumed run goes on from.
-            found = {key.removeprefix(prefix): entry[key] for key in sorted(entry) if key.startswith(prefix)}
-            metrics = {name: value for name, value in found.items() if name not in EVALUATION_COSTS}
-            if metrics:
-                history["evaluations"].append({"step": entry["step"], "split": split, **metrics})
-                break
+        # Sorted, because they are in the checkpoint that a resumed run goes on from.
+        found = {key.removeprefix(f"eval_{split}_"): entry[key] for key in sorted(entry) if f"eval_{split}_" in key}
+        metrics = {name: value for name, value in found.items() if name not in EVALUATION_COSTS}
+        if metrics:
+            history["evaluations"].append({"step": entry["step"], "split": split, **metrics})
     return history
 
 

@@ -14,7 +14,6 @@ from aroma.integrations.callback import AromaCallback
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
 from ..methods.head import pooler_of
-from ..tasks.classification import ClassifierJob
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
@@ -31,11 +30,11 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
         trainer: It has trained if the method does.
         predictions: By split: the held-out and, if the trial reports, the reported examples.
     """
-    trial, method, work, recorder = run.trial, run.method, run.work, run.recorder
-    job, curve, model = work.job, recorder.curve, trainer.model
+    trial, method, job, recorder = run.trial, run.method, run.job, run.recorder
+    curve, model = recorder.curve, trainer.model
     steps, ranks, components = trainer.state.global_step, method.ranks(model), method.components(model)
-    held_out = predictions[work.held_out]
-    reported = {split: one.metrics for split, one in predictions.items() if split != work.held_out}
+    held_out = predictions[job.evaluated[0]]
+    reported = {split: one.metrics for split, one in predictions.items() if one is not held_out}
     # Made tasks are always evaluated on fresh examples too. A recipe may have none but those that validate.
     is_reported = bool(reported) and trial.purpose == "report"
     events = run.files.events.read_text(encoding="utf-8").splitlines()
@@ -51,13 +50,13 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
         "resolved_options": method.resolved_options(),
         "seed": trial.training.seed,
         "purpose": trial.purpose,
-        "metric": work.metric,
-        "score": score(work.metric, reported if is_reported else {work.held_out: held_out.metrics}),
+        "metric": job.metric,
+        "score": score(job.metric, reported if is_reported else {job.evaluated[0]: held_out.metrics}),
         "checkpoint": trial.training.checkpoint,
         "held_out": held_out.metrics,
         "held_out_loss": held_out.loss,
         "reported": reported,
-        "guessed": {split: job.guess(split) for split in predictions} if isinstance(job, ClassifierJob) else {},
+        "guessed": {split: guess for split in predictions if (guess := job.guess(split))},
         "examples": job.examples,
         "asked_examples": len(run.held_out or []),  # of those of training: the method held them out
         "notes": list(job.notes),
@@ -84,11 +83,11 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
         "processes": run.processes.num_processes,
         **run.provenance,
     }
-    if work.planted is not None:
+    if job.planted is not None:
         from ..tasks.planted import compare_ranks
 
         began = {name: changes[0][1] for name, changes in curve.ranks.items()}
-        result["planted"] = compare_ranks(work.planted, ranks, began)
+        result["planted"] = compare_ranks(job.planted, ranks, began)
     return result
 
 

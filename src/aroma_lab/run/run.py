@@ -27,13 +27,13 @@ from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
-from ..training.job import Job, TrainerKind
+from ..training.job import Job
 from ..training.trainer import logits_alone, make_trainer, training_arguments
 from .machine import provenance
 from .recorder import EventLog, Recorder, history_of
 from .result import result_of
 from .trial import Trial, TrialFiles, differing_keys, load_trial, save_trial
-from .work import Work, work_of
+from .work import job_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +77,7 @@ def run_trial(
         if processes.is_main_process:
             files.root.mkdir(parents=True, exist_ok=True)
             save_trial(trial, files.trial)
-            on_start(run.work.job)
+            on_start(run.job)
         processes.wait_for_everyone()
         result = _train_and_evaluate(run, progress)
         if processes.is_main_process:
@@ -146,7 +146,7 @@ class Run:
 
     Args:
         processes: Those that train it.
-        work: Its examples and what they are scored by.
+        job: Its examples and what they are scored by.
         train: The examples that it trains on.
         held_out: Those that the method asks instead; see `Method.hold_out`.
         steps: Planned optimizer steps.
@@ -158,7 +158,7 @@ class Run:
     files: TrialFiles
     processes: PartialState
     method: Method
-    work: Work
+    job: Job
     train: Dataset
     held_out: Dataset | None
     model: Any
@@ -179,11 +179,11 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
         raise bad_value("quantization", trial.quantization, remedy)
     if processes.num_processes > 1:
         method.require_no_data_option("it is computed by one process; start one")
-    work = work_of(trial)
-    if not isinstance(work.job, ClassifierJob):
+    job = job_of(trial)
+    if not isinstance(job, ClassifierJob):
         remedy = "only classification and regression have the texts that it is computed from; leave it out"
         method.require_no_data_option(remedy)
-    train, held_out = method.hold_out(work.job.train)
+    train, held_out = method.hold_out(job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
         if training.warmup_steps >= steps:
@@ -194,28 +194,22 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
         torch.set_num_threads(training.threads)
     found = provenance()
     set_seed(training.seed)
-    model = method.build(work.job.load_model(), steps)
+    model = method.build(job.load_model(), steps)
     if method.data_option is not None and checkpoint is None:
         model.to(processes.device)
         # Drawn without repetition, with the run's seed.
-        order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
+        order, collator = torch.Generator().manual_seed(training.seed), job.objective.collator
         loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
         batches = [batch.to(processes.device) for batch in islice(loader, INITIALIZATION_BATCHES)]
         method.initialize(model, batches)
     recorder.method = method
-    return Run(trial, files, processes, method, work, train, held_out, model, steps, checkpoint, recorder, found)
+    return Run(trial, files, processes, method, job, train, held_out, model, steps, checkpoint, recorder, found)
 
 
 def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return a method's options; seeds that were left open are the trial's.
-
-    What a method draws from a generator of its own, as AROMA its components, would otherwise be the same in every
-    trial.
-    """
-    if kind not in METHODS:
-        return dict(options)
-    seeds = dict.fromkeys(METHODS[kind].option_types().keys() & {"seed", "component_seed"}, seed)
-    return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
+    """Return a method's options; what it draws by itself, as AROMA its components, has the trial's seed if none."""
+    seeded = METHODS[kind].option_types().keys() & {"seed", "component_seed"} if kind in METHODS else ()
+    return {**options, **{name: seed for name in seeded if options.get(name) is None}}
 
 
 def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:
@@ -234,7 +228,7 @@ def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
     first = run.processes.is_main_process
     if first:  # what was trained is kept before an evaluation may fail
         _leave(run, trainer)
-    predictions = {split: run.work.job.predict(trainer, split) for split in run.work.job.evaluated}
+    predictions = {split: run.job.predict(trainer, split) for split in run.job.evaluated}
     found = [result_of(run, trainer, predictions) if first else {}]
     if run.processes.num_processes > 1:
         broadcast_object_list(found)
@@ -242,17 +236,17 @@ def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
 
 
 def _train(run: Run, progress: bool) -> Trainer:
-    job, training, first = run.work.job, run.trial.training, run.processes.is_main_process
-    sets = {split: job.eval_sets[split] for split in run.work.traced} if training.eval_steps is not None else None
+    job, training, first = run.job, run.trial.training, run.processes.is_main_process
+    held_out = job.evaluated[0]
     at = 0 if run.checkpoint is None else int(run.checkpoint.name.partition("-")[2])
     trainer = make_trainer(
         run.method,
         run.model,
-        run.work.objective,
+        job.objective,
         training,
         run.files.checkpoints,
         run.train,
-        sets,
+        {held_out: job.eval_sets[held_out]} if training.eval_steps is not None else None,
         held_out=run.held_out,
         callbacks=[run.recorder],
         on_event=EventLog(run.files.events, upto=at) if first else None,
@@ -270,7 +264,7 @@ def _train(run: Run, progress: bool) -> Trainer:
 
 def _untrained(run: Run) -> Trainer:
     """Return what evaluates a model that nothing trains, in the precision of those that are trained beside it."""
-    objective = replace(run.work.objective, trainer=TrainerKind())
+    objective = replace(run.job.objective, arguments_class=None)
     loop = replace(run.trial.training, eval_steps=None, save_steps=None, checkpoint="last")
     trainer = Trainer(
         model=run.model,
@@ -291,11 +285,11 @@ def _leave(run: Run, trainer: Trainer) -> None:
     """Write all but the result; on one line, for a curve has thousands of pairs of numbers."""
     files, model = run.files, trainer.model
     curve = {"planned_steps": run.steps, **vars(run.recorder.curve)}
-    history = history_of(trainer.state.log_history, run.work.traced)
+    history = history_of(trainer.state.log_history, run.job.evaluated[0])
     for path, value in ((files.curve, curve), (files.history, history)):
         write_text(path, json.dumps(value, allow_nan=False) + "\n")
     if run.trial.purpose == "report" and run.method.trains:
         shutil.rmtree(files.adapter, ignore_errors=True)  # of an attempt that was killed right here
         files.adapter.mkdir()
         run.method.save(model, files.adapter)
-        run.work.job.describe(model, files.adapter)
+        run.job.describe(model, files.adapter)

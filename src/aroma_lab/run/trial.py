@@ -11,8 +11,7 @@ from typing import Any, Literal
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from ..specs import DataSpec, TrainSpec, check_training
-from ..tasks.spec import TaskSpec
+from ..specs import TaskSpec, TrainSpec, check_training
 
 RUNS = "runs"
 """Folder, in the output of a grid, of the trials' folders."""
@@ -45,7 +44,7 @@ class Trial:
     Args:
         name: Its folder's name below the runs, as `"mrpc/lora-r8/seed-0"`.
         model: Hub name or folder of the pretrained model, or `"minilm"`: the packaged encoder.
-        task: The data, the metric, and what is held out. Where `data` is given, only the name counts.
+        task: The data, the metric, and what is held out.
         method: Label of the method in tables, as `"lora-r8"`.
         kind: Kind of the method; one of `METHODS`.
         options: Fields of the method.
@@ -55,8 +54,6 @@ class Trial:
         dtype: Type of the pretrained weights; see `ModelSpec`.
         quantization: Quantization of the pretrained weights; see `ModelSpec`.
         gguf_file: GGUF file of the pretrained model; see `ModelSpec`.
-        data: The data as a recipe names them, in place of the task's: validation examples are the held-out ones, test
-            examples are reported, and they alone are not evaluated during training. None: the task's.
     """
 
     name: str
@@ -70,7 +67,6 @@ class Trial:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["nf4", "int8"] | None = None
     gguf_file: str | None = None
-    data: DataSpec | None = None
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.name)
@@ -85,12 +81,12 @@ class Trial:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
         """Return the trial of a dict as `asdict` makes it; KeyError or TypeError for an unknown or missing key."""
-        data: Any = values.get("data")
+        if values.get("data", {}) is None:  # a record from before recipes and grids said it in one way
+            values = {key: value for key, value in values.items() if key != "data"}
         sections: dict[str, Any] = {
             "task": TaskSpec(**values["task"]),
             # A record from before there was the choice: the pooler that the checkpoint had was frozen.
             "training": TrainSpec(**{"train_pooler": False, **values["training"]}),
-            "data": None if data is None else DataSpec(**data),
         }
         return cls(**{**values, **sections})
 

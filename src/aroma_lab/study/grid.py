@@ -14,9 +14,8 @@ from typing import Any, Literal, get_type_hints
 from aroma.errors import AromaError, bad_value
 
 from ..run.trial import Trial
-from ..settings import flatten, load_values, typed, typed_fields
-from ..specs import TrainSpec, check_training
-from ..tasks.spec import TaskSpec
+from ..settings import flatten, load_values, section_of, typed, typed_fields
+from ..specs import TaskSpec, TrainSpec, check_training
 
 SECTIONS = ("training", "options", "task")
 """`training.KEY` is a key of the loop, `options.KEY` an option of the method, `task.KEY` a key of the task."""
@@ -157,10 +156,11 @@ def make_grid(values: Mapping[str, Any]) -> Grid:
     """
     types = {**get_type_hints(Grid), **_OF_GRID, "overrides": _LISTED}
     given = typed_fields(types, values)
-    tasks = {
-        name: TaskSpec(name=name, **typed_fields(_types(TaskSpec), keys or {}, f"tasks.{name}"))
-        for name, keys in (given.get("tasks") or {}).items()
-    }
+    tasks = {}
+    for name, keys in (given.get("tasks") or {}).items():
+        values = typed_fields(_types(TaskSpec), keys or {}, f"tasks.{name}")
+        with _under(f"tasks.{name}"):
+            tasks[name] = TaskSpec(name=name, **values)
     methods = {label: keys or {} for label, keys in (given.get("methods") or {}).items()}
     for label, options in methods.items():
         typed(f"methods.{label}.kind", options.get("kind"), str)
@@ -199,12 +199,6 @@ def check_settings(values: Mapping[str, Any], where: str = "", lists: bool = Fal
         types = {key: list[hint] | None for key, hint in types.items()}  # type: ignore[valid-type]
     types |= {key: list | None if lists else Any for key in flat if key.startswith("options.")}
     return typed_fields(types, flat, where)
-
-
-def section_of(settings: Settings, section: str) -> dict[str, Any]:
-    """Return the settings of one section, by the names of its fields."""
-    prefix = f"{section}."
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
 def _overrides(
@@ -309,7 +303,7 @@ def check_trials(trials: Iterable[Trial], to_run: Iterable[Trial]) -> None:
         AromaError: A wrong option, or a task that cannot be read, under the label of the method or the task.
     """
     from ..methods import make_method
-    from ..run.work import work_of
+    from ..run.work import job_of
 
     for trial in _distinct(trials, lambda trial: [trial.kind, trial.options, trial.training.max_steps]):
         with _under(f"methods.{trial.method}"):
@@ -320,7 +314,7 @@ def check_trials(trials: Iterable[Trial], to_run: Iterable[Trial]) -> None:
     in_order = sorted(to_run, key=lambda trial: trial.purpose == "report")
     for trial in _distinct(in_order, lambda trial: [trial.model, asdict(trial.task)]):
         with _under(f"tasks.{trial.task.name}"):
-            work_of(trial)
+            job_of(trial)
 
 
 def _distinct(trials: Iterable[Trial], what: Callable[[Trial], Any]) -> Iterable[Trial]:
@@ -329,10 +323,9 @@ def _distinct(trials: Iterable[Trial], what: Callable[[Trial], Any]) -> Iterable
 
 @contextmanager
 def _under(label: str) -> Iterator[None]:
-    """Put a label before errors that do not begin with it."""
+    """Put a label before errors, in place of the section `data` of a recipe."""
     try:
         yield
     except AromaError as error:
-        if str(error).startswith(f"{label}."):
-            raise
-        raise type(error)(f"{label}: {error}") from error
+        text = str(error)
+        raise type(error)(f"{label}{text[4:]}" if text.startswith("data.") else f"{label}: {text}") from error

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from .model import package_folder
+from .sources import package_folder
 
 BBC_NEWS = "bbc-news"
 """Source of a task on these articles; its splits are `train` and `test`."""

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from transformers import DataCollatorWithPadding
 
 from aroma.errors import bad_value
 
 from ..methods.head import TrainPooler
-from ..specs import ModelSpec
-from ..training.job import Objective, Prediction
-from .metrics import METRICS, loss_of, metrics_of
+from ..specs import HELD_OUT, ModelSpec, TaskSpec
+from ..training.job import Job, Objective, Prediction
+from .data import load_task
+from .metrics import loss_of, metrics_of
 from .model import load_classifier
 from .task import Task, save_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from numpy.typing import NDArray
 
 
 def load_tokenizer(name: str, max_length: int) -> Any:
@@ -66,54 +65,35 @@ def encode(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     return examples.map(tokenize, batched=True, remove_columns=texts, keep_in_memory=True, load_from_cache_file=False)
 
 
-@torch.no_grad()
-def predict_logits(
-    model: Any, data: Dataset, tokenizer: Any, batch_size: int, on_batch: Callable[[int], None]
-) -> NDArray[Any]:
-    """Return a model's logits, shape (examples, outputs), in the order of `data`, in batches padded to their longest.
-
-    Args:
-        model: A sequence classifier; it runs on its own device.
-        data: Tokenized examples.
-        on_batch: Called after each batch with its number of examples.
-    """
-    from torch.utils.data import DataLoader
-
-    inputs: Any = data.select_columns([name for name in data.column_names if name != "labels"])
-    logits = []
-    for batch in DataLoader(inputs, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)):
-        logits.append(model.eval()(**batch.to(model.device)).logits.float().cpu())
-        on_batch(len(logits[-1]))
-    return torch.cat(logits).numpy()
-
-
 @dataclass(frozen=True)
-class ClassifierJob:
-    """A classification or regression for the training loop; it implements `Job`.
+class ClassifierJob(Job):
+    """A classification or regression for the training loop.
 
     Args:
         task: What the outputs mean.
-        parts: Examples by split, `train` among them.
+        metric: Name of the metric that is the score.
+        parts: Examples by split: `train`, held out, reported.
         tokenizer: The model's.
         train_pooler: Whether the encoder's pooler trains with the head; see `TrainSpec`.
     """
 
     model: ModelSpec
     task: Task
+    metric: str
     parts: Mapping[str, Dataset]
     tokenizer: Any
     train_pooler: TrainPooler = "auto"
-    notes = ()
 
     @classmethod
-    def make(
-        cls, model: ModelSpec, task: Task, parts: Mapping[str, Dataset], train_pooler: TrainPooler = "auto"
+    def of(
+        cls, spec: TaskSpec, model: ModelSpec, train_pooler: TrainPooler = "auto", *, reported: bool = True
     ) -> ClassifierJob:
-        """Return the job, with the model's tokenizer; ConfigError if the model takes fewer tokens than the task's."""
+        """Return the job of a task; AromaError if its examples cannot be used, or the model takes fewer tokens."""
         assert model.name is not None, "Recipe and Trial check it"
-        tokenizer = load_tokenizer(model.name, task.max_length)
-        check_positions(model.name, task.max_length)
-        return cls(model, task, parts, tokenizer, train_pooler)
+        data = load_task(spec, reported=reported)
+        tokenizer = load_tokenizer(model.name, spec.max_length)
+        check_positions(model.name, spec.max_length)
+        return cls(model, *data, tokenizer, train_pooler)
 
     @cached_property
     def objective(self) -> Objective:
@@ -122,8 +102,7 @@ class ClassifierJob:
         def metrics(prediction: Any) -> dict[str, float]:
             return metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
 
-        collator = DataCollatorWithPadding(self.tokenizer)
-        return Objective(collator, self.tokenizer, metrics, METRICS[self.task.kind][0])
+        return Objective(DataCollatorWithPadding(self.tokenizer), self.tokenizer, metrics, f"{HELD_OUT}_{self.metric}")
 
     @cached_property
     def train(self) -> Dataset:

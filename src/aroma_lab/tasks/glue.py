@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .spec import Layout
+from .task import Layout
 
 HUB = "nyu-mll/glue"
 """Data set of the hub that has them all, each as a configuration named like the task."""

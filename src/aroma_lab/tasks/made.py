@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..training.job import Objective, Prediction, TrainerKind
+from ..training.job import Job, Objective, Prediction
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,12 +36,12 @@ class Made(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MadeJob:
-    """A made base model that learns a right answer; it implements `Job`.
+class MadeJob(Job):
+    """A made base model that learns a right answer.
 
     Args:
         examples: Numbers of examples by split.
-        evaluated: The splits that are evaluated.
+        evaluated: The splits that are evaluated, the held-out one first.
         metric: Name of the metric that is the score.
         make: Makes models and examples; called once, when they are needed.
         planted: Planted rank by module; None where no ranks are planted.
@@ -57,7 +56,6 @@ class MadeJob:
     planted: Mapping[str, int] | None = None
     tokenizer: Any = None
     counts_items: bool = False
-    notes = ()
 
     @cached_property
     def _made(self) -> Made:
@@ -66,9 +64,15 @@ class MadeJob:
     @cached_property
     def objective(self) -> Objective:
         """Batches and metrics for the Trainer."""
-        made, kind = self._made, TrainerKind(None, partial(TrainingArguments, remove_unused_columns=False))
-        options: Any = {"counts_items": self.counts_items, "evaluate": made.evaluate, "trainer": kind}
-        return Objective(made.collate, self.tokenizer, None, self.metric, **options)
+        return Objective(
+            self._made.collate,
+            self.tokenizer,
+            None,
+            f"{self.evaluated[0]}_{self.metric}",
+            counts_items=self.counts_items,
+            evaluate=self._made.evaluate,
+            arguments_class=partial(TrainingArguments, remove_unused_columns=False),
+        )
 
     @property
     def train(self) -> Dataset:
@@ -89,6 +93,3 @@ class MadeJob:
         rows, batch_size = self._made.parts[split], trainer.args.per_device_eval_batch_size
         measured = self._made.evaluate(trainer.model, rows, batch_size)
         return Prediction({name: value for name, value in measured.items() if name != "loss"}, measured["loss"])
-
-    def describe(self, model: Any, adapter: Path) -> None:
-        """Write nothing: what the adapter is an update of is made from the seed."""

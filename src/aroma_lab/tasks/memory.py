@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..specs import MadeTask
+from aroma.errors import bad_value
+
+from ..specs import TaskSpec
 from .made import Made, MadeJob
 
 if TYPE_CHECKING:
@@ -59,14 +61,14 @@ def make_language_model(layers: int, width: int, seed: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def memory_job(spec: MadeTask, seed: int) -> MadeJob:
+def memory_job(spec: TaskSpec, seed: int) -> MadeJob:
     """Return the job of a task; ConfigError for more pairs than keys, or a width that attention cannot divide."""
     count, width = spec.pairs or _PAIRS, spec.width or _WIDTH
     if count > VOCABULARY**KEY_TOKENS:
-        raise spec.bad("pairs", count, f"there are {VOCABULARY**KEY_TOKENS} different keys; give at most so many")
+        raise bad_value("data.pairs", count, f"there are {VOCABULARY**KEY_TOKENS} different keys; give no more")
     if width % (2 * _HEADS):
         remedy = f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
-        raise spec.bad("width", width, remedy)
+        raise bad_value("data.width", width, remedy)
 
     def make() -> Made:
         from datasets import Dataset

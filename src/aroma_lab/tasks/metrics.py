@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aroma.errors import DataError, NonFiniteError
+from aroma.errors import DataError, NonFiniteError, bad_value
 
-from .spec import TaskSpec
+from ..specs import TaskSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,15 +38,10 @@ def resolve_metric(
     """
     metric = spec.metric or default or METRICS[kind][0]
     if metric not in METRICS[kind]:
-        raise spec.bad("metric", metric, f"no metric of a {kind}; give one of {', '.join(METRICS[kind])}")
+        raise bad_value("data.metric", metric, f"no metric of a {kind}; give one of {', '.join(METRICS[kind])}")
     if metric == "f1" and label_names is not None and len(label_names) != 2:
-        raise spec.bad("metric", metric, f"it is for two classes, and the task has {len(label_names)}; give macro_f1")
+        raise bad_value("data.metric", metric, f"it is for two classes of {len(label_names)}; give macro_f1")
     return metric
-
-
-def language_metric(spec: TaskSpec) -> str:
-    """Return the metric that scores a task for a language model; see `resolve_metric`."""
-    return resolve_metric(spec, spec.kind or "")
 
 
 def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:

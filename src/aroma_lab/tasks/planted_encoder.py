@@ -16,8 +16,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from aroma.errors import DataError, bad_value
 
 from ..methods.head import encoder_linears
-from ..specs import MadeTask
+from ..specs import HELD_OUT, TaskSpec
 from .classification import check_positions, load_tokenizer
+from .data import source_of
 from .made import Made, MadeJob
 from .planted import FRESH, METRIC, GivenModel, deal_ranks, evaluate, planted_update, rows_of, squared_error
 
@@ -96,48 +97,44 @@ def plant(model: nn.Module, ranks: Mapping[str, int], strength: float, generator
     return teacher
 
 
-def encoder_job(
-    spec: MadeTask, held_out: str, seed: int, model: str, texts: Mapping[str, list[str]], max_length: int
-) -> MadeJob:
+def encoder_job(spec: TaskSpec, seed: int, model: str) -> MadeJob:
     """Return the job of a planted encoder.
 
     Args:
-        held_out: Name of the held-out split.
         seed: Of what is planted.
         model: Hub name or folder of the encoder.
-        texts: Texts of the splits `train`, `held_out` and `FRESH`.
-        max_length: Most tokens of a text; the rest is cut off.
 
     Raises:
         ConfigError: No such encoder, a text longer than it takes, or a rank that is larger than its matrices.
+        DataError: The texts cannot be read, or are too few.
     """
-    tokenizer = load_tokenizer(model, max_length)
-    check_positions(model, max_length)
+    texts = split_texts(spec)
+    tokenizer = load_tokenizer(model, spec.max_length)
+    check_positions(model, spec.max_length)
     tokenizer.padding_side = "right"  # as the hidden states are padded
     generator = torch.Generator().manual_seed(seed)
     empty = load_encoder(model, meta=True)
     shapes = {name: empty.get_submodule(name).weight.shape for name in encoder_linears(empty)}
     ranks = deal_ranks(spec, shapes, generator)
-    make = partial(_made_encoder, spec, model, ranks, generator, texts, tokenizer, max_length)
+    make = partial(_made_encoder, spec, model, ranks, generator, texts, tokenizer)
     counts = {split: len(some) for split, some in texts.items()}
-    return MadeJob(counts, (held_out, FRESH), METRIC, make, planted=ranks, tokenizer=tokenizer)
+    return MadeJob(counts, (HELD_OUT, FRESH), METRIC, make, planted=ranks, tokenizer=tokenizer)
 
 
 def _made_encoder(
-    spec: MadeTask,
+    spec: TaskSpec,
     name: str,
     ranks: Mapping[str, int],
     generator: torch.Generator,
     texts: Mapping[str, list[str]],
     tokenizer: Any,
-    max_length: int,
 ) -> Made:
     base = load_encoder(name).eval()
     teacher = plant(base, ranks, _STRENGTH if spec.strength is None else spec.strength, generator).eval()
     targets: list[Tensor] = []
     parts, squared, count = {}, 0.0, 0
     for split, some in texts.items():
-        encoded = tokenizer(some, truncation=True, max_length=max_length)
+        encoded = tokenizer(some, truncation=True, max_length=spec.max_length)
         inputs = [torch.tensor(ids) for ids in encoded["input_ids"]]
         start, goals = len(targets), _hidden_states(teacher, inputs)
         columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
@@ -177,19 +174,20 @@ def _hidden_states(model: nn.Module, inputs: Sequence[Tensor], batch_size: int =
     return [found[place] for place in range(len(inputs))]
 
 
-def split_texts(
-    texts: Sequence[str | None], share: float, seed: int, held_out: str, where: str
-) -> dict[str, list[str]]:
-    """Return different texts by split: `train`, `held_out`, and `FRESH`; the last two have a `share` of them each.
+def split_texts(spec: TaskSpec) -> dict[str, list[str]]:
+    """Return different texts by split: `train`, held out, and `FRESH`; the last two have a share of them each.
 
     Raises:
         DataError: There are too few.
     """
+    rows = source_of(spec).read("train", spec.train or "train")
+    texts = (row.get(spec.text or "text") for _, row in rows)
     different = list(dict.fromkeys(text for text in texts if text and text.strip()))
-    size = int(share * len(different))
+    size = int(spec.held_out * len(different))
     if size < 1 or len(different) - 2 * size < 1:
         remedy = f"{len(different)} different texts cannot be split so; give more, or another share"
-        raise bad_value(where, share, remedy, DataError)
-    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+        raise bad_value("data.held_out", spec.held_out, remedy, DataError)
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(spec.split_seed)).tolist()
     shuffled = [different[place] for place in order]
-    return {"train": shuffled[2 * size :], held_out: shuffled[:size], FRESH: shuffled[size : 2 * size]}
+    train = shuffled[2 * size :][: spec.train_examples]
+    return {"train": train, HELD_OUT: shuffled[:size], FRESH: shuffled[size : 2 * size]}

@@ -7,13 +7,15 @@ its head and by what `aroma_state.json` tells of it; its columns have to be name
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, DataCollatorWithPadding
 
 from aroma.about import unnamed
 from aroma.errors import CheckpointError, bad_value
@@ -23,11 +25,14 @@ from aroma.saved import AdapterWeights, read_adapter, read_config
 from aroma.tuner.state import STATE_FILE
 
 from ..progress import Progress, no_progress
-from .classification import encode, load_tokenizer, predict_logits
-from .data import make_examples, named_labels
+from .classification import encode, load_tokenizer
+from .data import checked_examples
 from .metrics import metrics_of
-from .sources import read_file
+from .sources import Row, fitting_columns, read_located
 from .task import TASK_FILE, Task, load_task
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _LONGEST = 512
 """Tokens of an example, where neither task nor model says it."""
@@ -57,17 +62,36 @@ class SavedClassifier:
     is_multi_label: bool
     tokenizer: Any
 
-    def load(self) -> Any:
-        """Return the model with its adapter, in evaluation mode, on the accelerator if there is one.
+    def answer(
+        self, examples: Sequence[Row], batch_size: int = 32, on_batch: Callable[[int], None] = lambda done: None
+    ) -> NDArray[Any]:
+        """Return logits, shape (examples, outputs), of texts and their pairs, by plain PEFT, on an accelerator if any.
+
+        Args:
+            on_batch: Called after each batch with its number of examples.
 
         Raises:
             CheckpointError: The adapter is damaged.
             ConfigError: The base model cannot be loaded, or is another.
         """
+        from datasets import Dataset
+
+        # Those of similar lengths are answered together, so that there is little padding.
+        texts = [{key: one[key] for key in ("text", "pair") if key in one} for one in examples]
+        order = sorted(range(len(texts)), key=lambda number: -sum(map(len, texts[number].values())))
+        encoded = encode(Dataset.from_list([texts[number] for number in order]), self.tokenizer, self.task.max_length)
         model = load_with_adapter(self.folder, self.base_model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        logits = []
+        for batch in DataLoader(encoded, batch_size=batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer)):
+            with torch.no_grad():
+                logits.append(model(**batch.to(model.device)).logits.float().cpu())
+            on_batch(len(logits[-1]))
+        found = torch.cat(logits).numpy()
+        found[order] = found.copy()
+        return found
 
 
 def open_classifier(
@@ -130,17 +154,16 @@ def evaluate_adapter(
         AromaError: The adapter, its base model or the file cannot be used.
     """
     saved = open_classifier(folder, **options)
-    task = saved.task
     if saved.is_multi_label:
         raise bad_value("adapter", str(folder), "an example has several labels, which no metric here counts")
-    columns = read_file("data", data, [task.layout.columns()])[1]
-    columns[task.label] = named_labels(columns[task.label], task.label_names)
-    examples = make_examples("data", task.layout, columns, task.label_names)
-    model = saved.load()
-    encoded = encode(examples, saved.tokenizer, task.max_length)
+    rows = read_located("data", data)
+    fitting_columns(rows, [saved.task.layout.columns()])
+    examples = checked_examples(rows, saved.task)
     with progress("evaluate", len(examples)) as advance:
-        logits = predict_logits(model, encoded, saved.tokenizer, batch_size, advance)
-    return Evaluation(len(examples), metrics_of(task.kind, logits, np.array(examples["labels"])))
+        logits = saved.answer(examples, batch_size, advance)
+    return Evaluation(
+        len(examples), metrics_of(saved.task.kind, logits, np.array([one["labels"] for one in examples]))
+    )
 
 
 def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:

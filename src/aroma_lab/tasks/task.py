@@ -5,14 +5,35 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from .spec import Layout
-
 TASK_FILE = "aroma_task.json"
+
+
+class Layout(NamedTuple):
+    """Which columns mean what: text, second text (None: single texts), label or number."""
+
+    text: str
+    text_pair: str | None
+    label: str
+
+    def columns(self) -> list[str]:
+        """Return the columns to read."""
+        return [name for name in self if name is not None]
+
+
+def common_layouts(text: str | None, text_pair: str | None, label: str | None) -> list[Layout]:
+    """Return columns by names in common use, pairs first, but for those that are given."""
+    texts: list[tuple[str, str | None]] = [
+        *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")),
+        *(("text1", "text2"), ("text", "text_pair"), ("text", None), ("sentence", None), ("review", None)),
+    ]
+    labels = ("label", "labels", "score") if label is None else (label,)
+    chosen = texts if text is None else [(text, text_pair)]
+    return [Layout(one, other, column) for one, other in chosen for column in labels]
 
 
 @dataclass(frozen=True)
@@ -25,11 +46,6 @@ class Task:
     text_pair: str | None
     label: str
     max_length: int
-
-    @classmethod
-    def of(cls, kind: Any, label_names: tuple[str, ...] | None, layout: Layout, max_length: int) -> Task:
-        """Return the task of examples whose columns are known."""
-        return cls(kind, label_names, layout.text, layout.text_pair, layout.label, max_length)
 
     @property
     def layout(self) -> Layout:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainingArguments
-
-
-@dataclass(frozen=True)
-class TrainerKind:
-    """Whose training loop, as TRL's in place of transformers'.
-
-    Args:
-        trainer_class: A Trainer with `training.trainer.ExactResume` mixed in; None for transformers' own.
-        arguments_class: Makes its arguments from those of `TrainingArguments`; None for `TrainingArguments`.
-    """
-
-    trainer_class: type[Any] | None = None
-    arguments_class: Callable[..., TrainingArguments] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +26,8 @@ class Objective:
             tokens of a language model; False: the mean of the micro-batches' means.
         evaluate: Evaluates a set in place of the Trainer: called with the model, the encoded examples and the batch
             size, it returns metrics by name, `loss` among them. None: the Trainer evaluates.
-        trainer: Whose training loop.
+        trainer_class: A Trainer with `training.trainer.ExactResume` mixed in; None for transformers' own.
+        arguments_class: Makes its arguments from those of `TrainingArguments`; None for `TrainingArguments`.
     """
 
     collator: Any
@@ -49,7 +37,8 @@ class Objective:
     higher_is_better: bool = True
     counts_items: bool = False
     evaluate: Callable[[Any, Dataset, int], dict[str, float]] | None = None
-    trainer: TrainerKind = field(default_factory=TrainerKind)
+    trainer_class: type[Any] | None = None
+    arguments_class: Callable[..., TrainingArguments] | None = None
 
 
 class Prediction(NamedTuple):
@@ -59,38 +48,40 @@ class Prediction(NamedTuple):
     loss: float
 
 
-class Job(Protocol):
-    """A task ready for the one training loop; only a method and a training section are missing."""
+class Job:
+    """A task ready for the one training loop; only a method and a training section are missing.
 
-    @property
-    def objective(self) -> Objective:
-        """What the Trainer makes of the encoded examples."""
+    Attributes:
+        metric: Name of the metric that is the score.
+        planted: Ranks of the right answer by module; None where it is unknown.
+        notes: What a user should know of the examples: how many were cut or left out, and why.
+        objective: What the Trainer makes of the encoded examples.
+        train: The encoded training examples.
+        eval_sets: The encoded examples of the other splits, the held-out ones first.
+        evaluated: The splits that are evaluated at the end. The first is the held-out one, evaluated on the way, too.
+        examples: Numbers of examples by split, of training too.
+    """
 
-    @property
-    def train(self) -> Dataset:
-        """The encoded training examples."""
-
-    @property
-    def eval_sets(self) -> dict[str, Dataset]:
-        """What may be evaluated during training, by split."""
-
-    @property
-    def evaluated(self) -> tuple[str, ...]:
-        """The splits that are evaluated at the end."""
-
-    @property
-    def examples(self) -> dict[str, int]:
-        """Numbers of examples by split, of training too."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of the examples: how many were cut or left out, and why."""
+    metric: str
+    planted: Mapping[str, int] | None = None
+    notes: tuple[str, ...] = ()
+    objective: Any
+    train: Any
+    eval_sets: Any
+    evaluated: Any
+    examples: Any
 
     def load_model(self) -> Any:
         """Return the pretrained model; its head, if it has one, is drawn from the global random numbers."""
+        raise NotImplementedError
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return metrics and loss over the whole of a split."""
+        raise NotImplementedError
+
+    def guess(self, split: str) -> dict[str, float]:
+        """Return the metrics of a split for a constant answer; empty where there is none."""
+        return {}
 
     def describe(self, model: Any, adapter: Path) -> None:
         """Write the tokenizer, and what the outputs of `model` mean, into the folder of its adapter."""

@@ -73,7 +73,7 @@ def make_trainer(
         ConfigError: The method cannot train the model.
     """
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
-    trainer: Trainer = (objective.trainer.trainer_class or MethodTrainer)(
+    trainer: Trainer = (objective.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
         counts_items=objective.counts_items,
         evaluate=objective.evaluate,
@@ -115,7 +115,7 @@ def training_arguments(training: TrainSpec, objective: Objective, folder: str | 
         further["train_sampling_strategy"] = "group_by_length"
     if training.scheduler == "cosine_with_min_lr":
         further["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_lr_ratio}
-    return (objective.trainer.arguments_class or TrainingArguments)(
+    return (objective.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         max_steps=-1 if training.max_steps is None else training.max_steps,
@@ -193,9 +193,7 @@ class ExactResume:
     ) -> None:
         super().__init__(**options)
         self._hooks, self._evaluate_set, self._describe = hooks, evaluate, describe
-        self.add_callback(LossWindow(self))
-        if hooks is not None:  # else AromaCallback does it
-            self.add_callback(CheckpointRecorder())
+        self.add_callback(CheckpointState(self, records=hooks is not None))
         if not counts_items:
             # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
             # mean over their micro-batch, and would be summed up.
@@ -257,12 +255,9 @@ class MethodTrainer(ExactResume, Trainer):
 def load_trained(model: nn.Module, file: Path) -> None:
     """Write trained parameters back into their model; CheckpointError if the file is of another model."""
     saved, parameters = read_tensors(file), trained_tensors(model)
-    for name in sorted(saved.keys() | parameters.keys()):
-        one, other = (tuple(held[name].shape) if name in held else "nothing" for held in (saved, parameters))
-        if one != other:
-            raise CheckpointError(
-                f"{file}: {name} has the shape {one}, and {other} in the model; it is a checkpoint of another run"
-            )
+    shapes = [{name: tuple(one.shape) for name, one in some.items()} for some in (saved, parameters)]
+    if differing := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
+        raise CheckpointError(f"{file}: {differing[0]} has another shape in the model; it is of another run")
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
 
@@ -290,39 +285,21 @@ class EpochLengthSampler(LengthGroupedSampler):
         return order
 
 
-class CheckpointRecorder(TrainerCallback, ExportableState):
-    """Records the files of every checkpoint, as AromaCallback does, so that only whole ones are gone on from."""
+class CheckpointState(TrainerCallback, ExportableState):
+    """Keeps the loss since the last log in checkpoints; else a resumed Trainer would log the mean of fewer steps.
 
-    def __init__(self) -> None:
+    Args:
+        records: Whether it records the files of every checkpoint, too, so that only whole ones are gone on from;
+            AromaCallback does it by itself.
+    """
+
+    def __init__(self, trainer: Any, records: bool) -> None:
+        self._trainer, self._records = trainer, records
         self._training: tuple[TrainingArguments, TrainerState] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin with a training."""
-        self._training = (args, state)
-
-    def state(self) -> dict[str, Any]:
-        """Write the record: the Trainer asks when all files are there but its last."""
-        if self._training is not None:
-            record_save(*self._training, is_complete=False)
-        return {"args": {}, "attributes": {}}
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the record."""
-        record_save(args, state, is_complete=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End with a training."""
-        self._training = None
-
-
-class LossWindow(TrainerCallback, ExportableState):
-    """Keeps the loss since the last log in checkpoints; else a resumed Trainer would log the mean of fewer steps."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On resume, go on with the sum of the checkpoint."""
+        self._training = (args, state)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step > 0 and saved is not None:
             window = saved["attributes"]
@@ -330,6 +307,17 @@ class LossWindow(TrainerCallback, ExportableState):
             self._trainer._globalstep_last_logged = window["logged"]
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint; it asks before the training begins, too."""
+        """Return what the Trainer stores in a checkpoint; it asks when all files are there but its last."""
+        if self._records and self._training is not None:  # it asks before the training begins, too
+            record_save(*self._training, is_complete=False)
         loss, logged = getattr(self._trainer, "_tr_loss", 0.0), getattr(self._trainer, "_globalstep_last_logged", 0)
         return {"args": {}, "attributes": {"loss": float(loss), "logged": logged}}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the record."""
+        if self._records:
+            record_save(args, state, is_complete=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End with a training."""
+        self._training = None
