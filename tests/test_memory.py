@@ -15,7 +15,7 @@ from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.run.work import job_of
 from aroma_lab.specs import TaskSpec, TrainSpec
-from aroma_lab.tasks.memory import BITS, KEY_TOKENS, VOCABULARY, make_pairs, recall
+from aroma_lab.tasks.memory import BITS, KEY_TOKENS, VALUE_TOKENS, VOCABULARY, make_facts, make_pairs, recall
 
 LOOP = TrainSpec(max_steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=1, save_steps=3, logging_steps=2)
 AROMA = {"inner_check_interval": 1, "max_inner_steps": 2, "rewarmup_steps": 0}
@@ -36,6 +36,21 @@ def test_pairs_have_different_keys_and_are_the_same_for_the_same_seed() -> None:
     one, same, other = (job_of(trial_of(seed=seed)).load_model().state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize("templates", [2, 5, 12])
+def test_each_fact_is_held_out_in_one_of_its_templates(templates: int) -> None:
+    pairs = make_pairs(60, 1)
+    trained, held_out = make_facts(pairs, templates)
+    rows = [tuple(row) for row in torch.cat([trained, held_out]).tolist()]
+    assert len(trained) == 60 * (templates - 1)
+    assert len({*rows}) == 60 * templates, "no row is said twice"
+    assert torch.equal(held_out[:, -VALUE_TOKENS:], pairs[:, -VALUE_TOKENS:])
+    marks = held_out[held_out >= VOCABULARY] - VOCABULARY
+    assert marks.tolist() == [number % templates for number in range(60)]
+    keys = held_out[:, :-VALUE_TOKENS]
+    kept = keys[keys < VOCABULARY].view(60, KEY_TOKENS)
+    assert torch.equal(kept.sort(1).values, pairs[:, :KEY_TOKENS].sort(1).values)
 
 
 def test_what_is_recalled() -> None:
@@ -65,6 +80,12 @@ def test_a_run_leaves_what_is_recalled_and_the_ranks(kind: str, options: dict[st
     assert "planted" not in result
 
 
+def test_facts_are_evaluated_in_paraphrases(tmp_path: Path) -> None:
+    result = run_trial(trial_of("evidence", {"r": 2}, pairs=60, templates=3), tmp_path / "run")
+    assert result["examples"] == {"train": 120, "paraphrases": 60}
+    assert result["score"] == result["held_out"]["recalled"]
+
+
 @pytest.mark.slow
 def test_more_rank_holds_more_of_many_pairs_and_one_holds_few(tmp_path: Path) -> None:
     loop = replace(LOOP, max_steps=300, batch_size=50, warmup_steps=15, save_steps=None, scheduler="linear")
@@ -82,6 +103,7 @@ def test_more_rank_holds_more_of_many_pairs_and_one_holds_few(tmp_path: Path) ->
     [
         ({"pairs": 0}, r"data\.pairs=0: give 1 or more"),
         ({"pairs": 64**3 + 1}, r"data\.pairs=262145: there are 262144 different keys"),
+        ({"templates": 13}, r"data\.templates=13: there are 12"),
         ({"width": 12}, r"data\.width=12: attention has 4 heads of even width; give a multiple of 8"),
     ],
 )

@@ -108,10 +108,13 @@ class TaskSpec:
     """Of planted nets: training examples; null: 1,500."""
     pairs: int | None = None
     """Of memory tasks: pairs of key and value to remember; null: 1,000."""
+    templates: int | None = None
+    """Of memory tasks: in how many ways a pair is said, up to 12; each pair is trained in all ways but one, and
+    evaluated in that one. null: one way, in which it is trained and evaluated."""
 
     def __post_init__(self) -> None:
         least = {"max_length": 3, "train_examples": 1, "held_out_examples": 1, "split_seed": 0, "seed": 0}
-        least |= {"noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
+        least |= {"noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1, "templates": 2}
         for key, smallest in least.items():
             if (value := getattr(self, key)) is not None and not value >= smallest:
                 raise bad_value(f"data.{key}", value, f"give {smallest} or more")
