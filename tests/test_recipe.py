@@ -109,7 +109,7 @@ def test_a_resolved_recipe_and_its_trial_come_back_equal(tmp_path):
     assert trial_of(load_recipe(tmp_path / "recipe.yaml")) == trial == Trial.from_dict(asdict(trial))
     assert (trial.name, trial.gguf_file, trial.options["component_seed"]) == ("chats/aroma/seed-3", "m.gguf", 3)
     written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    assert (written["training"]["warmup_steps"], written["adapter"]["r"]) == (100, 1)  # defaults are written out
+    assert (written["training"]["warmup_steps"], written["adapter"]["r"]) == (0.06, 1)  # defaults are written out
 
 
 def test_a_recipe_is_the_trial_of_a_grid_s_cell():

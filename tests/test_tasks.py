@@ -239,6 +239,19 @@ def test_training_examples_that_cannot_be_used_are_refused(tmp_path, content, me
         load_task(TaskSpec(train=write(tmp_path, "d.csv", f"text,label\n{content}"), reported={}))
 
 
+def test_one_message_names_the_problems_of_several_rows_and_the_nearest_column(tmp_path):
+    rows = ["text, label ", *(f"a {number},{'xy'[number % 2]}" for number in range(20))]
+    whole = write(tmp_path, "whole.csv", "\n".join(rows))
+    assert len(load_task(TaskSpec(train=whole, reported={})).parts["train"]) == 18
+    rows[3:10:2] = [",x", "b,", "c,", "d,"]
+    damaged = write(tmp_path, "damaged.csv", "\n".join(rows))
+    said = r"row 3.*column 'text'; fill .*row 5.*column 'label'; fill .*row 7.*; and 1 more rows$"
+    with pytest.raises(DataError, match=said):
+        load_task(TaskSpec(train=damaged, reported={}))
+    with pytest.raises(DataError, match="no column 'lable'; its columns are 'text', 'label'; did you mean 'label'"):
+        load_task(TaskSpec(train=whole, label="lable", reported={}))
+
+
 def test_an_unseen_label_is_refused(own):
     other = write(own, "other.csv", "text,label\na,high\nb,maybe\n")
     with pytest.raises(DataError, match=r"row 2\)='maybe': no training example has this label; they have high, low"):

@@ -155,8 +155,8 @@ class TrainSpec:
     """Learning-rate schedule; the default is the paper's, a cosine down to `min_lr_ratio` of the peak."""
     min_lr_ratio: float = 0.1
     """Where `cosine_with_min_lr` ends, as a share of the peak in [0, 1]."""
-    warmup_steps: int = 100
-    """Optimizer steps of the first warm-up."""
+    warmup_steps: int | float = 0.06
+    """Optimizer steps of the first warm-up; below 1 a share of the run."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW, on adapters and head."""
     max_grad_norm: float = 1.0

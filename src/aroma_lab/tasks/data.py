@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,9 @@ from .glue import GLUE, HUB, GlueTask, glue_key
 from .metrics import resolve_metric
 from .sources import FORMATS, Located, Row, fitting_columns, hub_splits, read_hub, read_located
 from .task import Layout, Task
+
+_SHOWN = 3
+"""Rows with problems that an error names."""
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -228,21 +231,43 @@ def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
     names = task.label_names or ()
     index = {str(number): number for number in range(len(names))} if not any(map(_is_whole, names)) else {}
     index |= {name: number for number, name in enumerate(names)}
-    examples = checked_texts(rows, task.layout)
-    for (where, row), example in zip(rows, examples, strict=True):
+    layout = task.layout
+
+    def example_of(where: str, row: Row) -> Row:
         label = _value(where, row, task.label)
-        example["labels"] = _number(where, label) if task.label_names is None else index.get(str(label))
-        if example["labels"] is None:
+        labels = _number(where, label) if task.label_names is None else index.get(str(label))
+        if labels is None:
             remedy = f"no training example has this label; they have {', '.join(names)}. Mend the label"
             raise bad_value(where, label, remedy, DataError)
-    return examples
+        return {**_texts_of(where, row, layout), "labels": labels}
+
+    fitting_columns(rows, [layout.columns()])
+    return _of_each(rows, example_of)
 
 
 def checked_texts(rows: Sequence[Located], layout: Layout) -> list[Row]:
-    """Return `text` and `pair` (if there are pairs) of every row; DataError for a missing one."""
+    """Return `text` and `pair` (if there are pairs) of every row; DataError for missing ones."""
+    fitting_columns(rows, [[name for name in layout[:2] if name is not None]])
+    return _of_each(rows, lambda where, row: _texts_of(where, row, layout))
+
+
+def _of_each(rows: Sequence[Located], make: Callable[[str, Row], Row]) -> list[Row]:
+    """Return what `make` makes of every row; one DataError names the problems of several."""
+    made, problems = [], []
+    for where, row in rows:
+        try:
+            made.append(make(where, row))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        others = f"; and {len(problems) - _SHOWN} more rows" if len(problems) > _SHOWN else ""
+        raise DataError("; ".join(problems[:_SHOWN]) + others)
+    return made
+
+
+def _texts_of(where: str, row: Row, layout: Layout) -> Row:
     columns = {key: name for key, name in zip(("text", "pair"), layout[:2], strict=True) if name is not None}
-    fitting_columns(rows, [[*columns.values()]])
-    return [{key: str(_value(where, row, name)) for key, name in columns.items()} for where, row in rows]
+    return {key: str(_value(where, row, name)) for key, name in columns.items()}
 
 
 def _value(where: str, row: Row, column: str) -> Any:

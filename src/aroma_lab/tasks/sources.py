@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ def fitting_columns(rows: Sequence[Located], choices: Sequence[Sequence[str]]) -
     lacking = [[name for name in wanted if name not in names] for wanted in choices]
     if nearest := min(lacking, key=len):
         missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
-        remedy = "name them by text, text_pair and label"
-        raise DataError(f"{rows[0][0]}: it has no column {missing}; its columns are {there}; {remedy}")
+        like = get_close_matches(nearest[0], names, n=1)
+        remedy = f"did you mean {like[0]!r}? Name them" if like else "name them"
+        said = f"it has no column {missing}; its columns are {there}; {remedy} by text, text_pair and label"
+        raise DataError(f"{rows[0][0]}: {said}")
     return lacking.index([])
 
 
@@ -130,6 +133,7 @@ def _read_table(file: Path) -> list[Row]:
     rows = []
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, **options)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num}: its number of fields is not that of the first line")
