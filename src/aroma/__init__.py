@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
     from .controller import AromaController
-    from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
     from .events import Event, ModuleSummary
     from .evidence.checkup import Checkup
@@ -36,7 +35,6 @@ _HOMES = {
     "Checkups": "evidence.checkups",
     "Event": "events",
     "EvidenceCallback": "integrations.evidence_callback",
-    "LoraTensors": "engines",
     "ModuleSummary": "events",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
@@ -44,7 +42,6 @@ _HOMES = {
     "compress": "evidence.checkups",
     "hold_out": "integrations.held_out",
     "last_complete_checkpoint": "checkpoint",
-    "lora_tensors": "engines",
     "save_adapter": "checkpoint",
     "verify_adapter": "checkpoint",
     "verify_checkpoint": "checkpoint",
@@ -61,7 +58,6 @@ __all__ = [
     "Checkups",
     "Event",
     "EvidenceCallback",
-    "LoraTensors",
     "ModuleSummary",
     "aroma_layers",
     "attach",
@@ -69,7 +65,6 @@ __all__ = [
     "compress",
     "hold_out",
     "last_complete_checkpoint",
-    "lora_tensors",
     "save_adapter",
     "verify_adapter",
     "verify_checkpoint",

@@ -28,7 +28,6 @@ TUNER_NAMES = {
         "_remap_adapter_state_dict_for_load",
     ),
     "peft.tuners.lora.layer:Linear": (
-        "_move_adapter_to_device_of_base_layer",
         "_cast_input_dtype",
     ),
     "torch.nn:Module": ("_save_to_state_dict", "_load_from_state_dict", "_compiled_call_impl"),
@@ -59,7 +58,6 @@ NAMES_AT_USE = {
     "torch, a compiled module": ("_orig_mod",),
     "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore", "_ddp_ignored"),
     "torch, a scheduler": ("_last_lr",),
-    "accelerate, a module with offloaded weights": ("_hf_hook",),
     "trl, a trainer": ("_prepare_dataset", "_formatting_func", "_metrics"),
     "deepspeed, a parameter of ZeRO-1 and -2": ("_hp_mapping",),
     "deepspeed, a parameter of ZeRO-3": ("ds_tensor", "ds_numel", "ds_shape", "ds_status", "_z3_optimizer"),
@@ -154,12 +152,6 @@ def report_rates(scheduler: object, rates: list[float]) -> None:
     """Let `scheduler`, if it is one of torch's, report `rates` as the last ones it set."""
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = rates
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Return where accelerate lets a module compute whose weights it has offloaded."""
-    hook: Any = module._hf_hook
-    return torch.device(hook.execution_device)
 
 
 @contextmanager

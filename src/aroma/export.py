@@ -20,7 +20,6 @@ from .files import write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from .saved import AdapterWeights, read_adapter, zero_update
 from .spectra import effective_rank, singular_values
-from .tuner import refuse_merge_if_tied
 from .tuner.layout import uniform_config
 from .tuner.state import STATE_FILE, write_export_state
 
@@ -154,8 +153,6 @@ def export_merged(
     if getattr(model.get_base_model(), "is_quantized", False):
         remedy = "give the model in 16 or 32 bits that it was made from (--base-model)"
         raise bad_value("base_model", base_name, f"its weights are quantised on disk, so updates round; {remedy}")
-    modules = dict(model.get_base_model().named_modules())
-    refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates})
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     with filled_at_once(target) as staging:
         merged.save_pretrained(staging)

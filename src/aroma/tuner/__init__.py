@@ -4,7 +4,7 @@ from .. import compat
 from .config import AromaConfig
 from .layer import AromaLinear
 from .live import LiveAdapter, live_adapter
-from .model import AromaModel, aroma_layers, refuse_merge_if_tied, register
+from .model import AromaModel, aroma_layers, register
 
 compat.require_names(compat.TUNER_NAMES)
 register()
@@ -16,5 +16,4 @@ __all__ = [
     "LiveAdapter",
     "aroma_layers",
     "live_adapter",
-    "refuse_merge_if_tied",
 ]

@@ -1,7 +1,8 @@
-"""The autograd graph at the model's output, and what DistributedDataParallel sees of a growing adapter."""
+"""Hooks of a model that grows: its graph at the output, and a warning; what DistributedDataParallel sees of it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,6 +54,38 @@ class GraphKeeper:
             waiting = [torch.zeros((), requires_grad=True)]
         node: Callable[..., Tensor] = _ZeroGradients.apply
         return recursively_apply(lambda tensor: node(tensor, *waiting), output, test_type=_is_floating_point)
+
+
+class UncontrolledWatch:
+    """Forward hook of a model that warns, after the first optimizer step, that an adapter trains without a controller.
+
+    When it is saved, the training is over. A pair (b, a) begins with b = 0, so it has trained where b is another.
+
+    Attributes:
+        layers: The growing layers of the model.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[AromaLinear] = []
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        """Look at one layer, as long as its pair is 0; a sharded one would take all ranks."""
+        if not self.layers or not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        layer = self.layers[0]
+        for name in layer.active_adapters:
+            if name not in layer.lora_A or layer.live[name].ever_controlled or layer.live[name].controller is not None:
+                continue
+            b = layer.pair(name)[0]
+            if type(b) is nn.Parameter and b.requires_grad and b.any():
+                self.layers = []  # once is enough
+                warnings.warn(
+                    "This AROMA adapter is trained without its controller, as a plain LoRA: no component is ever "
+                    "checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, "
+                    "optimizer, scheduler, total_steps=...)` before a loop of your own.",
+                    stacklevel=2,
+                )
+                return
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import compat
 from ..errors import bad_value
-from ..sharding import gathered, is_sharded, write
+from ..sharding import gathered, write
 from .finished import Factors, FinishedComponents, with_pair
 from .fused import Update, autocast_dtype, linear_with_update
 
@@ -168,19 +167,12 @@ class AromaLinear(LoraLinear):
     # What PEFT calls -------------------------------------------------------------------------------------------------
 
     def weight_matrix(self) -> Tensor:
-        """Return W0 as (m, n): a view, or a copy if the base layer is quantised or offloaded.
-
-        All ranks gather a sharded one together.
-        """
+        """Return W0 as (m, n): a view, or a copy if it is quantised or sharded; all ranks gather one together."""
         base = self.get_base_layer()
-        if is_sharded(base.weight):
-            weight: Tensor = gathered([base.weight])[0]
-        else:
-            with align_module_device(base):
-                weight = base.weight.detach()
-                if self.is_quantised:
-                    # PEFT's dequantize_module_weight would put an 8-bit weight without its scales back on a CPU.
-                    weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None))
+        weight: Tensor = gathered([base.weight])[0]
+        if self.is_quantised:
+            # PEFT's dequantize_module_weight would put an 8-bit weight without its scales back on a CPU.
+            weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None))
         matrix: Tensor = self._as_matrix(weight.detach())
         return matrix
 
@@ -269,28 +261,6 @@ class AromaLinear(LoraLinear):
                 h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
                 result = result + self.lora_B[adapter_name](h) * update.scale
         return result.to(dtype)
-
-    # Offloaded base layers -------------------------------------------------------------------------------------------
-
-    def onload_pair(self, adapter_name: str) -> None:
-        """Put a new pair on the device where an offloaded base layer computes.
-
-        PEFT has put it beside the weight, on the meta device.
-        """
-        device = self._execution_device
-        if device is not None and self.pair(adapter_name)[0].is_meta:
-            for modules in (self.lora_A, self.lora_B, self.lora_finished):
-                modules[adapter_name].to_empty(device=device)
-
-    @property
-    def _execution_device(self) -> torch.device | None:
-        """Where an offloaded base layer computes; None if it is not offloaded."""
-        base = self.get_base_layer()
-        return compat.execution_device(base) if has_offloaded_params(base) else None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
-
 
 def require_linear(base: nn.Module, name: str) -> None:
     """Raise unless a layer, of the given name in the model, can grow.
