@@ -27,9 +27,7 @@ TUNER_NAMES = {
         "_get_adapter_state_dict",
         "_remap_adapter_state_dict_for_load",
     ),
-    "peft.tuners.lora.layer:Linear": (
-        "_cast_input_dtype",
-    ),
+    "peft.tuners.lora.layer:Linear": ("_cast_input_dtype",),
     "torch.nn:Module": ("_save_to_state_dict", "_load_from_state_dict", "_compiled_call_impl"),
     "torch.nn:Identity()": (
         "_modules",

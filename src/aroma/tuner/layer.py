@@ -262,6 +262,7 @@ class AromaLinear(LoraLinear):
                 result = result + self.lora_B[adapter_name](h) * update.scale
         return result.to(dtype)
 
+
 def require_linear(base: nn.Module, name: str) -> None:
     """Raise unless a layer, of the given name in the model, can grow.
 

@@ -8,15 +8,15 @@ scales by 1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CheckpointError, bad_value
-from ..files import tensors_digest
 from .finished import Factors
 
 if TYPE_CHECKING:
@@ -68,58 +68,21 @@ def _targets(ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if rank} or {next(iter(ranks)): 1}
 
 
-def plain_factors(updates: Mapping[str, Factors], rank: int | None = None) -> dict[str, Factors]:
-    """Return the factors B (m, R) and A (R, n) that a plain adapter has tensors of.
-
-    Args:
-        updates: Those of every growing module, also with R = 0.
-        rank: All modules get it, padded with zeros. None: each has its own, and those of rank 0 are left out.
-    """
-    ranks = {name: len(A) for name, (_, A) in updates.items()}
-    chosen = _targets(ranks) if rank is None else dict.fromkeys(ranks, rank)
-    return {name: padded(*updates[name], count) for name, count in chosen.items()}
+def plain_factors(updates: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the factors B (m, R) and A (R, n) that a plain adapter has tensors of, of those of all modules."""
+    ranks = _targets({name: len(A) for name, (_, A) in updates.items()})
+    return {name: padded(*updates[name], rank) for name, rank in ranks.items()}
 
 
 def padded(B: Tensor, A: Tensor, rank: int) -> Factors:
     """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
-    if len(A) == rank:
-        return B, A
-    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
-    wide[:, : B.shape[1]], tall[: A.shape[0]] = B, A
-    return wide, tall
-
-
-def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -> dict[str, Any]:
-    """Return the configuration of an adapter whose modules all have one rank, and the scale 1.
-
-    Args:
-        config: Its configuration with ranks of their own, as `adapter_config.json` has it.
-        names: The modules.
-        rank: The rank.
-    """
-    return {
-        **config,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "target_modules": sorted(names),
-        "use_rslora": False,
-        "inference_mode": True,
-    }
+    missing = rank - len(A)
+    return F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing))
 
 
 def is_component(name: str) -> bool:
     """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
     return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
-
-
-def components_digest(saved: Mapping[str, Tensor]) -> str:
-    """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
-    return tensors_digest({module_name(name): saved[name] for name in saved if is_component(name)})
 
 
 # To and from the state dict of the live model ------------------------------------------------------------------------

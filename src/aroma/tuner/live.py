@@ -1,4 +1,4 @@
-"""The state of an adapter while its model lives: its seed, its controller, and the save that is under way.
+"""The state of an adapter while its model lives: its seed and its controller.
 
 A configuration is data; everything else that an adapter needs is here. All growing layers of an adapter share one
 `LiveAdapter`, so it is found also where PEFT drops the tuner (`inject_adapter_in_model`, `model.add_adapter`).
@@ -7,10 +7,10 @@ A configuration is data; everything else that an adapter needs is here. All grow
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError, bad_value
 from .layer import AromaLinear
@@ -51,11 +51,6 @@ class LiveAdapter:
         """The controller that drives this adapter; None if none was attached or it is gone."""
         return self._controller() if self._controller is not None else None
 
-    @property
-    def step(self) -> int | None:
-        """The controller's optimizer step; None without one."""
-        return self.controller.global_step if self.controller is not None else None
-
     def attach_controller(self, controller: Any) -> None:
         """Remember `controller`, by a weak reference, so that saving the adapter writes its state."""
         self._controller = weakref.ref(controller)
@@ -78,41 +73,6 @@ class LiveAdapter:
                 f"cannot resume with another configuration: {values}; give the checkpoint's values, or start a new run"
             )
         self.seed = now["component_seed"]
-
-
-class Collected(NamedTuple):
-    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know."""
-
-    live: LiveAdapter
-    config: AromaConfig  # that PEFT writes next
-    fan_in_fan_out: bool  # whether a base layer stores its weight as (n, m)
-    state: dict[str, Any]  # what aroma_state.json says, but for the configuration
-    tensors: dict[str, Tensor]  # what the state of the run needs beside it, by name; of any shape
-    step: int | None  # the controller's optimizer step
-
-
-_latest: list[Collected] = []
-"""The latest collection, until it is written.
-
-PEFT collects tensors through the tuner's class, then calls `save_pretrained` of the configuration, and passes nothing
-from the first to the second.
-"""
-
-
-def remember(collected: Collected) -> None:
-    """Keep `collected` until PEFT writes its configuration; an earlier one is forgotten."""
-    _latest[:] = [collected]
-
-
-def take_collected(config: AromaConfig) -> Collected | None:
-    """Return the tensors that were collected for `config`, once.
-
-    None if nothing was collected, or a step was made since: then `config` is written as the data it is.
-    """
-    if not _latest or _latest[0].config is not config:
-        return None
-    found = _latest.pop()
-    return found if found.live.step in (None, found.step) else None  # None: the controller is gone
 
 
 def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter:

@@ -16,12 +16,12 @@ from ..about import about_model
 from ..errors import ConfigError
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
-from .config import PEFT_TYPE, AromaConfig
+from .config import PEFT_TYPE, AromaConfig, Collected
 from .finished import with_pair
 from .graph import GraphKeeper, UncontrolledWatch, hide_from_ddp
 from .layer import AromaLinear
-from .layout import components_digest, components_in, finished_tensors, is_component, module_name, plain_factors
-from .live import Collected, LiveAdapter, live_adapter, remember
+from .layout import components_in, finished_tensors, is_component, module_name, plain_factors
+from .live import LiveAdapter, live_adapter
 from .state import STATE_FORMAT
 
 HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
@@ -147,12 +147,11 @@ class AromaModel(LoraModel):
             "format": STATE_FORMAT,
             "config": live.method(),
             "modules": modules,
-            "components": components_digest(saved),
             "about": about_model(model, config.task_type),
             "controller": run["state"],
         }
         fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-        remember(Collected(live, config, fan_in_fan_out, state, run["tensors"], live.step))
+        config.collected = Collected(state, run["tensors"], fan_in_fan_out)
         # PEFT next adds what it finds of a target that is an embedding or an output layer: its base layer alone.
         for name in [name for name in state_dict if name.rpartition(".lora_")[0] in layers]:
             del state_dict[name]
