@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -130,18 +129,6 @@ def forget_moments(optimizer: Any, param: Tensor) -> None:
             moment.clear()
         if state.gradient is not None:
             state.gradient.zero_()
-
-
-def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
-    """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
-
-    Args:
-        optimizer: The optimizer, about to step.
-        keywords: What `step` was called with. No loop gives a closure of None by name, and the ranks of a job agree on
-            it, as they might not on gradients that are zero.
-    """
-    is_at_rest = not optimizer.state and not any(float(group["lr"]) for group in optimizer.param_groups)
-    return dict(keywords) == {"closure": None} and is_at_rest
 
 
 # Resettable state ----------------------------------------------------------------------------------------------------

@@ -242,11 +242,6 @@ class Sharding:
     is_fsdp2: bool = False
     has_flat_optimizer: bool = False
 
-    @property
-    def steps_within_backward(self) -> bool:
-        """Whether accelerate's `backward` takes the optimizer step, so that the Trainer announces it too late."""
-        return self.has_flat_optimizer
-
     def device(self, parameter: Tensor) -> torch.device:
         """Return a device whose tensors the process group of `parameter` (any shape) can reduce."""
         return torch.device(parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CheckpointError, bad_value
+from ..files import tensors_digest
 from .finished import Factors
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ def padded(B: Tensor, A: Tensor, rank: int) -> Factors:
 def is_component(name: str) -> bool:
     """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
     return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
+
+
+def components_digest(saved: Mapping[str, Tensor]) -> str:
+    """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
+    return tensors_digest({module_name(name): saved[name] for name in saved if is_component(name)})
 
 
 # To and from the state dict of the live model ------------------------------------------------------------------------

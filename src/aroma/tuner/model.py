@@ -20,7 +20,7 @@ from .config import PEFT_TYPE, AromaConfig, Collected
 from .finished import with_pair
 from .graph import GraphKeeper, UncontrolledWatch, hide_from_ddp
 from .layer import AromaLinear
-from .layout import components_in, finished_tensors, is_component, module_name, plain_factors
+from .layout import components_digest, components_in, finished_tensors, is_component, module_name, plain_factors
 from .live import LiveAdapter, live_adapter
 from .state import STATE_FORMAT
 
@@ -147,6 +147,7 @@ class AromaModel(LoraModel):
             "format": STATE_FORMAT,
             "config": live.method(),
             "modules": modules,
+            "components": components_digest(saved),
             "about": about_model(model, config.task_type),
             "controller": run["state"],
         }

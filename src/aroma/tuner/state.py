@@ -27,6 +27,7 @@ from ..files import (
     write_manifest,
     write_tensors,
 )
+from .layout import components_digest
 
 STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
@@ -50,7 +51,7 @@ def write_adapter_state(
         state: What `aroma_state.json` says, but for the digests.
         config: The content of `adapter_config.json`.
         tensors: What the state of the run needs beside it, by name; of any shape.
-        with_weights: Whether the adapter's tensors are there already, so that their digest is known.
+        with_weights: Whether the adapter's tensors are there already, so that the digest of all of them is known.
     """
     names = [SAFETENSORS_WEIGHTS_NAME] if with_weights and Path(folder, SAFETENSORS_WEIGHTS_NAME).exists() else []
     if tensors:
@@ -68,6 +69,10 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = require_adapter_folder(folder)
     state = read_manifest(own_file(path, STATE_FILE), STATE_FORMAT)
     require_files(path, state)
+    weights = path / SAFETENSORS_WEIGHTS_NAME
+    is_vouched = weights.name in state["files"] or not os.path.lexists(weights)
+    if not is_vouched and components_digest(read_tensors(own_file(path, weights.name))) != state["components"]:
+        raise CheckpointError(f"{weights}: edited, or of another save; use another checkpoint")
     config = read_json(own_file(path, CONFIG_NAME))
     if not isinstance(config, dict) or _config_digest(config) != state["adapter_config"]:
         raise CheckpointError(f"{path / CONFIG_NAME}: edited since the adapter was saved; use another checkpoint")
