@@ -258,16 +258,6 @@ def grow(model: Any, optimizer: Any = None, total_steps: int = 32, **options: An
     return attach(model, optimizer or adamw(model), total_steps=total_steps, **options)
 
 
-def other_weights(_: Path) -> None:
-    grow(adapted(tiny_bert(seed=rank())))
-
-
-def other_drawn_seeds(_: Path) -> None:
-    base = tiny_bert()
-    torch.manual_seed(rank())
-    grow(adapted(base, component_seed=None))
-
-
 def other_tolerances(_: Path, wrap: Callable[[Any], Any] = DistributedDataParallel) -> None:
     grow(wrap(adapted(outer_tolerance=0.01 * (1 + rank()))))
 
@@ -304,8 +294,6 @@ def broken_checkpoint(out: Path) -> None:
 
 
 REFUSALS = [
-    other_weights,
-    other_drawn_seeds,
     other_tolerances,
     not_wrapped,
     broken_component,

@@ -95,7 +95,7 @@ def test_accelerate_grows_alike() -> None:
     plain = adapted("llama")
     events, losses = plain_run(plain)
     model, optimizer = Accelerator(cpu=True).prepare(adapted("llama"), optimizer_of(adapted("llama")))
-    with pytest.raises(ConfigError, match="does not hold the trainable pair"):
+    with pytest.raises(ConfigError, match="does not train the pair"):
         attach(model, optimizer, total_steps=STEPS)
     model = adapted("llama")
     model, optimizer = Accelerator(cpu=True).prepare(model, optimizer_of(model))

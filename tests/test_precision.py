@@ -188,7 +188,7 @@ def over_bfloat16(relative: float) -> tuple[Any, AromaLinear, Tensor]:
     size = relative * float(weight.abs().mean())
     for _ in range(8):
         b, a = torch.randn(64, 1), torch.randn(1, 64)
-        layer.start_pair("default", a, b * (size / 8**0.5 / layer.own_scaling["default"]))
+        layer.start_pair("default", a, b * (size / 8**0.5 / layer.scaling["default"]))
         layer.merge_pair("default")
     layer.start_pair("default", torch.randn(1, 64))
     return model, layer, weight

@@ -221,16 +221,6 @@ def test_a_broken_adapter_is_refused_by_name_and_not_resumed_from(
             attach(model, torch.optim.AdamW(trainable(model)), total_steps=10, resume_from=str(folder))
 
 
-def test_tensors_of_an_earlier_save_are_not_taken_for_those_of_a_later(tmp_path: Path) -> None:
-    # At step 10 some pairs need tensors of their own: they do not unfold bit for bit. After an outer step none does.
-    model, growth, folder = trained(tmp_path, lora_alpha=3)
-    assert (folder / STATE_TENSORS).exists()
-    growth.controller.outer_step()
-    save_adapter(model, folder)
-    assert read_controller_state(folder)["tensors"] == {}
-    assert_resumes_to(model, growth.controller, folder, lora_alpha=3)
-
-
 # Resuming a plain loop -----------------------------------------------------------------------------------------------
 
 

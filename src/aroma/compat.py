@@ -54,7 +54,7 @@ TRAINER_NAMES = {"transformers.trainer_callback": ("ExportableState",)}
 
 NAMES_AT_USE = {
     "torch, a compiled module": ("_orig_mod",),
-    "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore", "_ddp_ignored"),
+    "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore",),
     "torch, a scheduler": ("_last_lr",),
     "trl, a trainer": ("_prepare_dataset", "_formatting_func", "_metrics"),
     "deepspeed, a parameter of ZeRO-1 and -2": ("_hp_mapping",),
@@ -139,11 +139,6 @@ def hide_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
     """Let DistributedDataParallel leave parameters and buffers of `model` alone, by their names in it."""
     hidden = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(hidden)  # type: ignore[assignment]
-
-
-def is_ignored_by_ddp(parameter: Tensor) -> bool:
-    """Whether DistributedDataParallel leaves a parameter (any shape) alone, so that it may differ between ranks."""
-    return hasattr(parameter, "_ddp_ignored")
 
 
 def report_rates(scheduler: object, rates: list[float]) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import compat
 from .algorithm import PaperRule
 from .criteria import Pair
 from .distributed import (
     is_distributed,
     of_first_rank,
     refuse_together,
-    require_equal_replicas,
+    require_equal,
     unwrapped,
     unwrapped_optimizer,
     world_size,
@@ -24,7 +23,7 @@ from .distributed import (
 from .errors import CheckpointError, bad_value
 from .events import Event, Summary
 from .matrices import GrowingMatrices, GrowingMatrix
-from .sharding import is_sharded, refuse_sharding, sharding_modules
+from .sharding import refuse_sharding, sharding_modules
 from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
@@ -179,13 +178,12 @@ class AromaController(PaperRule):
                 Otherwise all ranks gather sharded ones together.
 
         Returns:
-            `{"state": JSON-able dict, "tensors": {name: Tensor}}`. Tensors are there only where the plain adapter
-            does not carry them exactly: the earlier component of `inner_criterion="update_change"`, and a pair whose
-            folded form does not unfold to the same bits.
+            `{"state": JSON-able dict, "tensors": {name: Tensor}}`. The tensors are the components in training, and
+            with `inner_criterion="update_change"` those of the last check.
         """
         if self._stale:
             return {"state": None, "tensors": {}}
-        state, tensors = self.matrices.state(self.draw, self.matrices.pairs(self.modules) if pairs is None else pairs)
+        state, tensors = self.matrices.state(self.matrices.pairs(self.modules) if pairs is None else pairs)
         return {"state": {"config": self.live.method(), **self.counters(), **state}, "tensors": tensors}
 
     @torch.no_grad()
@@ -205,7 +203,7 @@ class AromaController(PaperRule):
             self.live.check_resumable(state["config"])
             self.matrices.require_same(state, pairs)
             self.set_counters(state)
-            self.matrices.restore(state, exported["tensors"], self.draw, pairs)
+            self.matrices.restore(state, exported["tensors"])
             self._stale = False
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
@@ -240,7 +238,7 @@ class AromaController(PaperRule):
             self._hooks.append(optimizer.register_step_pre_hook(matrices.drop_gradients_of_frozen))
 
     def _join_ranks(self, model: nn.Module) -> None:
-        """Refuse replicas that differ, and agree on the seed: each rank may have taken its own."""
+        """Refuse ranks that were told different things, and agree on the seed: each may have taken its own."""
         if not is_distributed():
             return
         facts = {
@@ -252,16 +250,8 @@ class AromaController(PaperRule):
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
             "fully_shard": len(sharding_modules(model)),
         }
-        require_equal_replicas(facts, self._replicated(model))
+        require_equal(facts)
         self.live.seed = of_first_rank(self.live.seed)
-
-    def _replicated(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in model.named_parameters():
-            # DDP does not keep equal what it ignores; a sharded parameter has no replicas.
-            if not compat.is_ignored_by_ddp(parameter) and not is_sharded(parameter):
-                yield name, parameter
-        for matrix in self.modules:
-            yield from zip((f"{matrix.name}: finished B", f"{matrix.name}: finished A"), matrix.finished, strict=True)
 
     def _refuse_stale(self) -> None:
         if world_size() != self._processes:

@@ -342,17 +342,3 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
         if is_zero(inner) and ".lora_" in name and is_flattened(parameter) and parameter.dtype != torch.float32:
             remedy = "leave bf16 and fp16 out of the settings of DeepSpeed and the Trainer, or set torch_autocast"
             raise bad_value("dtype", parameter.dtype, f"{name} is not float32, so components round; {remedy}")
-
-
-def refuse_missing_pairs(optimizer: Any, pairs: Iterable[tuple[str, Sequence[Tensor]]]) -> None:
-    """Refuse an optimizer that lacks the pair b (m, r), a (r, n) of a module that trains, given with its name.
-
-    Raises:
-        ConfigError: Naming the first such module.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, pair in pairs:
-        if not all(id(parameter) in held or is_flattened(parameter) for parameter in pair):
-            remedy = "make it after get_peft_model and fully_shard, with this adapter active (model.set_adapter)"
-            reason = f"it does not hold the trainable pair of {name!r}, so that module would never learn; {remedy}"
-            raise bad_value("optimizer", type(optimizer).__name__, reason)

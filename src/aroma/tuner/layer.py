@@ -37,8 +37,6 @@ class AromaLinear(LoraLinear):
         out_features: m.
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
-        own_scaling: s of every adapter, which merging and saving fold into B. `scaling` is what PEFT's `set_scale` and
-            the like change temporarily; it scales the whole update.
         stays_in_graph: Whether a frozen pair still requires a gradient, because DistributedDataParallel waits for it,
             or because the model is compiled: `GraphKeeper` gives it one of zero, a compiled graph evaluates the pair.
     """
@@ -46,14 +44,13 @@ class AromaLinear(LoraLinear):
     in_features: int
     out_features: int
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live")
+    other_param_names = (*LoraLinear.other_param_names, "live")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
         require_linear(base_layer, kwargs.get("target_name", ""))
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
-        self.own_scaling: dict[str, float] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
@@ -66,7 +63,6 @@ class AromaLinear(LoraLinear):
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.own_scaling[adapter_name] = self.scaling[adapter_name]
 
     # The pair and its state ------------------------------------------------------------------------------------------
 
@@ -110,8 +106,8 @@ class AromaLinear(LoraLinear):
         return with_pair((B, finished.A), pair, self.scaling[adapter_name])
 
     def _scaled(self, B: Tensor, adapter_name: str) -> Tensor:
-        """Scale left factors B (m, R) by what PEFT scales the adapter by temporarily, mostly 1."""
-        scale, own = self.scaling[adapter_name], self.own_scaling[adapter_name]
+        """Scale left factors B (m, R) by what PEFT's `set_scale` scales the adapter by temporarily, mostly 1."""
+        scale, own = self.scaling[adapter_name], self.live[adapter_name].config.scale
         return B if scale == own else B * (scale / own)
 
     # The steps of Algorithm 1 that change a module -------------------------------------------------------------------
@@ -120,7 +116,7 @@ class AromaLinear(LoraLinear):
     def merge_pair(self, adapter_name: str, pair: Factors | None = None) -> None:
         """Merge: the pair becomes finished components; `pair`, if known, is whole, b (m, r) and a (r, n)."""
         b, a = self.whole_pair(adapter_name) if pair is None else pair
-        self.finished(adapter_name).append(b * self.own_scaling[adapter_name], a)
+        self.finished(adapter_name).append(b * self.live[adapter_name].config.scale, a)
 
     @torch.no_grad()
     def start_pair(self, adapter_name: str, a: Tensor, b: Tensor | None = None) -> None:

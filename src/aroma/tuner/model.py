@@ -131,7 +131,7 @@ class AromaModel(LoraModel):
         live = live_adapter(model, adapter_name)
         _make_whole(model, state_dict)
         parts = {key: components_in(state_dict, key, layer, adapter_name) for key, layer in layers.items()}
-        updates = {key: with_pair(*parts[key], layer.own_scaling[adapter_name]) for key, layer in layers.items()}
+        updates = {key: with_pair(*part, config.scale) for key, part in parts.items()}
         saved: dict[str, Tensor] = {}
         for key, (B, A) in plain_factors(updates).items():
             saved |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
