@@ -14,9 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from aroma import AromaConfig, Event, ModuleSummary, aroma_layers, attach, save_adapter, verify_adapter
+from aroma import AromaConfig, Event, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import CheckpointError, ConfigError
-from aroma.events import Summary
 from models import METHOD, adapted, base, batch, logits, ranks, train, trainable
 from trainer_runs import assert_same
 
@@ -205,23 +204,3 @@ def test_an_adapter_loaded_under_the_controller_stops_the_next_step(tmp_path: Pa
     model.load_adapter(str(tmp_path), "default", is_trainable=True)
     with pytest.raises(CheckpointError, match="load_adapter replaced the components"):
         train(model, batch("llama"), optimizer, 1)
-
-
-# Saying so -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_summary_prints_as_a_short_table() -> None:
-    def row(name: str, rank: int, state: Any) -> ModuleSummary:
-        return ModuleSummary(name, rank, rank / 2, state, None, None)
-
-    names = {"encoder.layer.0.query": 1, "encoder.layer.11.query": 12, "encoder.layer.0.dense2": 3}
-    summary = Summary(row(name, rank, "frozen" if rank < 10 else "training") for name, rank in names.items())
-    lines = str(summary).splitlines()
-    assert [line.split() for line in lines] == [
-        ["matrices", "ranks", "total", "effective", "frozen"],
-        ["encoder.layer.*.query", "2", "1", "to", "12", "13", "6.5", "1"],
-        ["encoder.layer.*.dense2", "1", "3", "3", "1.5", "1"],
-        ["all", "3", "1", "to", "12", "16", "8.0", "2"],
-    ]
-    assert len({len(line) for line in lines}) == 1
-    assert summary[1].rank == 12

@@ -25,27 +25,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AromaCallback": "integrations.callback",
-    "AromaConfig": "tuner",
-    "AromaController": "controller",
-    "AromaError": "errors",
-    "AromaModel": "tuner",
-    "Attachment": "integrations.loop",
-    "Checkup": "evidence.checkup",
-    "Checkups": "evidence.checkups",
-    "Event": "events",
-    "EvidenceCallback": "integrations.evidence_callback",
-    "ModuleSummary": "events",
-    "aroma_layers": "tuner",
-    "attach": "integrations.loop",
-    "compact": "evidence.compact",
-    "compress": "evidence.checkups",
-    "hold_out": "integrations.held_out",
-    "last_complete_checkpoint": "checkpoint",
-    "save_adapter": "checkpoint",
-    "verify_adapter": "checkpoint",
-    "verify_checkpoint": "checkpoint",
+    "checkpoint": "last_complete_checkpoint save_adapter verify_adapter verify_checkpoint",
+    "controller": "AromaController",
+    "errors": "AromaError",
+    "events": "Event ModuleSummary",
+    "evidence.checkup": "Checkup",
+    "evidence.checkups": "Checkups compress",
+    "evidence.compact": "compact",
+    "integrations.callback": "AromaCallback",
+    "integrations.evidence_callback": "EvidenceCallback",
+    "integrations.held_out": "hold_out",
+    "integrations.loop": "Attachment attach",
+    "tuner": "AromaConfig AromaModel aroma_layers",
 }
+"""Public names by the module that has them."""
 
 __all__ = [
     "AromaCallback",
@@ -72,11 +65,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'aroma' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    for home, names in _HOMES.items():
+        if name in names.split():
+            globals()[name] = getattr(import_module(f".{home}", __name__), name)
+            return globals()[name]
+    raise AttributeError(f"module 'aroma' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

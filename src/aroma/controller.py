@@ -21,12 +21,12 @@ from .distributed import (
     world_size,
 )
 from .errors import CheckpointError, bad_value
-from .events import Event, Summary
+from .events import Event, ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .sharding import refuse_sharding, sharding_modules
+from .tuner import live_adapter
 from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
-from .tuner.live import live_adapter
 from .tuner.state import read_controller_state
 
 _COMPILED_GROWTHS = 8
@@ -122,17 +122,15 @@ class AromaController(PaperRule):
         """
         return self.matrices.ranks()
 
-    def summary(self) -> Summary:
+    def summary(self) -> list[ModuleSummary]:
         """Return rank, effective rank, state and last check values of every matrix, in module order.
-
-        It is a list that prints as a short table, by kind of matrix.
 
         Raises:
             ConfigError: The adapter was deleted.
         """
         live_adapter(self.matrices.model, self.adapter_name)
         pairs = self.matrices.pairs(self.modules)
-        return Summary(matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True))
+        return [matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True)]
 
     def relative_updates(self) -> dict[str, float | None]:
         """Return ‖ΔW‖_F / ‖W0‖_F of every matrix by its name; None where W0 is 0. Sharded: all ranks together."""

@@ -19,8 +19,7 @@ from .files import tensors_digest
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
 from .sharding import gathered, is_flattened, sharding_of_model
 from .spectra import effective_rank, singular_values
-from .tuner import AromaLinear, aroma_layers
-from .tuner.live import LiveAdapter
+from .tuner import AromaLinear, LiveAdapter, aroma_layers
 
 
 class GrowingMatrix:

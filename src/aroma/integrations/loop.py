@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import compat
 from ..controller import AromaController
-from ..events import Event, Summary
+from ..events import Event, ModuleSummary
 
 
 class Rewarmup:
@@ -80,8 +80,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         """Whether every matrix is frozen, so that the loop may stop."""
         return self.controller.finished
 
-    def summary(self) -> Summary:
-        """Return what became of every matrix; prints as a short table. See `AromaController.summary`."""
+    def summary(self) -> list[ModuleSummary]:
+        """Return what became of every matrix."""
         return self.controller.summary()
 
     def detach(self) -> None:

@@ -2,8 +2,7 @@
 
 from .. import compat
 from .config import AromaConfig
-from .layer import AromaLinear
-from .live import LiveAdapter, live_adapter
+from .layer import AromaLinear, LiveAdapter, live_adapter
 from .model import AromaModel, aroma_layers, register
 
 compat.require_names(compat.TUNER_NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,69 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .. import compat
-from ..errors import bad_value
+from ..errors import ConfigError, bad_value
 from ..sharding import gathered, write
 from .finished import Factors, FinishedComponents, with_pair
 from .fused import Update, autocast_dtype, linear_with_update
 
 if TYPE_CHECKING:
-    from .live import LiveAdapter
+    from .config import AromaConfig
+
+
+class LiveAdapter:
+    """The state of one adapter while its model lives; its growing layers share it. A configuration is data only.
+
+    A copied or unpickled model starts without a controller: that of the original does not drive it.
+
+    Args:
+        config: Configuration of the adapter; never written to.
+
+    Attributes:
+        config: As given.
+        chose_seed: Whether the configuration has a `component_seed`.
+        seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
+        ever_controlled: Whether a controller has ever taken a step.
+        dtype_is_chosen: Whether PEFT has chosen the dtype of the pairs.
+    """
+
+    def __init__(self, config: AromaConfig) -> None:
+        self.config = config
+        self.chose_seed = config.component_seed is not None
+        self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
+        self.ever_controlled = False
+        self.dtype_is_chosen = False
+        self._controller: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_controller": None}
+
+    @property
+    def controller(self) -> Any | None:
+        """The controller that drives this adapter; None if none was attached or it is gone."""
+        return self._controller() if self._controller is not None else None
+
+    def attach_controller(self, controller: Any) -> None:
+        """Remember `controller`, by a weak reference, so that saving the adapter writes its state."""
+        self._controller = weakref.ref(controller)
+
+    def method(self) -> dict[str, Any]:
+        """Return the fields that decide a run, with the seed in use; JSON-able."""
+        return {**self.config.method(), "component_seed": self.seed}
+
+    def check_resumable(self, saved: dict[str, Any]) -> None:
+        """Raise if `saved`, the `method()` of a checkpoint, differs; take over its seed if none was chosen.
+
+        Raises:
+            ConfigError: Naming every differing field with both values.
+        """
+        now = self.method() if self.chose_seed else {**self.method(), "component_seed": saved.get("component_seed")}
+        differing = [name for name in now if now[name] != saved.get(name)]
+        if differing:
+            values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
+            raise ConfigError(
+                f"cannot resume with another configuration: {values}; give the checkpoint's values, or start a new run"
+            )
+        self.seed = now["component_seed"]
 
 
 class AromaLinear(LoraLinear):
@@ -274,3 +331,20 @@ def require_linear(base: nn.Module, name: str) -> None:
             f"it is a {type(base).__name__}, and only linear layers grow; leave it out, or name it in "
             "exclude_modules; evidence on PEFT's LoraConfig cuts others",
         )
+
+
+def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter:
+    """Return the live state of an adapter of `model`, a PeftModel or a model with injected layers, wrapped or not.
+
+    Raises:
+        ConfigError: The model has no growing adapter of that name.
+    """
+    for module in model.modules():
+        if isinstance(module, AromaLinear) and adapter_name in module.live:
+            return module.live[adapter_name]
+    raise bad_value(
+        "adapter_name",
+        adapter_name,
+        f"{type(model).__name__} has no AROMA adapter of that name; make one with "
+        "get_peft_model(model, AromaConfig(...))",
+    )

@@ -19,9 +19,8 @@ from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig, Collected
 from .finished import with_pair
 from .graph import GraphKeeper, UncontrolledWatch, hide_from_ddp
-from .layer import AromaLinear
+from .layer import AromaLinear, LiveAdapter, live_adapter
 from .layout import components_digest, components_in, finished_tensors, is_component, module_name, plain_factors
-from .live import LiveAdapter, live_adapter
 from .state import STATE_FORMAT
 
 HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
