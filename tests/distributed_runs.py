@@ -319,24 +319,19 @@ def assert_refused(out: Path, name: str, kind: str, words: str) -> None:
         assert len(message) < 600
 
 
-def tell_refusals(out: Path, refusals: Iterable[Callable[[Path], None]], **earlier: list[str]) -> None:
+def tell_refusals(out: Path, refusals: Iterable[Callable[[Path], None]]) -> None:
     """Write what every refusal said."""
-    refused = earlier | {refuse.__name__: refusal(refuse, out) for refuse in refusals}
+    refused = {refuse.__name__: refusal(refuse, out) for refuse in refusals}
     (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
 
 
 def tell_all(out: Path, run_json: str) -> None:
     """All loops and refusals, and a Trainer, in one process group: starting one takes longer than they do."""
-    early_model = adapted()
-    early_optimizer = adamw(early_model)
-    early = grow(early_model, early_optimizer)  # before there is a process group
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    made_too_early = refusal(lambda _: step_on(early_model, early_optimizer, 1), out)
-    early.detach()
     for number, loop in enumerate(LOOPS.values()):
         torch.save(run_loop(loop), out / f"loop-{number}-{rank()}.pt")
     train_and_tell(out / "trainer", run_json)
-    tell_refusals(out, REFUSALS, made_too_early=made_too_early)
+    tell_refusals(out, REFUSALS)
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------

@@ -87,10 +87,7 @@ class PaperRule:
         return min(1.0, self.inner_step / climb)
 
     def explanation(self) -> str:
-        """Return in one sentence why the matrices grow no more, or how many still train; the device is not read.
-
-        For example: `31 of 36 matrices have finished (31 found the next component too small); 5 still train`.
-        """
+        """Return in one sentence why the matrices grow no more, or how many still train; the device is not read."""
         matrices = self.matrices.all()
         frozen = [matrix for matrix in matrices if matrix.is_frozen]
         full = sum(map(self._is_full, frozen))

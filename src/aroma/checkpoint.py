@@ -101,12 +101,9 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def record_checkpoint(folder: str | os.PathLike[str], step: int, is_complete: bool = True) -> None:
-    """Write `aroma_checkpoint.json`, the SHA-256 of every file in a checkpoint, so that it is whole or not used.
+    """Write `aroma_checkpoint.json`: optimizer steps, and the SHA-256 of every file, so that it is whole or not used.
 
-    Args:
-        folder: The checkpoint.
-        step: Optimizer steps.
-        is_complete: Whether `trainer_state.json` is there too, the last file that the Trainer writes.
+    `is_complete`: whether `trainer_state.json` is there too, the last file that the Trainer writes.
     """
     root, apart = Path(folder), {RECORD_FILE, CARD_FILE, *([] if is_complete else [TRAINER_STATE_FILE])}
     files = (Path(parent) / name for parent, _, names in os.walk(root) for name in names if not _LEFT.fullmatch(name))
@@ -153,9 +150,8 @@ def _step_of(file: Path) -> object:
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the latest whole `checkpoint-N` folder in a Trainer's `output_dir`; None if there is none.
 
-    A training that is killed during a save leaves a folder from which no run can resume, but which
-    `get_last_checkpoint` would return. Every file is compared with the digest that `AromaCallback` took
-    (`verify_checkpoint`), and whatever is wrong with a folder, an earlier one is returned.
+    A training that is killed during a save leaves one that `get_last_checkpoint` would return. Here every file is
+    compared with the digest that `AromaCallback` took (`verify_checkpoint`).
 
     Warns:
         UserWarning: A folder was passed over, and why.

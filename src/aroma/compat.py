@@ -49,9 +49,6 @@ TUNER_NAMES = {
 }
 """What `aroma.tuner` needs, by where it is; "()" stands for an instance. Checked when `aroma.tuner` is imported."""
 
-TRAINER_NAMES = {"transformers.trainer_callback": ("ExportableState",)}
-"""What `AromaCallback` needs; checked when it is imported."""
-
 NAMES_AT_USE = {
     "torch, a compiled module": ("_orig_mod",),
     "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore",),
@@ -92,9 +89,9 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` was applied to `module` itself, in place (`module.compile()`) or not."""
-    return compiled_module(module) is not None or module._compiled_call_impl is not None
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` was applied to the model, a part of it, or the model inside it, in place or not."""
+    return any(compiled_module(one) is not None or one._compiled_call_impl is not None for one in model.modules())
 
 
 def is_hooked(*modules: nn.Module) -> bool:
@@ -133,12 +130,6 @@ def is_traced(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
-
-
-def hide_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Let DistributedDataParallel leave parameters and buffers of `model` alone, by their names in it."""
-    hidden = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
-    model._ddp_params_and_buffers_to_ignore = sorted(hidden)  # type: ignore[assignment]
 
 
 def report_rates(scheduler: object, rates: list[float]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .algorithm import PaperRule
+from .compat import is_compiled
 from .criteria import Pair
 from .distributed import (
     is_distributed,
@@ -18,7 +19,6 @@ from .distributed import (
     require_equal,
     unwrapped,
     unwrapped_optimizer,
-    world_size,
 )
 from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
@@ -26,7 +26,6 @@ from .matrices import GrowingMatrices, GrowingMatrix
 from .sharding import refuse_sharding, sharding_modules
 from .tuner import live_adapter
 from .tuner.fused import without_autocast
-from .tuner.graph import is_compiled
 from .tuner.state import read_controller_state
 
 _COMPILED_GROWTHS = 8
@@ -50,13 +49,7 @@ class AromaController(PaperRule):
             neither growing nor freezing then changes the graph.
 
     Attributes:
-        config: Configuration of the adapter.
-        matrices: The growing matrices.
-        global_step: Optimizer steps taken so far.
-        inner_step: t, optimizer steps taken in this inner loop.
-        outer_number: p ≥ 1, number of the current outer step.
-        max_inner_steps: T_in, most optimizer steps of one inner loop.
-        live: The live state of the adapter: its seed and controller.
+        live: The live state of the adapter: its seed and controller. All others are those of `PaperRule`.
 
     Raises:
         ConfigError: No growing module, a pair that the optimizer does not hold, loops that cannot fit the run,
@@ -79,7 +72,6 @@ class AromaController(PaperRule):
         self.total_steps = total_steps
         self.config = self.live.config
         self.matrices = matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
-        self._processes = world_size()
         with refuse_together():
             refuse_sharding(wrapper, optimizer)
             inner_steps = self.config.resolve_inner_steps(total_steps)
@@ -106,19 +98,13 @@ class AromaController(PaperRule):
 
     @property
     def total_rank(self) -> int:
-        """Sum of the ranks of all matrices, as `ranks` counts them.
-
-        If parameters are sharded, one rank alone may ask, and no other is waited for: the pairs in training are then
-        left out.
-        """
+        """Sum of the `ranks()`; if parameters are sharded, without the pairs in training, so that one rank may ask."""
         return self.matrices.known_rank if self.matrices.are_sharded else sum(self.ranks().values())
 
     def ranks(self) -> dict[str, int]:
-        """Return the rank of every matrix by its name, in module order.
+        """Return the rank of every update by module name: finished components, and those in training that have moved.
 
-        It is the rank of its update: of the finished components, and of those in training that have moved from 0.
-        Logs, `summary()`, `aroma inspect` and a saved adapter all say this number. It reads the device. If parameters
-        are sharded, all ranks call this together.
+        It reads the device. If parameters are sharded, all ranks call this together.
         """
         return self.matrices.ranks()
 
@@ -169,15 +155,13 @@ class AromaController(PaperRule):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self, pairs: Sequence[Pair] | None = None) -> dict[str, Any]:
-        """Return what an exact resume needs beside the adapter's own tensors.
+        """Return what an exact resume needs beside the adapter: `{"state": JSON-able, "tensors": {name: Tensor}}`.
+
+        The tensors are the components in training, and with `inner_criterion="update_change"` those of the last check.
 
         Args:
             pairs: The components in training of all matrices, b (m, r) and a (r, n), whole, where they are known.
                 Otherwise all ranks gather sharded ones together.
-
-        Returns:
-            `{"state": JSON-able dict, "tensors": {name: Tensor}}`. The tensors are the components in training, and
-            with `inner_criterion="update_change"` those of the last check.
         """
         if self._stale:
             return {"state": None, "tensors": {}}
@@ -252,11 +236,6 @@ class AromaController(PaperRule):
         self.live.seed = of_first_rank(self.live.seed)
 
     def _refuse_stale(self) -> None:
-        if world_size() != self._processes:
-            remedy = "make it after init_process_group, when the model is wrapped or sharded"
-            raise bad_value(
-                "world_size", world_size(), f"the controller was made when it was {self._processes}; {remedy}"
-            )
         if self.live.controller is not self:
             raise bad_value(
                 "controller",

@@ -73,15 +73,10 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def agree(names: Sequence[str], norms: Sequence[float], device: torch.device) -> list[float]:
-    """Return norms that are the same on all ranks: the largest of any rank.
+    """Return norms, of parameters with these names, that are the same on all ranks: the largest of any rank.
 
     Replicas are equal, so the largest is every rank's own number unless something is wrong. NaN on one rank becomes
-    infinity on all, so that all stop together, and replicas that drifted apart are noticed.
-
-    Args:
-        names: Whose norms they are; one name for each.
-        norms: Norms of parameters; NaN and infinity become infinity.
-        device: A device whose tensors the process group can reduce.
+    infinity on all, so that all stop together. The process group can reduce tensors on `device`.
 
     Raises:
         ConfigError: The norms of the ranks differ by more than rounding.

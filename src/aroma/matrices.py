@@ -23,14 +23,7 @@ from .tuner import AromaLinear, LiveAdapter, aroma_layers
 
 
 class GrowingMatrix:
-    """One growing layer, with its place among the others and what the rule notes about it.
-
-    Args:
-        name: Its name in the base model.
-        index: Its place in module order; it seeds the random numbers.
-        layer: The layer.
-        adapter_name: The adapter that grows.
-        live: Its live state.
+    """One growing layer, with its name, its place in module order, and what the rule notes about it.
 
     Attributes:
         converged: Whether it has the label "inner-converged" in this inner loop.
@@ -145,10 +138,6 @@ class GrowingMatrices:
         adapter_name: The adapter that grows.
         live: Its live state.
         optimizer: Optimizer that holds the pairs; wrapped by accelerate or not, or DeepSpeed's.
-
-    Attributes:
-        model: The model, unwrapped.
-        sharding: How the processes hold the parameters.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
@@ -266,12 +255,7 @@ class GrowingMatrices:
             matrix.layer.merge_pair(self._adapter_name, pair)
 
     def renew(self, matrix: GrowingMatrix, draw: int) -> None:
-        """Reset and Reinit: prune the optimizer's state of the pair, and start a fresh component.
-
-        Args:
-            matrix: The matrix, just merged.
-            draw: Number of the outer step that ends. With the place of the matrix it seeds the random numbers.
-        """
+        """Reset and Reinit when outer step `draw` ends: prune the optimizer's state, and start a fresh component."""
         config = self._live.config
         generator = component_generator(self._live.seed, draw, matrix.index, "reset")
         b, a = matrix.pair
@@ -286,12 +270,7 @@ class GrowingMatrices:
                 matrix.start_component(draw)
 
     def freeze(self, matrix: GrowingMatrix, *, loaded: bool = False) -> None:
-        """Drop the component in training, and train this matrix no more.
-
-        Args:
-            matrix: The matrix.
-            loaded: Whether it was loaded so, so that the optimizer has nothing of it to forget yet.
-        """
+        """Drop the component in training, and train this matrix no more; `loaded`: the optimizer has nothing of it."""
         matrix.layer.freeze(self._adapter_name)
         for parameter in () if loaded else matrix.pair:
             forget_moments(self._optimizer, parameter)
@@ -348,11 +327,7 @@ class GrowingMatrices:
     # Saved and restored ----------------------------------------------------------------------------------------------
 
     def state(self, pairs: Sequence[Pair]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what an exact resume needs of the matrices: JSON-able, and tensors by name.
-
-        Args:
-            pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
-        """
+        """Return what an exact resume needs, JSON-able and tensors by name; `pairs`, b (m, r), a (r, n), are whole."""
         tensors: dict[str, Tensor] = {}
         for matrix, pair in zip(self._all, pairs, strict=True):
             tensors |= matrix.tensors(pair)
@@ -361,11 +336,7 @@ class GrowingMatrices:
         return {"adapter_digest": self.digest(pairs), "modules": modules}, tensors
 
     def require_same(self, state: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
-        """Raise unless a saved `state()` is of these matrices with these components.
-
-        Args:
-            state: What `state()` returned.
-            pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
+        """Raise unless a saved `state()` is of these matrices, with these whole `pairs`, b (m, r) and a (r, n).
 
         Raises:
             CheckpointError: It was saved with others.

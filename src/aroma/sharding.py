@@ -184,7 +184,6 @@ class OptimizerState:
         shape: Shape of the whole parameter.
         entries: Maps a tensor among `values` to this rank's entries of the parameter in it; None if unknown.
         is_flat: Whether the values are flat tensors that many parameters share.
-        is_elsewhere: Whether this rank holds no entry of the parameter.
         gradient: This rank's entries of a gradient that the optimizer holds apart from the parameter, if it does.
     """
 
@@ -192,7 +191,6 @@ class OptimizerState:
     shape: tuple[int, ...]
     entries: Callable[[Tensor], Entries | None]
     is_flat: bool = False
-    is_elsewhere: bool = False
     gradient: Tensor | None = None
 
 
@@ -203,7 +201,10 @@ def optimizer_state(optimizer: Any, parameter: Any) -> OptimizerState:
     inner = unwrapped_optimizer(optimizer)
     own = _own_range(parameter, inner)
     if own is None:
-        return OptimizerState({}, tuple(parameter.shape), lambda _: None, is_flat=True, is_elsewhere=True)
+        # Nothing to reset, but a mask is drawn as on every other rank: later draws depend on it.
+        shape, none = tuple(parameter.shape), parameter.new_zeros(0)
+        entry = Entries(none, shape, lambda whole: whole.reshape(-1)[:0])
+        return OptimizerState({"": none}, shape, lambda _: entry, is_flat=True)
 
     def entries(value: Tensor) -> Entries | None:
         """Return this rank's entries in a flat tensor; None if its shape is another."""

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from .. import compat
 from ..checkpoint import record_save, whole_checkpoint
 from ..controller import AromaController
 from ..errors import NonFiniteError, bad_value
@@ -21,8 +20,6 @@ from ..tuner import aroma_layers
 from .base import TrainingCallback
 from .loop import Attachment
 from .reporting import TrainingRecord
-
-compat.require_names(compat.TRAINER_NAMES)
 
 
 class AromaCallback(TrainingCallback):
@@ -206,8 +203,6 @@ def trainable_adapter(model: nn.Module) -> str:
     names = [str(name) for name in configs if name in active and not configs[name].inference_mode]
     if len(names) == 1:
         return names[0]
-    if names:
-        remedy = "a Trainer grows one adapter at a time; call model.set_adapter(NAME) before it is made"
-        raise bad_value("adapter_name", names, remedy)
-    remedy = "give the Trainer get_peft_model(model, AromaConfig(...)), with its adapter active (model.set_adapter)"
-    raise bad_value("model", type(model).__name__, f"it has no trainable AROMA adapter that is active; {remedy}")
+    remedy = "give the Trainer get_peft_model(model, AromaConfig(...)), with one adapter active (model.set_adapter)"
+    reason = f"several AROMA adapters train, {names}" if names else "it has no trainable AROMA adapter that is active"
+    raise bad_value("model", type(model).__name__, f"{reason}; {remedy}")

@@ -8,11 +8,4 @@ from .model import AromaModel, aroma_layers, register
 compat.require_names(compat.TUNER_NAMES)
 register()
 
-__all__ = [
-    "AromaConfig",
-    "AromaLinear",
-    "AromaModel",
-    "LiveAdapter",
-    "aroma_layers",
-    "live_adapter",
-]
+__all__ = ["AromaConfig", "AromaLinear", "AromaModel", "LiveAdapter", "aroma_layers", "live_adapter"]

@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from .. import compat
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX
 
@@ -31,11 +30,13 @@ class GraphKeeper:
 
     def __init__(self) -> None:
         self.layers: list[AromaLinear] = []
+        self._has_warned = False
 
     def __call__(self, model: nn.Module, _: Any, output: Any) -> Any:
         """Return `output`, tensors of any shape, with another graph, or None to leave it unchanged."""
         if not model.training or not torch.is_grad_enabled():
             return None
+        self._warn_if_uncontrolled()
         staying = [layer for layer in self.layers if layer.stays_in_graph]
         if staying and torch.compiler.is_compiling():
             # The layers evaluate frozen pairs themselves; to ask which are frozen would compile again at each freeze.
@@ -55,22 +56,12 @@ class GraphKeeper:
         node: Callable[..., Tensor] = _ZeroGradients.apply
         return recursively_apply(lambda tensor: node(tensor, *waiting), output, test_type=_is_floating_point)
 
+    def _warn_if_uncontrolled(self) -> None:
+        """Warn, after the first optimizer step, if no controller drives an adapter: when it is saved, it is too late.
 
-class UncontrolledWatch:
-    """Forward hook of a model that warns, after the first optimizer step, that an adapter trains without a controller.
-
-    When it is saved, the training is over. A pair (b, a) begins with b = 0, so it has trained where b is another.
-
-    Attributes:
-        layers: The growing layers of the model.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[AromaLinear] = []
-
-    def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Look at one layer, as long as its pair is 0; a sharded one would take all ranks."""
-        if not self.layers or not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        A pair (b, a) begins with b = 0, so it has trained where b is another. A sharded one would take all ranks.
+        """
+        if self._has_warned or not self.layers or torch.compiler.is_compiling():
             return
         layer = self.layers[0]
         for name in layer.active_adapters:
@@ -78,7 +69,7 @@ class UncontrolledWatch:
                 continue
             b = layer.pair(name)[0]
             if type(b) is nn.Parameter and b.requires_grad and b.any():
-                self.layers = []  # once is enough
+                self._has_warned = True
                 warnings.warn(
                     "This AROMA adapter is trained without its controller, as a plain LoRA: no component is ever "
                     "checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, "
@@ -86,11 +77,6 @@ class UncontrolledWatch:
                     stacklevel=2,
                 )
                 return
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` was applied to the model, a part of it, or the model inside it."""
-    return any(map(compat.is_compiled, model.modules()))
 
 
 def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
@@ -106,7 +92,9 @@ def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
         for side in "AB"
     }
     # DDP may wrap the model, the tuner or the PeftModel; the latter two look attributes up in the model.
-    compat.hide_from_ddp(model, {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)})
+    hidden = {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)}
+    hidden |= {*getattr(model, "_ddp_params_and_buffers_to_ignore", ())}
+    model._ddp_params_and_buffers_to_ignore = sorted(hidden)  # type: ignore[assignment]
 
 
 def _is_floating_point(value: Any) -> bool:

@@ -194,11 +194,7 @@ class AromaLinear(LoraLinear):
     def stay_in_graph(self, adapter_name: str, stays: bool, growths: int | None = None) -> None:
         """Decide whether a frozen pair still requires a gradient; applies to a pair that is frozen already.
 
-        Args:
-            adapter_name: The adapter that grows.
-            stays: Whether it does.
-            growths: How many components of rank r the storage of finished ones holds before it is replaced, and a
-                graph compiled again; at least 8 rows. None: no storage is reserved.
+        `growths`: how many components the storage holds before it is replaced, and a graph compiled again.
         """
         self.stays_in_graph = stays
         if growths is not None:

@@ -37,13 +37,7 @@ def module_name(key: str) -> str:
 
 
 def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> dict[str, Any]:
-    """Return a plain LoRA configuration, JSON-able.
-
-    Args:
-        config: The live one.
-        ranks: Rank of every growing module, by its name.
-        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
-    """
+    """Return the plain LoRA configuration, JSON-able, of an adapter whose growing modules have `ranks`."""
     targets = _targets(ranks)
     r = min(targets.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in targets.items() if rank != r}
@@ -99,12 +93,8 @@ def components_in(
 ) -> tuple[Factors, Factors]:
     """Return the finished components, B (m, R) and A (R, n), and the pair, b (m, r) and a (r, n), of one module.
 
-    Args:
-        state_dict: State dict of the whole model, not sharded. One that DeepSpeed has collected lacks frozen pairs,
-            and has buffers with their padding.
-        key: The layer's name in it.
-        layer: The layer.
-        adapter_name: Name of the adapter.
+    `state_dict`, in which `layer` is called `key`, is whole. If DeepSpeed has collected it, it lacks frozen pairs, and
+    has buffers with their padding.
     """
     finished, stem = layer.finished(adapter_name), f"{key}.lora_finished.{adapter_name}"
     A, B = state_dict.get(f"{stem}.A", finished.A), state_dict.get(f"{stem}.B", finished.B)
@@ -124,13 +114,8 @@ def finished_tensors(
 ) -> dict[str, Tensor]:
     """Turn the plain tensors of a saved adapter into the state-dict entries of a growing one.
 
-    Everything saved becomes finished components, and the pair starts anew at b = 0. A resumed controller takes the
-    component that was in training out again (`FinishedComponents.pop`). A module without tensors has rank 0.
-
-    Args:
-        layers: Growing layers by their name in the state dict.
-        adapter_name: Adapter to load.
-        plain: Saved tensors, A (R, n) and B (m, R), by their name in the file.
+    Everything saved, A (R, n) and B (m, R) by name, becomes finished components, and the pair starts anew at b = 0. A
+    resumed controller takes the component that was in training out again. A module without tensors has rank 0.
 
     Raises:
         CheckpointError: The tensors of a module do not fit it.

@@ -18,7 +18,7 @@ from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig, Collected
 from .finished import with_pair
-from .graph import GraphKeeper, UncontrolledWatch, hide_from_ddp
+from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear, LiveAdapter, live_adapter
 from .layout import components_digest, components_in, finished_tensors, is_component, module_name, plain_factors
 from .state import STATE_FORMAT
@@ -73,12 +73,11 @@ class AromaModel(LoraModel):
             if not a.is_meta:
                 layer.start_pair(adapter_name, _first_component(live, index, a))
         if not hasattr(self, "_graph_keeper"):
-            self._graph_keeper, self._watch = GraphKeeper(), UncontrolledWatch()
+            self._graph_keeper = GraphKeeper()
             # PEFT calls one or the other, depending on the task.
             for module in (self, model):
                 module.register_forward_hook(self._graph_keeper)
-                module.register_forward_hook(self._watch)
-        self._graph_keeper.layers = self._watch.layers = [*aroma_layers(model).values()]
+        self._graph_keeper.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
     @staticmethod
