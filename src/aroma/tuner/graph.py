@@ -74,7 +74,7 @@ class GraphKeeper:
                     "This AROMA adapter is trained without its controller, as a plain LoRA: no component is ever "
                     "checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, "
                     "optimizer, scheduler, total_steps=...)` before a loop of your own.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 return
 
