@@ -226,14 +226,6 @@ def test_a_compiled_layer_survives_eight_growths_with_one_graph() -> None:
     assert len(graphs) == 1
 
 
-def test_growing_between_forward_and_backward_is_refused_by_autograd() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    loss = layer(torch.randn(4, N, requires_grad=True)).sum()
-    layer.merge_pair("default")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 # Whoever has an interest in the base layer ---------------------------------------------------------------------------
 
 

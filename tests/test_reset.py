@@ -15,12 +15,7 @@ from torch.testing import assert_close
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from aroma.errors import ResetError
-from aroma.reset import (
-    check_resettable,
-    component_generator,
-    fresh_component,
-    reset_state,
-)
+from aroma.reset import check_resettable, component_generator, fresh_component, reset_state
 
 RESET_KINDS = ("prune", "zero", "none")
 

@@ -36,14 +36,9 @@ if TYPE_CHECKING:
 class PaperRule:
     """Algorithm 1.
 
-    Args:
-        config: The tolerances and lengths.
-        max_inner_steps: T_in, in optimizer steps, which the configuration may leave open.
-        matrices: The growing matrices. Those that came with components from an earlier run go on from them.
-
     Attributes:
         config: The tolerances and lengths.
-        matrices: The growing matrices.
+        matrices: The growing matrices. Those that came with components from an earlier run go on from them.
         global_step: Optimizer steps taken so far.
         inner_step: t, optimizer steps taken in this inner loop.
         outer_number: p, number of the current outer step.

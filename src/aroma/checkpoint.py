@@ -39,9 +39,8 @@ _LEFT = re.compile(r"\..+\.tmp")
 def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write an adapter of `model` into `folder` as one act: whenever it is killed, the old or the new one is there.
 
-    `model.save_pretrained` overwrites one file after the other. This function writes all of them elsewhere, checks
-    them, waits until they are on the disk, and moves them to their places. A reader of AROMA, or the next save,
-    finishes a move that was killed (docs/files.md).
+    All files are written elsewhere, checked, synced to the disk, and then moved to their places. A reader of AROMA, or
+    the next save, finishes a move that was killed (docs/files.md).
 
     Under DistributedDataParallel, ZeRO-1 and ZeRO-2 rank 0 calls this. Under FSDP2 and ZeRO-3 all ranks do: they
     gather the trained parameters, and wait until rank 0 has written them.

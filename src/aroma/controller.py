@@ -12,14 +12,7 @@ from torch import nn
 from .algorithm import PaperRule
 from .compat import is_compiled
 from .criteria import Pair
-from .distributed import (
-    is_distributed,
-    of_first_rank,
-    refuse_together,
-    require_equal,
-    unwrapped,
-    unwrapped_optimizer,
-)
+from .distributed import is_distributed, of_first_rank, refuse_together, require_equal, unwrapped, unwrapped_optimizer
 from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
@@ -175,8 +168,7 @@ class AromaController(PaperRule):
         All ranks call it; the checkpoint may be of another number of processes.
 
         Raises:
-            ConfigError: The checkpoint has another configuration; every difference is named. Or the optimizer does
-                not hold the pair of a matrix that trained then.
+            ConfigError: The checkpoint has another configuration, or the optimizer lacks a pair that trained then.
             CheckpointError: The components are not those that the state was saved with.
         """
         pairs = self.matrices.pairs(self.modules)

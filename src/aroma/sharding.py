@@ -234,10 +234,8 @@ def _entries(value: Tensor) -> Entries | None:
 class Sharding:
     """How a model and the optimizer that trains it are spread over processes.
 
-    Attributes:
-        is_fsdp2: Whether `fully_shard` was applied to the model.
-        has_flat_optimizer: Whether the optimizer steps flat tensors of many parameters. It then steps frozen pairs
-            too, with gradients of zero, and may hold no state of a pair on this rank.
+    `is_fsdp2`: whether `fully_shard` was applied to the model; `has_flat_optimizer`: whether the optimizer steps flat
+    tensors of many parameters. It then steps frozen pairs too, and may hold no state of a pair on this rank.
     """
 
     is_fsdp2: bool = False

@@ -234,20 +234,9 @@ METHOD_FIELDS = tuple(_CHECKS)
 """Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
 _AS_IN_LORA = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "target_modules",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "ensure_weight_tying",
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),
 }
 """Fields of LoraConfig that mean for AROMA what they mean there; all others belong to variants of LoRA."""
 

@@ -22,10 +22,7 @@ class GraphKeeper:
 
     Several processes: DistributedDataParallel waits in every backward for the gradient of each parameter that it found
     when the model was wrapped. Frozen pairs get theirs, zero, at the output. No layer computes anything for them, and
-    autograd still stops where every module below has finished.
-
-    Attributes:
-        layers: The growing layers of the model.
+    autograd still stops where every module below has finished. `layers` are the growing layers of the model.
     """
 
     def __init__(self) -> None:

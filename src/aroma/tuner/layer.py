@@ -28,11 +28,8 @@ class LiveAdapter:
 
     A copied or unpickled model starts without a controller: that of the original does not drive it.
 
-    Args:
-        config: Configuration of the adapter; never written to.
-
     Attributes:
-        config: As given.
+        config: Configuration of the adapter; never written to.
         chose_seed: Whether the configuration has a `component_seed`.
         seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
         ever_controlled: Whether a controller has ever taken a step.

@@ -16,17 +16,8 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from .. import files
 from ..errors import CheckpointError
-from ..files import (
-    own_file,
-    read_json,
-    read_manifest,
-    read_tensors,
-    require_adapter_folder,
-    require_files,
-    write_manifest,
-    write_tensors,
-)
 from .layout import components_digest
 
 STATE_FILE = "aroma_state.json"
@@ -46,18 +37,15 @@ def write_adapter_state(
 ) -> None:
     """Write the state of the adapter that was just saved into `folder` beside it.
 
-    Args:
-        folder: Where the adapter was saved.
-        state: What `aroma_state.json` says, but for the digests.
-        config: The content of `adapter_config.json`.
-        tensors: What the state of the run needs beside it, by name; of any shape.
-        with_weights: Whether the adapter's tensors are there already, so that the digest of all of them is known.
+    `state` is what `aroma_state.json` says, but for the digests; `config` the content of `adapter_config.json`;
+    `tensors` (any shapes) are those of the state of the run; `with_weights`: whether the adapter's own are there
+    already, so that the digest of their file is known.
     """
     names = [SAFETENSORS_WEIGHTS_NAME] if with_weights and Path(folder, SAFETENSORS_WEIGHTS_NAME).exists() else []
     if tensors:
-        write_tensors(Path(folder, STATE_TENSORS_FILE), tensors)
+        files.write_tensors(Path(folder, STATE_TENSORS_FILE), tensors)
         names.append(STATE_TENSORS_FILE)
-    write_manifest(Path(folder, STATE_FILE), {**state, "adapter_config": _config_digest(config)}, names)
+    files.write_manifest(Path(folder, STATE_FILE), {**state, "adapter_config": _config_digest(config)}, names)
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,14 +54,15 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: A file is missing, damaged, edited, or of another moment; it is named.
     """
-    path = require_adapter_folder(folder)
-    state = read_manifest(own_file(path, STATE_FILE), STATE_FORMAT)
-    require_files(path, state)
+    path = files.require_adapter_folder(folder)
+    state = files.read_manifest(files.own_file(path, STATE_FILE), STATE_FORMAT)
+    files.require_files(path, state)
     weights = path / SAFETENSORS_WEIGHTS_NAME
     is_vouched = weights.name in state["files"] or not os.path.lexists(weights)
-    if not is_vouched and components_digest(read_tensors(own_file(path, weights.name))) != state["components"]:
+    tensors = {} if is_vouched else files.read_tensors(files.own_file(path, weights.name))
+    if not is_vouched and components_digest(tensors) != state["components"]:
         raise CheckpointError(f"{weights}: edited, or of another save; use another checkpoint")
-    config = read_json(own_file(path, CONFIG_NAME))
+    config = files.read_json(files.own_file(path, CONFIG_NAME))
     if not isinstance(config, dict) or _config_digest(config) != state["adapter_config"]:
         raise CheckpointError(f"{path / CONFIG_NAME}: edited since the adapter was saved; use another checkpoint")
     return state
@@ -90,7 +79,8 @@ def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | No
         return None
     # An earlier save may have left tensors, which this state does not name.
     named = STATE_TENSORS_FILE in state["files"]
-    return {"state": state["controller"], "tensors": read_tensors(Path(folder, STATE_TENSORS_FILE)) if named else {}}
+    tensors = files.read_tensors(Path(folder, STATE_TENSORS_FILE)) if named else {}
+    return {"state": state["controller"], "tensors": tensors}
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
