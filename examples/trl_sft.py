@@ -30,7 +30,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
-    print(callback.controller.summary())
+    print(callback.controller.explanation())
 
 
 if __name__ == "__main__":

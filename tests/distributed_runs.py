@@ -258,16 +258,6 @@ def grow(model: Any, optimizer: Any = None, total_steps: int = 32, **options: An
     return attach(model, optimizer or adamw(model), total_steps=total_steps, **options)
 
 
-def other_weights(_: Path) -> None:
-    grow(adapted(tiny_bert(seed=rank())))
-
-
-def other_drawn_seeds(_: Path) -> None:
-    base = tiny_bert()
-    torch.manual_seed(rank())
-    grow(adapted(base, component_seed=None))
-
-
 def other_tolerances(_: Path, wrap: Callable[[Any], Any] = DistributedDataParallel) -> None:
     grow(wrap(adapted(outer_tolerance=0.01 * (1 + rank()))))
 
@@ -304,8 +294,6 @@ def broken_checkpoint(out: Path) -> None:
 
 
 REFUSALS = [
-    other_weights,
-    other_drawn_seeds,
     other_tolerances,
     not_wrapped,
     broken_component,
@@ -331,24 +319,19 @@ def assert_refused(out: Path, name: str, kind: str, words: str) -> None:
         assert len(message) < 600
 
 
-def tell_refusals(out: Path, refusals: Iterable[Callable[[Path], None]], **earlier: list[str]) -> None:
+def tell_refusals(out: Path, refusals: Iterable[Callable[[Path], None]]) -> None:
     """Write what every refusal said."""
-    refused = earlier | {refuse.__name__: refusal(refuse, out) for refuse in refusals}
+    refused = {refuse.__name__: refusal(refuse, out) for refuse in refusals}
     (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
 
 
 def tell_all(out: Path, run_json: str) -> None:
     """All loops and refusals, and a Trainer, in one process group: starting one takes longer than they do."""
-    early_model = adapted()
-    early_optimizer = adamw(early_model)
-    early = grow(early_model, early_optimizer)  # before there is a process group
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    made_too_early = refusal(lambda _: step_on(early_model, early_optimizer, 1), out)
-    early.detach()
     for number, loop in enumerate(LOOPS.values()):
         torch.save(run_loop(loop), out / f"loop-{number}-{rank()}.pt")
     train_and_tell(out / "trainer", run_json)
-    tell_refusals(out, REFUSALS, made_too_early=made_too_early)
+    tell_refusals(out, REFUSALS)
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------

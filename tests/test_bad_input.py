@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model
-from torch import nn
 
 from aroma import AromaConfig, AromaController, aroma_layers, attach
-from aroma.errors import ConfigError, NonFiniteError
-from models import adapted, base, batch, grow, set_ranks, trainable
+from aroma.errors import ConfigError
+from models import adapted, base, batch, grow, trainable
 
 # Configuration -------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"r": 0}, "r=0", "at least 1"),
-    ({"r": True}, "r=True", "at least 1"),
     ({"lora_alpha": 0}, "lora_alpha=0", "try 4"),
-    ({"lora_alpha": math.nan}, "lora_alpha=nan", "try 4"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0", "[0, 1)"),
     ({"inner_tolerance": 0}, "inner_tolerance=0", "None switches"),
     ({"inner_tolerance": "1e-1"}, "inner_tolerance='1e-1'", "None switches"),  # what YAML makes of 1e-1
     ({"outer_tolerance": 0.0}, "outer_tolerance=0.0", "None switches"),
-    ({"outer_tolerance": math.inf}, "outer_tolerance=inf", "None switches"),
     ({"inner_check_interval": 2.0}, "inner_check_interval=2.0", "try 10"),
     ({"max_inner_steps": 0}, "max_inner_steps=0", "at least one optimizer step"),
     ({"max_inner_steps": 9}, "max_inner_steps=9", "inner_check_interval=10"),
@@ -39,9 +34,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"component_seed": -1}, "component_seed=-1", "non-negative"),
     ({"bias": "all"}, "bias='all'", "'none'"),
     ({"use_rslora": True}, "use_rslora=True", "a growing adapter cannot have it"),
-    ({"use_dora": True}, "use_dora=True", "a growing adapter cannot have it"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", "a growing adapter cannot have it"),
-    ({"trainable_token_indices": [3]}, "trainable_token_indices=[3]", "a growing adapter cannot have it"),
     ({"rank_pattern": {"query": 4}}, "rank_pattern={'query': 4}", "a growing adapter cannot have it"),
     ({"eva_config": EvaConfig()}, "eva_config=EvaConfig(", "unset"),
 ]
@@ -95,19 +87,6 @@ def test_loops_that_cannot_fit_the_run(fields: dict, total_steps: int | None, na
 
 
 @pytest.mark.parametrize(
-    ("targets", "named"),
-    [(["querry"], "{'querry'}"), ("no.*such", "'no.*such'")],
-    ids=["names", "expression"],
-)
-def test_no_matching_targets(targets: Any, named: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        adapted("bert", target_modules=targets)
-    assert str(caught.value).startswith(f"target_modules={named}: ")
-    assert "BertForSequenceClassification" in str(caught.value)
-    assert "named_modules" in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("name", "target", "kind"),
     [
         ("bert", "LayerNorm", "LayerNorm"),
@@ -122,24 +101,6 @@ def test_an_unsupported_kind_of_layer(name: str, target: str, kind: str) -> None
     assert message.startswith("target_modules='")
     assert f".{target}': it is a {kind}, and only linear layers grow" in message
     assert "exclude_modules" in message
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2)
-        self.out = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.out(self.attention(x, x, x)[0])
-        return y
-
-
-def test_a_linear_that_is_never_called() -> None:
-    with pytest.raises(ConfigError, match=r"target_modules='attention\.out_proj'.*exclude_modules"):
-        get_peft_model(Attention(), AromaConfig())
-    model = get_peft_model(Attention(), AromaConfig(exclude_modules=["out_proj"]))
-    assert list(aroma_layers(model)) == ["out"]
 
 
 # The controller's partners -------------------------------------------------------------------------------------------
@@ -170,18 +131,3 @@ def test_an_optimizer_without_the_pair(held: str) -> None:
     assert "optimizer='SGD'" in str(caught.value)
     assert missing in str(caught.value)
     assert "after get_peft_model" in str(caught.value)
-
-
-# NaN and infinity ----------------------------------------------------------------------------------------------------
-
-
-def test_the_module_that_is_not_finite_is_named() -> None:
-    model = adapted("bert")
-    controller = AromaController(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20)
-    set_ranks(model, [0], pair=True)
-    name = "bert.encoder.layer.1.output.dense"
-    with torch.no_grad():
-        aroma_layers(model)[name].pair("default")[0][3, 0] = math.nan
-    controller.step()
-    with pytest.raises(NonFiniteError, match=rf"^{name}: .*norm is nan.*inner check of optimizer step 2 "):
-        controller.step()

@@ -17,14 +17,14 @@ from aroma.errors import IncompatibleError
 from aroma.tuner.finished import FinishedComponents
 
 SOURCE = Path(aroma.__file__).parent
-TABLES = (compat.TUNER_NAMES, compat.TRAINER_NAMES, compat.NAMES_AT_USE)
+TABLES = (compat.TUNER_NAMES, compat.NAMES_AT_USE)
 LISTED = {name for table in TABLES for names in table.values() for name in names}
 
 
 # A name that vanishes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", [*compat.TUNER_NAMES, *compat.TRAINER_NAMES])
+@pytest.mark.parametrize("where", compat.TUNER_NAMES)
 def test_a_name_that_vanishes_is_named(where: str) -> None:
     package = re.split("[.:]", where)[0]
     with pytest.raises(IncompatibleError) as error:

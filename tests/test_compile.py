@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from aroma import AromaCallback, AromaController, aroma_layers, attach
-from aroma.tuner.graph import is_compiled
+from aroma.compat import is_compiled
 from models import adapted, base, batch, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import growth, tiny_bert, trainer_for

@@ -162,20 +162,6 @@ def test_finished_it_counts_steps_and_does_nothing_more() -> None:
     assert len(bench.events) == seen
 
 
-def test_a_listener_sees_the_state_that_an_event_tells_of() -> None:
-    bench, seen = Bench(max_inner_steps=2), []
-    controller = bench.controller
-
-    def look(event: Event) -> None:
-        seen.append((event.kind, controller.outer_number, controller.inner_step, controller.matrices.known_rank))
-
-    controller.subscribe(look)
-    bench.step(20.0, 20.0, 20.0)
-    bench.step(21.0, 21.0, 21.0)
-    assert seen[3:] == [*[("checked", 1, 2, 0)] * 3, *[("merged", 1, 2, 3)] * 3]
-    assert (controller.outer_number, controller.inner_step) == (2, 0)
-
-
 def test_the_summary() -> None:
     bench = Bench(max_inner_steps=50)
     bench.put(20.0, 1.0, 20.0)
@@ -318,6 +304,3 @@ def test_an_outer_step_makes_no_matrix(monkeypatch: pytest.MonkeyPatch, outer_to
     assert controller.finished == (outer_tolerance > 1)
     # Blocks of the weight are read in float64.
     assert watch.largest <= WIDE * SQUARE / 8
-
-
-# Optimizers ----------------------------------------------------------------------------------------------------------

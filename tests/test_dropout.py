@@ -10,7 +10,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from aroma import AromaConfig, aroma_layers
-from aroma.tuner import dropout
 from aroma.tuner.dropout import draw_offsets, keep_mask
 
 RATES = [0.003, 0.05, 0.1, 0.5, 0.9, 0.999]
@@ -56,16 +55,6 @@ def test_one_seed_one_mask() -> None:
     assert not torch.equal(masks(0.1, 3, 50, 70), masks(0.1, 3, 50, 70, seed=1))
     offsets = draw_offsets(99)
     assert torch.equal(keep_mask(offsets, 0.2, 9, 11, LIKE), keep_mask(offsets, 0.2, 9, 11, LIKE))
-
-
-def test_a_mask_first_drawn_in_inference_mode_serves_training() -> None:
-    like = torch.ones(1)
-    with torch.inference_mode():
-        first = keep_mask([5, 6, 7], 0.37, 2, 3, like)  # a rate of its own: nothing is cached for it yet
-    later = keep_mask([5, 6, 7], 0.37, 2, 3, like)
-    assert torch.equal(first, later)
-    (later * torch.ones(2, 3, requires_grad=True)).sum().backward()
-    assert not any(bank.is_inference() for bank in dropout._banks(0.37, like.device))
 
 
 # In the layer --------------------------------------------------------------------------------------------------------

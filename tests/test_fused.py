@@ -144,22 +144,6 @@ def test_gradcheck(frozen: bool, dropout: float, folded: bool) -> None:
         assert torch.autograd.gradgradcheck(whole, (x, a, b))
 
 
-def test_folding_is_chosen_by_cost_and_never_in_a_precision_that_rounds_updates_away() -> None:
-    weight = torch.zeros(768, 768)
-    assert not fused._is_folded(tokens=1, components=9, weight=weight), "one token is cheaper to pass through"
-    assert fused._is_folded(tokens=4096, components=9, weight=weight)
-    assert not fused._is_folded(tokens=4096, components=0, weight=weight)
-    assert fused._is_folded(tokens=4096, components=9, weight=weight.double())
-    assert not fused._is_folded(tokens=4096, components=9, weight=weight.bfloat16())
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        assert not fused._is_folded(tokens=4096, components=9, weight=weight)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert fused._is_folded(tokens=4096, components=9, weight=weight)
-
-
 # Precisions ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,14 +224,6 @@ def test_a_compiled_layer_survives_eight_growths_with_one_graph() -> None:
         torch.testing.assert_close(compiled(x), layer(x))
         layer.merge_pair("default")
     assert len(graphs) == 1
-
-
-def test_growing_between_forward_and_backward_is_refused_by_autograd() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    loss = layer(torch.randn(4, N, requires_grad=True)).sum()
-    layer.merge_pair("default")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 # Whoever has an interest in the base layer ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from aroma import AromaCallback, attach
-from trainer_runs import adapted, examples, trainer_for
+from trainer_runs import adapted, trainer_for
 
 # Optimizers of torch -------------------------------------------------------------------------------------------------
 
@@ -31,13 +31,6 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
-def step(model: nn.Module, optimizer: Any) -> None:
-    rows = examples()[:4]
-    model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
 def test_detaching_removes_every_hook(wrap: Callable[[Any], Any]) -> None:
     """Compiled, the controller also drops the gradients of frozen pairs before a step."""
@@ -51,18 +44,6 @@ def test_detaching_removes_every_hook(wrap: Callable[[Any], Any]) -> None:
     growth.detach()
     assert hooks_of(model, optimizer) == before
     own.remove()
-
-
-def test_a_detached_adapter_trains_on_and_does_not_grow() -> None:
-    model = adapted(max_inner_steps=2)
-    optimizer = adamw(model)
-    growth = attach(model, optimizer, total_steps=32)
-    step(model, optimizer)
-    growth.detach()
-    for _ in range(4):
-        step(model, optimizer)
-    assert growth.controller.global_step == 1
-    assert {matrix.rank for matrix in growth.controller.modules} == {0}
 
 
 class Stop(TrainerCallback):
@@ -93,9 +74,3 @@ def test_a_training_after_one_that_broke_off_has_the_hooks_of_one(tmp_path: Any)
     trainer.remove_callback(Stop)
     trainer.train()
     assert hooks_of(model, optimizer) == before
-
-
-# Optimizers of DeepSpeed, which have no hooks ------------------------------------------------------------------------
-
-
-# The protocol --------------------------------------------------------------------------------------------------------

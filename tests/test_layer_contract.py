@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, aroma_layers
 from aroma.tuner import AromaLinear
-from test_fused import FOLDED, M, N, answer, assert_same, composed, folding, grown, kept
+from test_fused import FOLDED, M, N, answer, assert_same, composed, folding, grown
 
 SHAPES = [(4, N), (2, 3, N)]
 
@@ -207,22 +207,6 @@ def test_a_copy_made_in_training_goes_its_own_way() -> None:
 
 
 # What PEFT and its users do to the pair ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pair", ["frozen by hand", "inference adapter"])
-@pytest.mark.parametrize("hooked", [False, True])
-def test_a_pair_that_does_not_train_keeps_nothing(pair: str, hooked: bool) -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    if hooked:
-        layer.base_layer.register_forward_hook(lambda *_: None)
-    if pair == "frozen by hand":
-        for parameter in layer.pair("default"):
-            parameter.requires_grad_(False)
-    else:
-        layer.set_adapter("default", inference_mode=True)
-    x = torch.randn(4, N, requires_grad=True)
-    assert kept(layer, x) == []
-    assert_same(layer, x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:

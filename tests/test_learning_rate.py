@@ -144,24 +144,6 @@ def test_used_and_logged_in_the_trainer(tmp_path: Path, uneven: Any, name: str, 
     assert_same({key: trainer.lr_scheduler.state_dict()[key] for key in undisturbed}, undisturbed)
 
 
-@pytest.mark.parametrize("climb", [0, 5, 50])
-def test_the_length_of_the_climb_after_outer_steps_of_themselves(tmp_path: Path, climb: int) -> None:
-    events, recorder = [], Recorder()
-    trainer = trainer_for(
-        adapted(rewarmup_steps=climb),
-        tmp_path,
-        AromaCallback(on_event=events.append),
-        recorder,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        max_steps=30,
-    )
-    trainer.train()
-    expected = [1.0] * 30 if climb == 0 else factors(events, 30, climb)
-    assert [used[0] / 0.01 for used in recorder.used] == pytest.approx(expected)
-    assert (min(expected) == 1.0) == (climb == 0)
-
-
 # In a loop of one's own ----------------------------------------------------------------------------------------------
 
 
@@ -214,17 +196,3 @@ def test_used_and_told_in_a_plain_loop(uneven: Any, name: str, accelerated: bool
     assert told == recorder.used
     assert rates(optimizer) == rates(undisturbed_optimizer)
     assert list(schedule.get_last_lr()) == list(undisturbed.get_last_lr())
-
-
-def test_without_a_scheduler_the_rate_of_the_optimizer_is_climbed_to(uneven: Any) -> None:
-    model, events, recorder = adapted(**uneven), [], Recorder()
-    optimizer = two_groups(model)
-    attach(model, optimizer, total_steps=STEPS, on_event=events.append)
-    optimizer.register_step_pre_hook(recorder.note)
-    for batch in batches():
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    expected = [[rate * factor for rate in RATES] for factor in factors(events)]
-    assert recorder.used == [pytest.approx(step, rel=1e-12) for step in expected]
-    assert rates(optimizer) == list(RATES)

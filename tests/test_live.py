@@ -1,21 +1,20 @@
-"""A configuration is data: what lives with a model is kept apart from it, and a save writes the moment it is made."""
+"""A configuration is data: what lives with a model is kept apart from it."""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model
 
 from aroma import AromaConfig, aroma_layers, verify_adapter
 from aroma.errors import ConfigError
-from models import METHOD, adapted, base, batch, grow, train, trainable
+from models import METHOD, adapted, base, batch, grow
 
 
 def live_adapter(model: Any, adapter_name: str = "default") -> Any:
@@ -26,51 +25,6 @@ def live_adapter(model: Any, adapter_name: str = "default") -> Any:
 
 def written(folder: Path) -> Any:
     return json.loads((folder / "adapter_config.json").read_text())
-
-
-def optimizer_of(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=1e-2)
-
-
-# A save writes the moment it is made ---------------------------------------------------------------------------------
-
-
-def saved(model: Any, _: torch.optim.Optimizer, folder: Path) -> None:
-    model.save_pretrained(folder / "adapter")
-
-
-def trained_after_collecting(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    get_peft_model_state_dict(model)
-    train(model, batch("bert"), optimizer, 1)
-
-
-@pytest.mark.parametrize("before", [saved, trained_after_collecting])
-def test_the_configuration_saved_alone_is_the_configuration(tmp_path: Path, before: Callable[..., None]) -> None:
-    model = adapted("bert")
-    optimizer = optimizer_of(model)
-    grow(model, batch("bert"), 6, optimizer)
-    before(model, optimizer, tmp_path)
-    config = model.peft_config["default"]
-    config.save_pretrained(tmp_path / "alone")
-    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["adapter_config.json"]
-    assert written(tmp_path / "alone")["peft_type"] == "AROMA"
-    assert AromaConfig.from_pretrained(tmp_path / "alone").method() == config.method()
-    model.save_pretrained(tmp_path / "whole")
-    assert written(tmp_path / "whole")["peft_type"] == "LORA"
-    verify_adapter(tmp_path / "whole")
-
-
-def test_what_was_collected_is_written_once_and_for_its_own_model(tmp_path: Path) -> None:
-    model = adapted("bert")
-    grow(model, batch("bert"), 6)
-    get_peft_model_state_dict(model)
-    copy.deepcopy(model).peft_config["default"].save_pretrained(tmp_path / "copy")
-    copy.deepcopy(model.peft_config["default"]).save_pretrained(tmp_path / "config")
-    config = model.peft_config["default"]
-    config.save_pretrained(tmp_path / "first")  # transformers writes it before the tensors
-    config.save_pretrained(tmp_path / "second")
-    kinds = {folder.name: written(folder)["peft_type"] for folder in tmp_path.iterdir()}
-    assert kinds == {"copy": "AROMA", "config": "AROMA", "first": "LORA", "second": "AROMA"}
 
 
 # What a model does to its configuration: nothing ---------------------------------------------------------------------

@@ -145,17 +145,6 @@ def test_a_quantised_base_is_not_merged_in_place(folder: str, kind: str) -> None
         assert torch.equal(logits(training.model, batch("llama")), before)
 
 
-def test_one_quantised_layer_keeps_all_others_from_being_merged(folder: str) -> None:
-    model = adapted("llama", quantised_base(folder, "nf4"), target_modules=["q_proj", "v_proj"])
-    first = next(iter(aroma_layers(model).values()))
-    first.base_layer = nn.Linear(first.in_features, first.out_features)
-    before = first.base_layer.weight.detach().clone()
-    first.start_pair("default", torch.ones(1, first.in_features), torch.ones(first.out_features, 1))
-    with pytest.raises(ConfigError, match="is quantised or sharded"):
-        model.merge_adapter()
-    assert torch.equal(first.base_layer.weight, before)
-
-
 def test_a_checkpoint_that_is_quantised_on_disk_is_not_merged_into(folder: str, tmp_path: Path) -> None:
     quantised_base(folder, "nf4").save_pretrained(tmp_path / "base")
     training = Training(folder, "nf4")
@@ -188,7 +177,7 @@ def over_bfloat16(relative: float) -> tuple[Any, AromaLinear, Tensor]:
     size = relative * float(weight.abs().mean())
     for _ in range(8):
         b, a = torch.randn(64, 1), torch.randn(1, 64)
-        layer.start_pair("default", a, b * (size / 8**0.5 / layer.own_scaling["default"]))
+        layer.start_pair("default", a, b * (size / 8**0.5 / layer.scaling["default"]))
         layer.merge_pair("default")
     layer.start_pair("default", torch.randn(1, 64))
     return model, layer, weight

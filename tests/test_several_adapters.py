@@ -167,7 +167,7 @@ def test_a_trainer_needs_one_active_adapter() -> None:
     model.set_adapter("other")
     assert trainable_adapter(model) == "other"
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ConfigError, match=r"adapter_name=\['default', 'other'\].*one adapter at a time"):
+    with pytest.raises(ConfigError, match=r"several AROMA adapters train, \['default', 'other'\].*one adapter active"):
         trainable_adapter(model)
     model.set_adapter("other", inference_mode=True)
     model.peft_config["other"].inference_mode = True

@@ -76,7 +76,7 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
     modules = set(result["ranks"])
     assert len(modules) == 12
-    for name in ("effective_ranks", "singular_values", "overlaps", "states"):
+    for name in ("effective_ranks", "singular_values", "states"):
         assert set(result[name]) == modules
     assert result["total_rank"] == sum(result["ranks"].values()) > 0
     assert result["average_rank"] == pytest.approx(result["total_rank"] / 12)

@@ -16,19 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, AromaController, aroma_layers
 from aroma.tuner import AromaLinear
-from models import (
-    ARCHITECTURES,
-    METHOD,
-    adapted,
-    base,
-    batch,
-    grow,
-    logits,
-    ranks,
-    set_ranks,
-    train,
-    trainable,
-)
+from models import ARCHITECTURES, METHOD, adapted, base, batch, grow, logits, ranks, set_ranks, train, trainable
 
 
 def without_the_pair(layer: AromaLinear, x: Tensor) -> Tensor:
@@ -283,19 +271,6 @@ def test_the_state_dict_holds_the_components_without_padding() -> None:
     assert torch.equal(fresh(x), model(x))
 
 
-def test_popped_components_are_gone_and_returned() -> None:
-    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
-    set_ranks(model, [9])
-    finished = aroma_layers(model)["0"].finished("default")
-    B, A = finished.B.clone(), finished.A.clone()
-    popped_B, popped_A = finished.pop(2)
-    assert torch.equal(popped_B, B[:, 7:])
-    assert torch.equal(popped_A, A[7:])
-    assert torch.equal(finished.B, B[:, :7])
-    assert finished.storage_A.shape[0] == 8, "as if the popped ones had never been there"
-    assert not finished.storage_A[7:].any()
-
-
 def test_nothing_that_the_optimizer_holds_is_replaced() -> None:
     model, inputs = adapted("bert"), batch("bert")
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -374,18 +349,6 @@ def test_merged_by_hand() -> None:
     assert model(x).tolist() == [[44.0, 32.0]]
     model.unmerge_adapter()
     assert torch.equal(layers["conv"].base_layer.weight, merged.T - change.T)
-
-
-def test_merging_into_bfloat16_rounds_once() -> None:
-    # peft #1388: the sum is formed in float32. Rounding ΔW first would give another weight.
-    model = get_peft_model(small_net().to(torch.bfloat16), AromaConfig(max_inner_steps=10))
-    set_ranks(model, [3], pair=True)
-    layer = aroma_layers(model)["0"]
-    expected = (layer.base_layer.weight.float() + layer.get_delta_weight("default")).bfloat16()
-    twice = layer.base_layer.weight + layer.get_delta_weight("default").bfloat16()
-    assert not torch.equal(expected, twice), "the case tells the two apart"
-    model.merge_adapter()
-    assert torch.equal(layer.base_layer.weight, expected)
 
 
 def test_a_deleted_adapter_leaves_nothing_behind() -> None:

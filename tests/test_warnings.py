@@ -67,25 +67,6 @@ def test_a_training_without_a_controller_is_told_after_its_first_step(tmp_path: 
         loaded(**batch("bert")).loss.backward()
 
 
-@pytest.mark.parametrize(
-    ("fields", "warns"),
-    [
-        ({"task_type": None}, True),
-        ({"task_type": None, "modules_to_save": ["pooler"]}, True),
-        ({"task_type": "SEQ_CLS"}, False),
-        ({"task_type": None, "modules_to_save": ["classifier"]}, False),
-        ({"task_type": None, "target_modules": ["query", "classifier"]}, False),
-        ({"task_type": None, "inference_mode": True}, False),
-    ],
-)
-def test_a_head_that_stays_at_its_random_start_is_named(fields: dict[str, Any], warns: bool) -> None:
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        adapted("bert", **fields)
-    heads = [warning for warning in told if "task_type=None: the weights of the head 'classifier'" in str(warning)]
-    assert bool(heads) == warns
-
-
 @pytest.mark.parametrize(("task", "ending", "head"), [*TASKS.values()], ids=[*TASKS])
 def test_the_head_of_a_task_trains_whole(task: str, ending: str, head: str) -> None:
     model = get_peft_model(bert_for(ending), AromaConfig(task_type=task))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
     from .controller import AromaController
-    from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
     from .events import Event, ModuleSummary
     from .evidence.checkup import Checkup
@@ -26,29 +25,20 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "AromaCallback": "integrations.callback",
-    "AromaConfig": "tuner",
-    "AromaController": "controller",
-    "AromaError": "errors",
-    "AromaModel": "tuner",
-    "Attachment": "integrations.loop",
-    "Checkup": "evidence.checkup",
-    "Checkups": "evidence.checkups",
-    "Event": "events",
-    "EvidenceCallback": "integrations.evidence_callback",
-    "LoraTensors": "engines",
-    "ModuleSummary": "events",
-    "aroma_layers": "tuner",
-    "attach": "integrations.loop",
-    "compact": "evidence.compact",
-    "compress": "evidence.checkups",
-    "hold_out": "integrations.held_out",
-    "last_complete_checkpoint": "checkpoint",
-    "lora_tensors": "engines",
-    "save_adapter": "checkpoint",
-    "verify_adapter": "checkpoint",
-    "verify_checkpoint": "checkpoint",
+    "checkpoint": "last_complete_checkpoint save_adapter verify_adapter verify_checkpoint",
+    "controller": "AromaController",
+    "errors": "AromaError",
+    "events": "Event ModuleSummary",
+    "evidence.checkup": "Checkup",
+    "evidence.checkups": "Checkups compress",
+    "evidence.compact": "compact",
+    "integrations.callback": "AromaCallback",
+    "integrations.evidence_callback": "EvidenceCallback",
+    "integrations.held_out": "hold_out",
+    "integrations.loop": "Attachment attach",
+    "tuner": "AromaConfig AromaModel aroma_layers",
 }
+"""Public names by the module that has them."""
 
 __all__ = [
     "AromaCallback",
@@ -61,7 +51,6 @@ __all__ = [
     "Checkups",
     "Event",
     "EvidenceCallback",
-    "LoraTensors",
     "ModuleSummary",
     "aroma_layers",
     "attach",
@@ -69,7 +58,6 @@ __all__ = [
     "compress",
     "hold_out",
     "last_complete_checkpoint",
-    "lora_tensors",
     "save_adapter",
     "verify_adapter",
     "verify_checkpoint",
@@ -77,11 +65,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'aroma' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    for home, names in _HOMES.items():
+        if name in names.split():
+            globals()[name] = getattr(import_module(f".{home}", __name__), name)
+            return globals()[name]
+    raise AttributeError(f"module 'aroma' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

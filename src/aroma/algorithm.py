@@ -36,14 +36,9 @@ if TYPE_CHECKING:
 class PaperRule:
     """Algorithm 1.
 
-    Args:
-        config: The tolerances and lengths.
-        max_inner_steps: T_in, in optimizer steps, which the configuration may leave open.
-        matrices: The growing matrices. Those that came with components from an earlier run go on from them.
-
     Attributes:
         config: The tolerances and lengths.
-        matrices: The growing matrices.
+        matrices: The growing matrices. Those that came with components from an earlier run go on from them.
         global_step: Optimizer steps taken so far.
         inner_step: t, optimizer steps taken in this inner loop.
         outer_number: p, number of the current outer step.
@@ -87,10 +82,7 @@ class PaperRule:
         return min(1.0, self.inner_step / climb)
 
     def explanation(self) -> str:
-        """Return in one sentence why the matrices grow no more, or how many still train; the device is not read.
-
-        For example: `31 of 36 matrices have finished (31 found the next component too small); 5 still train`.
-        """
+        """Return in one sentence why the matrices grow no more, or how many still train; the device is not read."""
         matrices = self.matrices.all()
         frozen = [matrix for matrix in matrices if matrix.is_frozen]
         full = sum(map(self._is_full, frozen))

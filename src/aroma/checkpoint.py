@@ -19,7 +19,7 @@ from .errors import CheckpointError, bad_value
 from .files import read_json, read_manifest, replacing_files, require_files, told_of, write_manifest
 from .saved import read_adapter
 from .sharding import sharding_of_model
-from .tuner.live import live_adapter
+from .tuner import live_adapter
 from .tuner.state import read_state
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ _LEFT = re.compile(r"\..+\.tmp")
 def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write an adapter of `model` into `folder` as one act: whenever it is killed, the old or the new one is there.
 
-    `model.save_pretrained` overwrites one file after the other. This function writes all of them elsewhere, checks
-    them, waits until they are on the disk, and moves them to their places. A reader of AROMA, or the next save,
-    finishes a move that was killed (docs/serving.md).
+    All files are written elsewhere, checked, synced to the disk, and then moved to their places. A reader of AROMA, or
+    the next save, finishes a move that was killed (docs/serving.md).
 
     Under DistributedDataParallel, ZeRO-1 and ZeRO-2 rank 0 calls this. Under FSDP2 and ZeRO-3 all ranks do: they
     gather the trained parameters, and wait until rank 0 has written them.
@@ -101,12 +100,9 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def record_checkpoint(folder: str | os.PathLike[str], step: int, is_complete: bool = True) -> None:
-    """Write `aroma_checkpoint.json`, the SHA-256 of every file in a checkpoint, so that it is whole or not used.
+    """Write `aroma_checkpoint.json`: optimizer steps, and the SHA-256 of every file, so that it is whole or not used.
 
-    Args:
-        folder: The checkpoint.
-        step: Optimizer steps.
-        is_complete: Whether `trainer_state.json` is there too, the last file that the Trainer writes.
+    `is_complete`: whether `trainer_state.json` is there too, the last file that the Trainer writes.
     """
     root, apart = Path(folder), {RECORD_FILE, CARD_FILE, *([] if is_complete else [TRAINER_STATE_FILE])}
     files = (Path(parent) / name for parent, _, names in os.walk(root) for name in names if not _LEFT.fullmatch(name))
@@ -153,9 +149,8 @@ def _step_of(file: Path) -> object:
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the latest whole `checkpoint-N` folder in a Trainer's `output_dir`; None if there is none.
 
-    A training that is killed during a save leaves a folder from which no run can resume, but which
-    `get_last_checkpoint` would return. Every file is compared with the digest that `AromaCallback` took
-    (`verify_checkpoint`), and whatever is wrong with a folder, an earlier one is returned.
+    A training that is killed during a save leaves one that `get_last_checkpoint` would return. Here every file is
+    compared with the digest that `AromaCallback` took (`verify_checkpoint`).
 
     Warns:
         UserWarning: A folder was passed over, and why.

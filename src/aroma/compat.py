@@ -20,31 +20,18 @@ from .errors import IncompatibleError
 
 TUNER_NAMES = {
     "peft.tuners.lora:LoraModel": (
-        "_create_new_module",
-        "_check_target_module_exists",
-        "_cast_adapter_dtype",
-        "_check_merge_allowed",
-        "_get_adapter_state_dict",
-        "_remap_adapter_state_dict_for_load",
+        *("_create_new_module", "_check_target_module_exists", "_cast_adapter_dtype", "_check_merge_allowed"),
+        *("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load"),
     ),
-    "peft.tuners.lora.layer:Linear": (
-        "_move_adapter_to_device_of_base_layer",
-        "_cast_input_dtype",
-    ),
+    "peft.tuners.lora.layer:Linear": ("_cast_input_dtype",),
     "torch.nn:Module": ("_save_to_state_dict", "_load_from_state_dict", "_compiled_call_impl"),
     "torch.nn:Identity()": (
-        "_modules",
-        "_buffers",
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
+        *("_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
+        *("_backward_hooks", "_backward_pre_hooks"),
     ),
     "torch.nn.modules.module": (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
+        *("_global_forward_hooks", "_global_forward_pre_hooks"),
+        *("_global_backward_hooks", "_global_backward_pre_hooks"),
     ),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch:_C": ("_len_torch_dispatch_stack",),
@@ -52,14 +39,10 @@ TUNER_NAMES = {
 }
 """What `aroma.tuner` needs, by where it is; "()" stands for an instance. Checked when `aroma.tuner` is imported."""
 
-TRAINER_NAMES = {"transformers.trainer_callback": ("ExportableState",)}
-"""What `AromaCallback` needs; checked when it is imported."""
-
 NAMES_AT_USE = {
     "torch, a compiled module": ("_orig_mod",),
-    "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore", "_ddp_ignored"),
+    "torch, DistributedDataParallel": ("_ddp_params_and_buffers_to_ignore",),
     "torch, a scheduler": ("_last_lr",),
-    "accelerate, a module with offloaded weights": ("_hf_hook",),
     "trl, a trainer": ("_prepare_dataset", "_formatting_func", "_metrics"),
     "deepspeed, a parameter of ZeRO-1 and -2": ("_hp_mapping",),
     "deepspeed, a parameter of ZeRO-3": ("ds_tensor", "ds_numel", "ds_shape", "ds_status", "_z3_optimizer"),
@@ -96,9 +79,9 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` was applied to `module` itself, in place (`module.compile()`) or not."""
-    return compiled_module(module) is not None or module._compiled_call_impl is not None
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` was applied to the model, a part of it, or the model inside it, in place or not."""
+    return any(compiled_module(one) is not None or one._compiled_call_impl is not None for one in model.modules())
 
 
 def is_hooked(*modules: nn.Module) -> bool:
@@ -139,27 +122,10 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-def hide_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Let DistributedDataParallel leave parameters and buffers of `model` alone, by their names in it."""
-    hidden = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
-    model._ddp_params_and_buffers_to_ignore = sorted(hidden)  # type: ignore[assignment]
-
-
-def is_ignored_by_ddp(parameter: Tensor) -> bool:
-    """Whether DistributedDataParallel leaves a parameter (any shape) alone, so that it may differ between ranks."""
-    return hasattr(parameter, "_ddp_ignored")
-
-
 def report_rates(scheduler: object, rates: list[float]) -> None:
     """Let `scheduler`, if it is one of torch's, report `rates` as the last ones it set."""
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = rates
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Return where accelerate lets a module compute whose weights it has offloaded."""
-    hook: Any = module._hf_hook
-    return torch.device(hook.execution_device)
 
 
 @contextmanager

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import compat
 from .algorithm import PaperRule
+from .compat import is_compiled
 from .criteria import Pair
-from .distributed import (
-    is_distributed,
-    of_first_rank,
-    refuse_together,
-    require_equal_replicas,
-    unwrapped,
-    unwrapped_optimizer,
-    world_size,
-)
+from .distributed import is_distributed, of_first_rank, refuse_together, require_equal, unwrapped, unwrapped_optimizer
 from .errors import CheckpointError, bad_value
-from .events import Event, Summary
+from .events import Event, ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
-from .sharding import is_sharded, refuse_sharding, sharding_modules
+from .sharding import refuse_sharding, sharding_modules
+from .tuner import live_adapter
 from .tuner.fused import without_autocast
-from .tuner.graph import is_compiled
-from .tuner.live import live_adapter
 from .tuner.state import read_controller_state
 
 _COMPILED_GROWTHS = 8
@@ -51,13 +42,7 @@ class AromaController(PaperRule):
             neither growing nor freezing then changes the graph.
 
     Attributes:
-        config: Configuration of the adapter.
-        matrices: The growing matrices.
-        global_step: Optimizer steps taken so far.
-        inner_step: t, optimizer steps taken in this inner loop.
-        outer_number: p ≥ 1, number of the current outer step.
-        max_inner_steps: T_in, most optimizer steps of one inner loop.
-        live: The live state of the adapter: its seed and controller.
+        live: The live state of the adapter: its seed and controller. All others are those of `PaperRule`.
 
     Raises:
         ConfigError: No growing module, a pair that the optimizer does not hold, loops that cannot fit the run,
@@ -80,7 +65,6 @@ class AromaController(PaperRule):
         self.total_steps = total_steps
         self.config = self.live.config
         self.matrices = matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
-        self._processes = world_size()
         with refuse_together():
             refuse_sharding(wrapper, optimizer)
             inner_steps = self.config.resolve_inner_steps(total_steps)
@@ -107,33 +91,25 @@ class AromaController(PaperRule):
 
     @property
     def total_rank(self) -> int:
-        """Sum of the ranks of all matrices, as `ranks` counts them.
-
-        If parameters are sharded, one rank alone may ask, and no other is waited for: the pairs in training are then
-        left out.
-        """
+        """Sum of the `ranks()`; if parameters are sharded, without the pairs in training, so that one rank may ask."""
         return self.matrices.known_rank if self.matrices.are_sharded else sum(self.ranks().values())
 
     def ranks(self) -> dict[str, int]:
-        """Return the rank of every matrix by its name, in module order.
+        """Return the rank of every update by module name: finished components, and those in training that have moved.
 
-        It is the rank of its update: of the finished components, and of those in training that have moved from 0.
-        Logs, `summary()`, `aroma inspect` and a saved adapter all say this number. It reads the device. If parameters
-        are sharded, all ranks call this together.
+        It reads the device. If parameters are sharded, all ranks call this together.
         """
         return self.matrices.ranks()
 
-    def summary(self) -> Summary:
+    def summary(self) -> list[ModuleSummary]:
         """Return rank, effective rank, state and last check values of every matrix, in module order.
-
-        It is a list that prints as a short table, by kind of matrix.
 
         Raises:
             ConfigError: The adapter was deleted.
         """
         live_adapter(self.matrices.model, self.adapter_name)
         pairs = self.matrices.pairs(self.modules)
-        return Summary(matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True))
+        return [matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True)]
 
     def relative_updates(self) -> dict[str, float | None]:
         """Return ‖ΔW‖_F / ‖W0‖_F of every matrix by its name; None where W0 is 0. Sharded: all ranks together."""
@@ -172,20 +148,17 @@ class AromaController(PaperRule):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self, pairs: Sequence[Pair] | None = None) -> dict[str, Any]:
-        """Return what an exact resume needs beside the adapter's own tensors.
+        """Return what an exact resume needs beside the adapter: `{"state": JSON-able, "tensors": {name: Tensor}}`.
+
+        The tensors are the components in training, and with `inner_criterion="update_change"` those of the last check.
 
         Args:
             pairs: The components in training of all matrices, b (m, r) and a (r, n), whole, where they are known.
                 Otherwise all ranks gather sharded ones together.
-
-        Returns:
-            `{"state": JSON-able dict, "tensors": {name: Tensor}}`. Tensors are there only where the plain adapter
-            does not carry them exactly: the earlier component of `inner_criterion="update_change"`, and a pair whose
-            folded form does not unfold to the same bits.
         """
         if self._stale:
             return {"state": None, "tensors": {}}
-        state, tensors = self.matrices.state(self.draw, self.matrices.pairs(self.modules) if pairs is None else pairs)
+        state, tensors = self.matrices.state(self.matrices.pairs(self.modules) if pairs is None else pairs)
         return {"state": {"config": self.live.method(), **self.counters(), **state}, "tensors": tensors}
 
     @torch.no_grad()
@@ -195,8 +168,7 @@ class AromaController(PaperRule):
         All ranks call it; the checkpoint may be of another number of processes.
 
         Raises:
-            ConfigError: The checkpoint has another configuration; every difference is named. Or the optimizer does
-                not hold the pair of a matrix that trained then.
+            ConfigError: The checkpoint has another configuration, or the optimizer lacks a pair that trained then.
             CheckpointError: The components are not those that the state was saved with.
         """
         pairs = self.matrices.pairs(self.modules)
@@ -205,7 +177,7 @@ class AromaController(PaperRule):
             self.live.check_resumable(state["config"])
             self.matrices.require_same(state, pairs)
             self.set_counters(state)
-            self.matrices.restore(state, exported["tensors"], self.draw, pairs)
+            self.matrices.restore(state, exported["tensors"])
             self._stale = False
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
@@ -240,7 +212,7 @@ class AromaController(PaperRule):
             self._hooks.append(optimizer.register_step_pre_hook(matrices.drop_gradients_of_frozen))
 
     def _join_ranks(self, model: nn.Module) -> None:
-        """Refuse replicas that differ, and agree on the seed: each rank may have taken its own."""
+        """Refuse ranks that were told different things, and agree on the seed: each may have taken its own."""
         if not is_distributed():
             return
         facts = {
@@ -252,23 +224,10 @@ class AromaController(PaperRule):
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
             "fully_shard": len(sharding_modules(model)),
         }
-        require_equal_replicas(facts, self._replicated(model))
+        require_equal(facts)
         self.live.seed = of_first_rank(self.live.seed)
 
-    def _replicated(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in model.named_parameters():
-            # DDP does not keep equal what it ignores; a sharded parameter has no replicas.
-            if not compat.is_ignored_by_ddp(parameter) and not is_sharded(parameter):
-                yield name, parameter
-        for matrix in self.modules:
-            yield from zip((f"{matrix.name}: finished B", f"{matrix.name}: finished A"), matrix.finished, strict=True)
-
     def _refuse_stale(self) -> None:
-        if world_size() != self._processes:
-            remedy = "make it after init_process_group, when the model is wrapped or sharded"
-            raise bad_value(
-                "world_size", world_size(), f"the controller was made when it was {self._processes}; {remedy}"
-            )
         if self.live.controller is not self:
             raise bad_value(
                 "controller",

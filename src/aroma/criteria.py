@@ -64,11 +64,7 @@ def weight_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair
 def relative_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair]) -> list[float | None]:
     """Return ‖B A‖_F / ‖W0‖_F of every matrix; None where W0 is 0 and its update is not.
 
-    If parameters are sharded, all ranks call this together.
-
-    Args:
-        weights: W0 (m, n) of every matrix, as for `weight_norms`.
-        updates: The whole updates B (m, R), A (R, n), scale folded in.
+    `weights`, W0 (m, n), and `updates`, whole B (m, R) and A (R, n), are as for `weight_norms`.
     """
     norms = weight_norms(weights, [(B[:, :0], A[:0]) for B, A in updates])
     return [outer_value(update, weight) for update, weight in zip(pair_norms(updates), norms, strict=True)]

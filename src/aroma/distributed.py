@@ -7,13 +7,13 @@ them, except the first step.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import compat
@@ -21,9 +21,6 @@ from .errors import AromaError, ConfigError, shown_value
 
 _DRIFT = 1e-3
 """Relative difference of a norm between replicas that rounding cannot explain: DDP keeps them equal bit for bit."""
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK_ELEMENTS = 2**22
-"""A checksum sums at most this many elements of a parameter, as int64, at a time."""
 
 
 def world_size() -> int:
@@ -76,15 +73,10 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def agree(names: Sequence[str], norms: Sequence[float], device: torch.device) -> list[float]:
-    """Return norms that are the same on all ranks: the largest of any rank.
+    """Return norms, of parameters with these names, that are the same on all ranks: the largest of any rank.
 
     Replicas are equal, so the largest is every rank's own number unless something is wrong. NaN on one rank becomes
-    infinity on all, so that all stop together, and replicas that drifted apart are noticed.
-
-    Args:
-        names: Whose norms they are; one name for each.
-        norms: Norms of parameters; NaN and infinity become infinity.
-        device: A device whose tensors the process group can reduce.
+    infinity on all, so that all stop together. The process group can reduce tensors on `device`.
 
     Raises:
         ConfigError: The norms of the ranks differ by more than rounding.
@@ -137,30 +129,14 @@ def refuse_together() -> Iterator[None]:
             raise kind(f"rank {number}: {message}")
 
 
-def require_equal_replicas(facts: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]] = ()) -> None:
-    """Refuse to train replicas that differ, on every rank.
-
-    Args:
-        facts: What must be equal, by name. Values are compared by their `repr`.
-        tensors: Tensors (any shapes) that must be equal bit for bit, by name.
-
-    Raises:
-        ConfigError: Naming the first fact or tensor that differs.
-    """
-    if not is_distributed():
-        return
-    named = dict(tensors)
-    facts = {**facts, "model": [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named.items()]}
-    _require_equal([(f"{name}={shown_value(value)}", repr(value)) for name, value in facts.items()])
-    _require_equal([(f"model={name!r}", int(_checksum(tensor))) for name, tensor in named.items()])
-
-
-def _require_equal(own: list[tuple[str, object]]) -> None:
-    for theirs in _of_all_ranks(own):
-        for mine, other in zip(own, theirs, strict=True):
+def require_equal(facts: Mapping[str, object]) -> None:
+    """Raise ConfigError on every rank for the first of `facts`, by name, whose `repr` differs between the ranks."""
+    own = {f"{name}={shown_value(value)}": repr(value) for name, value in facts.items()}
+    for theirs in _of_all_ranks([*own.values()]):
+        for said, mine, other in zip(own, own.values(), theirs, strict=True):
             if mine != other:
                 raise ConfigError(
-                    f"{mine[0]}: it differs between the ranks; give every rank the same model and arguments"
+                    f"{said}: it differs between the ranks; give every rank the same model and arguments"
                 )
 
 
@@ -170,10 +146,3 @@ def _of_all_ranks(own: Any) -> list[Any]:
     if is_distributed():
         dist.all_gather_object(found, own)
     return found
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """Return the sum of the bits of `tensor` (any shape) as integers: exact, whatever the order and the device."""
-    flat = tensor.detach().reshape(-1)
-    bits = (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(_INTEGERS[flat.element_size()])
-    return torch.stack([block.sum(dtype=torch.int64) for block in torch.split(bits, _BLOCK_ELEMENTS)]).sum()

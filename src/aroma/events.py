@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -58,31 +57,3 @@ class ModuleSummary:
     state: Literal["training", "converged", "frozen"]
     inner_value: float | None
     outer_value: float | None
-
-
-class Summary(list[ModuleSummary]):
-    """What became of all matrices, in module order; printed, a short table by kind of matrix."""
-
-    def __str__(self) -> str:
-        kinds: dict[str, list[ModuleSummary]] = {}
-        for matrix in self:
-            kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", matrix.name), []).append(matrix)
-        rows = [("matrices", "", "ranks", "total", "effective", "frozen")]
-        rows += [(kind, *_of_kind(matrices)) for kind, matrices in kinds.items()]
-        if len(kinds) > 1:
-            rows.append(("all", *_of_kind(self)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        first, *others = widths
-        return "\n".join(
-            "  ".join([row[0].ljust(first), *(text.rjust(width) for text, width in zip(row[1:], others, strict=True))])
-            for row in rows
-        )
-
-
-def _of_kind(matrices: list[ModuleSummary]) -> tuple[str, str, str, str, str]:
-    """Return count, range and sum of ranks, sum of effective ranks, and how many are frozen, as text."""
-    ranks = [matrix.rank for matrix in matrices]
-    spread = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-    effective = sum(matrix.effective_rank for matrix in matrices)
-    frozen = sum(matrix.state == "frozen" for matrix in matrices)
-    return str(len(ranks)), spread, str(sum(ranks)), f"{effective:.1f}", str(frozen)

@@ -20,9 +20,7 @@ from .files import write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from .saved import AdapterWeights, read_adapter, zero_update
 from .spectra import effective_rank, singular_values
-from .tuner import refuse_merge_if_tied
-from .tuner.layout import uniform_config
-from .tuner.state import STATE_FILE, write_export_state
+from .tuner.state import STATE_FILE, write_adapter_state
 
 TASK_FILE = "aroma_task.json"
 
@@ -103,13 +101,18 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     tensors = dict(adapter.others)
     for name, shape in adapter.shapes.items():
         tensors |= adapter.updates.get(name, zero_update(shape)).tensors(name, uniform)
-    config = uniform_config(adapter.config, adapter.shapes, uniform)
+    unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "inference_mode": True}
+    ranks = {"r": uniform, "lora_alpha": uniform, "target_modules": sorted(adapter.shapes)}
+    config = {**adapter.config, **unset, **patterns, **ranks}
     with filled_at_once(target) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
         copy_files([Path(folder)], staging, (*TOKENIZER_FILES, TASK_FILE, CARD_FILE))
         if adapter.state is not None:
-            write_export_state(staging, adapter.state, config, tensors, dict.fromkeys(adapter.shapes, uniform))
+            modules = {name: {**entry, "rank": uniform} for name, entry in adapter.state["modules"].items()}
+            # Without the run: none goes on from an export.
+            write_adapter_state(staging, {**adapter.state, "modules": modules, "controller": None}, config, {})
     return uniform
 
 
@@ -154,8 +157,6 @@ def export_merged(
     if getattr(model.get_base_model(), "is_quantized", False):
         remedy = "give the model in 16 or 32 bits that it was made from (--base-model)"
         raise bad_value("base_model", base_name, f"its weights are quantised on disk, so updates round; {remedy}")
-    modules = dict(model.get_base_model().named_modules())
-    refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates})
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     with filled_at_once(target) as staging:
         merged.save_pretrained(staging)

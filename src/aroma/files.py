@@ -105,10 +105,8 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     One rename marks the new files as complete; then each moves to its place. A kill before that rename leaves the old
     files. A kill after it leaves the rest of the new ones in `.aroma-arriving`, and whoever opens or saves the folder
-    next moves them (`finish_save`). Files of other names stay. One process at a time may write.
-
-    Args:
-        folder: Created if missing. A symlink is followed.
+    next moves them (`finish_save`). Files of other names stay. One process at a time may write. A missing folder is
+    made, and a symlink followed.
 
     Raises:
         CheckpointError: It is a file.

@@ -17,21 +17,13 @@ from .errors import CheckpointError, bad_value
 from .events import ModuleSummary
 from .files import tensors_digest
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
-from .sharding import gathered, refuse_missing_pairs, sharding_of_model
+from .sharding import gathered, is_flattened, sharding_of_model
 from .spectra import effective_rank, singular_values
-from .tuner import AromaLinear, aroma_layers
-from .tuner.live import LiveAdapter
+from .tuner import AromaLinear, LiveAdapter, aroma_layers
 
 
 class GrowingMatrix:
-    """One growing layer, with its place among the others and what the rule notes about it.
-
-    Args:
-        name: Its name in the base model.
-        index: Its place in module order; it seeds the random numbers.
-        layer: The layer.
-        adapter_name: The adapter that grows.
-        live: Its live state.
+    """One growing layer, with its name, its place in module order, and what the rule notes about it.
 
     Attributes:
         converged: Whether it has the label "inner-converged" in this inner loop.
@@ -41,7 +33,7 @@ class GrowingMatrix:
         checked_pair: b (m, r) and a (r, n) then; only kept where the criterion needs more than the norm.
     """
 
-    _NOTED = ("converged", "inner_value", "outer_value")
+    _NOTED = ("converged", "inner_value", "outer_value", "checked_norm")
 
     def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
         self.name = name
@@ -99,11 +91,8 @@ class GrowingMatrix:
 
     def start_component(self, draw: int) -> None:
         """Reinit: b = 0, and the a that outer step `draw` starts with."""
-        self.layer.start_pair(self._adapter_name, self._fresh(draw))
-
-    def _fresh(self, draw: int) -> Tensor:
-        """Return the a (r, n) that outer step `draw` starts with."""
-        return fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
+        shape = self._live.config.r, self.layer.in_features
+        self.layer.start_pair(self._adapter_name, fresh_component(self._live.seed, draw, self.index, shape))
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
@@ -112,44 +101,30 @@ class GrowingMatrix:
         noted = {name: getattr(self, name) for name in self._NOTED}
         return {"name": self.name, "rank": self.rank, "frozen": self.is_frozen, **noted}
 
-    def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
-        """Return the component in training by name, if the plain adapter would not give it back bit for bit.
+    def tensors(self, pair: Pair) -> dict[str, Tensor]:
+        """Return copies of the component in training, `pair` b (m, r) and a (r, n), and of that of the last check."""
+        found = {"pair": None if self.is_frozen else pair, "checked": self.checked_pair}
+        return {
+            f"{kind}.{self.index}.{side}": tensor.detach().clone()
+            for kind, one in found.items()
+            for side, tensor in zip("ba", one or (), strict=False)
+        }
 
-        Args:
-            draw: Number of the outer step that it began in.
-            pair: The component, b (m, r) and a (r, n), whole.
-        """
-        if self.is_frozen:
-            return {}
-        b, a = (tensor.detach() for tensor in pair)
-        scale = self._live.config.scale
-        exact = torch.equal(b * scale / scale, b) if b.any() else torch.equal(a, self._fresh(draw).to(a))
-        return {} if exact else {f"pair.{self.index}.b": b.clone(), f"pair.{self.index}.a": a.clone()}
-
-    def restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor], draw: int, pair: Pair) -> None:
-        """Restore `state()`, and take the component that was in training out of the loaded finished ones.
-
-        Args:
-            state: What `state()` returned.
-            tensors: All tensors of the checkpoint's state.
-            draw: Number of the outer step for random draws.
-            pair: The component in training as it is now, b (m, r) and a (r, n), whole. DeepSpeed loads it as it was.
-        """
+    def restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restore `state()`, and out of all saved `tensors` (any shapes) the pair, which was loaded as finished."""
         for name in self._NOTED:
             setattr(self, name, state[name])
-        self.checked_norm = self.checked_pair = None
+        pair, checked = (
+            [tensors[name] for side in "ba" if (name := f"{kind}.{self.index}.{side}") in tensors]
+            for kind in ("pair", "checked")
+        )
+        self.checked_pair = (checked[0], checked[1]) if checked else None
         if state["frozen"]:
             self.layer.freeze(self._adapter_name)
             return
         self.layer.unfreeze(self._adapter_name)
-        b, a = self.layer.finished(self._adapter_name).pop(self.rank - state["rank"])
-        if f"pair.{self.index}.b" in tensors:
-            b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
-            self.layer.start_pair(self._adapter_name, a, b)
-        elif a.shape[0]:
-            self.layer.start_pair(self._adapter_name, a, b / self._live.config.scale)
-        elif not pair[0].any():
-            self.start_component(draw)
+        self.layer.finished(self._adapter_name).pop(self.rank - state["rank"])  # DeepSpeed loads them apart
+        self.layer.start_pair(self._adapter_name, pair[1], pair[0])
 
 
 class GrowingMatrices:
@@ -163,10 +138,6 @@ class GrowingMatrices:
         adapter_name: The adapter that grows.
         live: Its live state.
         optimizer: Optimizer that holds the pairs; wrapped by accelerate or not, or DeepSpeed's.
-
-    Attributes:
-        model: The model, unwrapped.
-        sharding: How the processes hold the parameters.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
@@ -179,7 +150,6 @@ class GrowingMatrices:
         self._optimizer = optimizer
         self.model = model
         self.sharding = sharding_of_model(model, optimizer)
-        self._measured: dict[str, Pair] = {}
         self.sharding.reshard(model)
 
     # What there is ---------------------------------------------------------------------------------------------------
@@ -260,9 +230,7 @@ class GrowingMatrices:
     def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F of the components in training, and the left side of (6); None where W0 + s B A is zero."""
         weights = weight_norms([one.layer.weight_matrix for one in matrices], [one.finished for one in matrices])
-        pairs = self.pairs(matrices)
-        self._measured = {matrix.name: pair for matrix, pair in zip(matrices, pairs, strict=True)}
-        norms, weights = self._agree(matrices, pair_norms(pairs), weights)
+        norms, weights = self._agree(matrices, pair_norms(self.pairs(matrices)), weights)
         scale = self._live.config.scale
         return norms, [outer_value(scale * norm, weight) for norm, weight in zip(norms, weights, strict=True)]
 
@@ -282,18 +250,12 @@ class GrowingMatrices:
     # Changed one by one ----------------------------------------------------------------------------------------------
 
     def merge(self, matrices: Sequence[GrowingMatrix]) -> None:
-        """Merge what `outer_values` measured: components in training become finished ones."""
-        for matrix in matrices:
-            matrix.layer.merge_pair(self._adapter_name, self._measured[matrix.name])
-        self._measured = {}
+        """Merge: components in training become finished ones."""
+        for matrix, pair in zip(matrices, self.pairs(matrices), strict=True):
+            matrix.layer.merge_pair(self._adapter_name, pair)
 
     def renew(self, matrix: GrowingMatrix, draw: int) -> None:
-        """Reset and Reinit: prune the optimizer's state of the pair, and start a fresh component.
-
-        Args:
-            matrix: The matrix, just merged.
-            draw: Number of the outer step that ends. With the place of the matrix it seeds the random numbers.
-        """
+        """Reset and Reinit when outer step `draw` ends: prune the optimizer's state, and start a fresh component."""
         config = self._live.config
         generator = component_generator(self._live.seed, draw, matrix.index, "reset")
         b, a = matrix.pair
@@ -308,12 +270,7 @@ class GrowingMatrices:
                 matrix.start_component(draw)
 
     def freeze(self, matrix: GrowingMatrix, *, loaded: bool = False) -> None:
-        """Drop the component in training, and train this matrix no more.
-
-        Args:
-            matrix: The matrix.
-            loaded: Whether it was loaded so, so that the optimizer has nothing of it to forget yet.
-        """
+        """Drop the component in training, and train this matrix no more; `loaded`: the optimizer has nothing of it."""
         matrix.layer.freeze(self._adapter_name)
         for parameter in () if loaded else matrix.pair:
             forget_moments(self._optimizer, parameter)
@@ -346,15 +303,16 @@ class GrowingMatrices:
         Raises:
             ConfigError: Naming the first.
         """
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         for matrix in self.active():
-            if not all(parameter.requires_grad for parameter in matrix.pair):
+            if not all(one.requires_grad and (id(one) in held or is_flattened(one)) for one in matrix.pair):
                 raise bad_value(
-                    "model",
-                    type(self.model).__name__,
-                    f"the pair of {matrix.name!r} needs no gradient, so it would never learn; load the adapter with "
-                    f"is_trainable=True, or call model.set_adapter({self._adapter_name!r})",
+                    "optimizer",
+                    type(self._optimizer).__name__,
+                    f"it does not train the pair of {matrix.name!r}, so that module would never learn; make it after "
+                    "get_peft_model and fully_shard, with this adapter active (model.set_adapter), and load a saved "
+                    "one with is_trainable=True",
                 )
-        refuse_missing_pairs(self._optimizer, [(matrix.name, matrix.pair) for matrix in self.active()])
 
     def require_resettable(self) -> None:
         """Raise where `renew` would fail for want of an optimizer state that is understood.
@@ -368,36 +326,17 @@ class GrowingMatrices:
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
-    def state(self, draw: int, pairs: Sequence[Pair]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what an exact resume needs of the matrices: JSON-able, and tensors by name.
-
-        Args:
-            draw: Number of the outer step that the components in training began in.
-            pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
-        """
+    def state(self, pairs: Sequence[Pair]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what an exact resume needs, JSON-able and tensors by name; `pairs`, b (m, r), a (r, n), are whole."""
         tensors: dict[str, Tensor] = {}
         for matrix, pair in zip(self._all, pairs, strict=True):
-            tensors.update(matrix.pair_tensors(draw, pair))
-        for index, matrix in enumerate(self.active()):
-            if matrix.checked_pair:
-                tensors |= {
-                    f"snapshot.{index}.{side}": one for side, one in zip("ba", matrix.checked_pair, strict=True)
-                }
-        state = {
-            # Of the active ones; empty before the first check of an inner loop.
-            "snapshot_norms": [one.checked_norm for one in self.active() if one.checked_norm is not None],
-            "adapter_digest": self.digest(pairs),
-            # A list: the Trainer sorts the keys of a dict, and the order of modules seeds their random numbers.
-            "modules": [matrix.state() for matrix in self._all],
-        }
-        return state, tensors
+            tensors |= matrix.tensors(pair)
+        # A list: the Trainer sorts the keys of a dict, and the order of modules seeds their random numbers.
+        modules = [matrix.state() for matrix in self._all]
+        return {"adapter_digest": self.digest(pairs), "modules": modules}, tensors
 
     def require_same(self, state: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
-        """Raise unless a saved `state()` is of these matrices with these components.
-
-        Args:
-            state: What `state()` returned.
-            pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
+        """Raise unless a saved `state()` is of these matrices, with these whole `pairs`, b (m, r) and a (r, n).
 
         Raises:
             CheckpointError: It was saved with others.
@@ -410,17 +349,11 @@ class GrowingMatrices:
                 "checkpoint"
             )
 
-    def restore(
-        self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], draw: int, pairs: Sequence[Pair]
-    ) -> None:
-        """Restore `state()`, after `require_same`; `pairs`, b (m, r) and a (r, n), are the components in training."""
-        for matrix, entry, pair in zip(self._all, state["modules"], pairs, strict=True):
-            matrix.restore(entry, tensors, draw, pair)
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restore `state()`, after `require_same`; `tensors` (any shapes) belong to it."""
+        for matrix, entry in zip(self._all, state["modules"], strict=True):
+            matrix.restore(entry, tensors)
         self.require_held_by_optimizer()
-        for index, (matrix, norm) in enumerate(zip(self.active(), state["snapshot_norms"], strict=False)):
-            matrix.checked_norm = norm
-            if f"snapshot.{index}.b" in tensors:
-                matrix.checked_pair = tensors[f"snapshot.{index}.b"], tensors[f"snapshot.{index}.a"]
 
     def digest(self, pairs: Sequence[Pair]) -> str:
         """Return a digest of all components, `pairs` b (m, r), a (r, n) included: the same before a save and after."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,16 +41,9 @@ class _Moment(NamedTuple):
 
 
 def component_generator(seed: int, outer_step: int, module_index: int, purpose: str) -> torch.Generator:
-    """Return the CPU generator for one purpose of one module in one outer step.
+    """Return the CPU generator for one purpose (`"fresh"`, `"reset"`) of one module in outer step p ≥ 1.
 
-    It depends on the four arguments only. So every rank and every resumed run draws the same numbers, whatever else
-    has used the global generator.
-
-    Args:
-        seed: The run's `component_seed`.
-        outer_step: Number p ≥ 1 of the outer step.
-        module_index: Index of the module in module order.
-        purpose: Separates streams: `"fresh"` or `"reset"`.
+    It depends on the four arguments only, so every rank and every resumed run draws the same numbers.
     """
     text = f"{seed}/{outer_step}/{module_index}/{purpose}".encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
@@ -59,13 +51,9 @@ def component_generator(seed: int, outer_step: int, module_index: int, purpose: 
 
 
 def fresh_component(seed: int, outer_step: int, module_index: int, shape: tuple[int, int]) -> Tensor:
-    """Return the new a of a module, (r, n), Kaiming-uniform with a = √5: uniform in ±1/√n; float32, on the CPU.
+    """Return the new a of a module, of `shape` (r, n), for outer step p ≥ 1; float32, on the CPU.
 
-    Args:
-        seed: The run's `component_seed`.
-        outer_step: Number p ≥ 1 of the outer step that this component starts.
-        module_index: Index of the module in module order.
-        shape: (r, n).
+    It is Kaiming-uniform with a = √5: uniform in ±1/√n.
     """
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(
@@ -132,18 +120,6 @@ def forget_moments(optimizer: Any, param: Tensor) -> None:
             state.gradient.zero_()
 
 
-def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
-    """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
-
-    Args:
-        optimizer: The optimizer, about to step.
-        keywords: What `step` was called with. No loop gives a closure of None by name, and the ranks of a job agree on
-            it, as they might not on gradients that are zero.
-    """
-    is_at_rest = not optimizer.state and not any(float(group["lr"]) for group in optimizer.param_groups)
-    return dict(keywords) == {"closure": None} and is_at_rest
-
-
 # Resettable state ----------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +139,6 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
     # The moments of a flat optimizer are needed whatever `kind` is: once the component is frozen, they are zeroed.
     if kind == "none" and not state.is_flat:
         return []
-    if state.is_elsewhere:
-        # Nothing to reset, but the mask is drawn as on every other rank: later draws depend on it.
-        return [_Moment(Entries(param.new_zeros(0), state.shape, lambda whole: whole.reshape(-1)[:0]))]
     # In the order of names: the order in which a loaded state lists its keys must not change the random draws.
     moments = [_read_moment(optimizer, state, key) for key in sorted(state.values)]
     return [moment for moment in moments if moment is not None]

@@ -6,7 +6,6 @@ saved. Nothing vouches for another, so of that only what contradicts itself is n
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,13 +20,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from .errors import CheckpointError, bad_value, shown_value
+from .errors import CheckpointError, bad_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
 from .tuner.layout import PEFT_PREFIX, padded
-from .tuner.state import STATE_FILE, read_state, require_adapter_files
-
-_FREE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
-"""Fields that may be edited: the place of the base model, and others that no computation reads."""
+from .tuner.state import STATE_FILE, read_state
 
 _OFF: tuple[str, ...] = (
     *("use_dora", "lora_bias", "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices"),
@@ -110,8 +106,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     """
     path = require_adapter_folder(folder)
     state = read_state(path) if os.path.lexists(path / STATE_FILE) else None
-    if state is not None:
-        _require_vouched(path, state)
     config = read_config(path)
     if field := _variant(config):
         remedy = f"in {path / CONFIG_NAME}: only plain LoRA adapters can be read (no DoRA, no bias, no variant)"
@@ -149,22 +143,6 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def is_plain(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is one of plain LoRA: an update is B A and nothing else."""
     return _variant(config) is None
-
-
-def _require_vouched(folder: Path, state: Mapping[str, Any]) -> None:
-    """Check that configuration and files in `folder` are those that `state`, its `aroma_state.json`, vouches for."""
-    now, then = read_config(folder), state["adapter_config"]
-    require_adapter_files(folder, state)
-    for name in sorted({*now, *then} - _FREE):
-        is_filled_in = name == "task_type" and then.get(name) is None
-        if _meaning(now.get(name)) != _meaning(then.get(name)) and not is_filled_in:
-            remedy = f"edited since the adapter was saved, as {shown_value(then.get(name), 200)}; put that back"
-            raise bad_value(f"{folder / CONFIG_NAME}: {name}", now.get(name), remedy, CheckpointError)
-
-
-def _meaning(value: Any) -> str:
-    """Return the value of a field as text in which equal meanings are equal: PEFT's lists are sets."""
-    return json.dumps((sorted(value, key=str) if isinstance(value, list) else value) or None, sort_keys=True)
 
 
 def _variant(config: Mapping[str, Any]) -> str | None:

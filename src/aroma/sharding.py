@@ -184,7 +184,6 @@ class OptimizerState:
         shape: Shape of the whole parameter.
         entries: Maps a tensor among `values` to this rank's entries of the parameter in it; None if unknown.
         is_flat: Whether the values are flat tensors that many parameters share.
-        is_elsewhere: Whether this rank holds no entry of the parameter.
         gradient: This rank's entries of a gradient that the optimizer holds apart from the parameter, if it does.
     """
 
@@ -192,7 +191,6 @@ class OptimizerState:
     shape: tuple[int, ...]
     entries: Callable[[Tensor], Entries | None]
     is_flat: bool = False
-    is_elsewhere: bool = False
     gradient: Tensor | None = None
 
 
@@ -203,7 +201,10 @@ def optimizer_state(optimizer: Any, parameter: Any) -> OptimizerState:
     inner = unwrapped_optimizer(optimizer)
     own = _own_range(parameter, inner)
     if own is None:
-        return OptimizerState({}, tuple(parameter.shape), lambda _: None, is_flat=True, is_elsewhere=True)
+        # Nothing to reset, but a mask is drawn as on every other rank: later draws depend on it.
+        shape, none = tuple(parameter.shape), parameter.new_zeros(0)
+        entry = Entries(none, shape, lambda whole: whole.reshape(-1)[:0])
+        return OptimizerState({"": none}, shape, lambda _: entry, is_flat=True)
 
     def entries(value: Tensor) -> Entries | None:
         """Return this rank's entries in a flat tensor; None if its shape is another."""
@@ -233,19 +234,12 @@ def _entries(value: Tensor) -> Entries | None:
 class Sharding:
     """How a model and the optimizer that trains it are spread over processes.
 
-    Attributes:
-        is_fsdp2: Whether `fully_shard` was applied to the model.
-        has_flat_optimizer: Whether the optimizer steps flat tensors of many parameters. It then steps frozen pairs
-            too, with gradients of zero, and may hold no state of a pair on this rank.
+    `is_fsdp2`: whether `fully_shard` was applied to the model; `has_flat_optimizer`: whether the optimizer steps flat
+    tensors of many parameters. It then steps frozen pairs too, and may hold no state of a pair on this rank.
     """
 
     is_fsdp2: bool = False
     has_flat_optimizer: bool = False
-
-    @property
-    def steps_within_backward(self) -> bool:
-        """Whether accelerate's `backward` takes the optimizer step, so that the Trainer announces it too late."""
-        return self.has_flat_optimizer
 
     def device(self, parameter: Tensor) -> torch.device:
         """Return a device whose tensors the process group of `parameter` (any shape) can reduce."""
@@ -347,17 +341,3 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
         if is_zero(inner) and ".lora_" in name and is_flattened(parameter) and parameter.dtype != torch.float32:
             remedy = "leave bf16 and fp16 out of the settings of DeepSpeed and the Trainer, or set torch_autocast"
             raise bad_value("dtype", parameter.dtype, f"{name} is not float32, so components round; {remedy}")
-
-
-def refuse_missing_pairs(optimizer: Any, pairs: Iterable[tuple[str, Sequence[Tensor]]]) -> None:
-    """Refuse an optimizer that lacks the pair b (m, r), a (r, n) of a module that trains, given with its name.
-
-    Raises:
-        ConfigError: Naming the first such module.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, pair in pairs:
-        if not all(id(parameter) in held or is_flattened(parameter) for parameter in pair):
-            remedy = "make it after get_peft_model and fully_shard, with this adapter active (model.set_adapter)"
-            reason = f"it does not hold the trainable pair of {name!r}, so that module would never learn; {remedy}"
-            raise bad_value("optimizer", type(optimizer).__name__, reason)

@@ -109,7 +109,7 @@ class Updates:
     def require_equal_ranks(self, **facts: object) -> None:
         """Raise ConfigError unless all processes have the same adapter and `facts`, such as counts of batches."""
         adapted = [(update.name, update.r) for update in self.each]
-        distributed.require_equal_replicas({"adapter": adapted, **facts})
+        distributed.require_equal({"adapter": adapted, **facts})
 
     @torch.no_grad()
     def to_singular_directions(self) -> Tensor:

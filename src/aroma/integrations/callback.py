@@ -7,23 +7,19 @@ import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from .. import compat
 from ..checkpoint import record_save, whole_checkpoint
 from ..controller import AromaController
 from ..errors import NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import aroma_layers
 from .base import TrainingCallback
+from .loop import Attachment
 from .reporting import TrainingRecord
-from .rewarmup import Rewarmup, was_skipped
-
-compat.require_names(compat.TRAINER_NAMES)
 
 
 class AromaCallback(TrainingCallback):
@@ -61,11 +57,7 @@ class AromaCallback(TrainingCallback):
         self.on_event = on_event
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
-        self._rewarmup = Rewarmup()
-        self._fused_step_was_skipped = False
-        self._steps_within_backward = False
-        self._hooks: list[Any] = []
-        self._was_over = False
+        self._growth: Attachment | None = None
         self._training: tuple[TrainingArguments, TrainerState] | None = None
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
@@ -76,7 +68,7 @@ class AromaCallback(TrainingCallback):
 
     def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
         """Resume from a whole checkpoint only; come before the trackers, so that its totals reach them."""
-        self._remove_hooks()  # of an earlier training that ended with an exception
+        self._detach()  # after an earlier training that ended with an exception
         self.controller = None
         flow_first = (DefaultFlowCallback, AromaCallback)
         trainer.callback_handler.callbacks.sort(key=lambda one: [not isinstance(one, kind) for kind in flow_first])
@@ -86,10 +78,9 @@ class AromaCallback(TrainingCallback):
         return AromaCallback._resumed
 
     def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any
+        self, args: Any, state: TrainerState, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
-        self._was_over = False
         self._training = (args, state)
         self.controller = AromaController(
             model,
@@ -105,9 +96,7 @@ class AromaCallback(TrainingCallback):
             self.controller.subscribe(self.on_event)
         if self._report is not None:
             self._report.begin(self.controller, state)
-        sharding = self.controller.matrices.sharding
-        self._steps_within_backward = sharding.steps_within_backward
-        self._hook(state, sharding.base_optimizer(optimizer))
+        self._growth = Attachment(self.controller, optimizer, lr_scheduler, lambda: self._is_over(state))
 
     def _restore(self, checkpoint: str) -> None:
         """Give the controller the state of a checkpoint, whose weights are loaded."""
@@ -116,31 +105,10 @@ class AromaCallback(TrainingCallback):
         name = "" if controller.adapter_name == "default" else controller.adapter_name
         controller.resume(os.path.join(checkpoint, name))
 
-    def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
-        """Hook the optimizer for what the Trainer has no event for."""
-        after = optimizer.register_step_post_hook
-        if not self._steps_within_backward:
-            self._hooks = [after(self._note_skipped_step)]
-            return
-
-        # DeepSpeed steps within the backward, before the Trainer announces the step.
-        def before(optimizer: Any, *_: Any) -> None:
-            over = self._is_over(state, state.global_step)
-            self._rewarmup.begin(optimizer, 0.0 if over else self._running().lr_factor)
-
-        ends = after(lambda optimizer, *_: self._rewarmup.end(optimizer, None))
-        self._hooks = [optimizer.register_step_pre_hook(before), ends]
-
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self.controller is not None:
-            self.controller.detach()
-
-    def _note_skipped_step(self, optimizer: Any, *_: Any) -> None:
-        # Only the step itself knows: accelerate counts every step of a fused optimizer as taken.
-        self._fused_step_was_skipped = was_skipped(optimizer)
+    def _detach(self) -> None:
+        if self._growth is not None:
+            self._growth.detach()
+        self._growth = None
 
     def attributes(self) -> dict[str, Any]:
         """Return nothing: the state of the run is beside the adapter, in `aroma_state.json`."""
@@ -154,31 +122,9 @@ class AromaCallback(TrainingCallback):
 
     # Around every optimizer step -------------------------------------------------------------------------------------
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: Any, optimizer: Any, **kwargs: Any
-    ) -> None:
-        """Scale the learning rate by the re-warm-up."""
-        if self._steps_within_backward:
-            return
-        if self._is_over(state, state.global_step):
-            # Without gradients the step changes nothing.
-            optimizer.zero_grad(set_to_none=True)
-        self._rewarmup.begin(optimizer, self._running().lr_factor)
-
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
-    ) -> None:
-        """Restore the schedule's learning rate; the Trainer logs the rate that was used."""
-        self._rewarmup.end(optimizer, lr_scheduler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        """Check, merge and freeze where due; stop the training when every module has finished."""
-        controller = self._running()
-        skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
-        self._was_over = self._is_over(state, state.global_step - 1)
-        if not skipped and not self._was_over:
-            controller.step()
-        if controller.finished and self.early_stop:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the training when every module has finished."""
+        if self._running().finished and self.early_stop:
             # Save, evaluate and log once more, as the Trainer does at the last planned step.
             control.should_training_stop = control.should_log = True
             control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS
@@ -223,7 +169,7 @@ class AromaCallback(TrainingCallback):
         """Say why growth ended; after `load_best_model_at_end`, go back to the best checkpoint. Then report."""
         best = state.best_model_checkpoint
         self._training = None
-        self._remove_hooks()
+        self._detach()
         if self.controller is None:
             return
         if state.is_world_process_zero and not args.disable_tqdm:
@@ -233,12 +179,14 @@ class AromaCallback(TrainingCallback):
         if self._report is not None:
             self._report.end(self.controller, args, state, model)
 
-    def _is_over(self, state: TrainerState, steps_taken: int) -> bool:
-        """Whether the run was over before this step. When such a run is resumed, the Trainer steps before it stops."""
-        return steps_taken >= state.max_steps or (self.early_stop and self._running().finished)
+    def _is_over(self, state: TrainerState) -> bool:
+        """Whether the run is over before a step. When such a run is resumed, the Trainer steps before it stops."""
+        return state.global_step >= state.max_steps or (self.early_stop and self._running().finished)
 
     def _guard_checkpoint(self, control: TrainerControl) -> None:
-        if self._was_over:  # the step changed nothing, and for its checkpoint an older one would go
+        if (
+            self._growth is not None and self._growth.was_over
+        ):  # the step changed nothing, and for its checkpoint an older one would go
             control.should_save = control.should_evaluate = control.should_log = False
         if control.should_save or control.should_evaluate:
             self._running().require_finite()
@@ -255,8 +203,6 @@ def trainable_adapter(model: nn.Module) -> str:
     names = [str(name) for name in configs if name in active and not configs[name].inference_mode]
     if len(names) == 1:
         return names[0]
-    if names:
-        remedy = "a Trainer grows one adapter at a time; call model.set_adapter(NAME) before it is made"
-        raise bad_value("adapter_name", names, remedy)
-    remedy = "give the Trainer get_peft_model(model, AromaConfig(...)), with its adapter active (model.set_adapter)"
-    raise bad_value("model", type(model).__name__, f"it has no trainable AROMA adapter that is active; {remedy}")
+    remedy = "give the Trainer get_peft_model(model, AromaConfig(...)), with one adapter active (model.set_adapter)"
+    reason = f"several AROMA adapters train, {names}" if names else "it has no trainable AROMA adapter that is active"
+    raise bad_value("model", type(model).__name__, f"{reason}; {remedy}")

@@ -1,4 +1,4 @@
-"""A growing adapter in a plain training loop: one call before it."""
+"""A growing adapter in a training loop: all of it happens inside `optimizer.step()`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,67 @@ from typing import Any
 
 from torch import nn
 
+from .. import compat
 from ..controller import AromaController
-from ..events import Event, Summary
-from ..reset import makes_state_only
-from .rewarmup import Rewarmup, was_skipped
+from ..events import Event, ModuleSummary
+
+
+class Rewarmup:
+    """Scales the learning rates for one optimizer step and gives them back afterwards.
+
+    The schedule never notices: it computes its next value from the rates it set itself. What it reports as its last
+    value is the rate that was really used.
+    """
+
+    def __init__(self) -> None:
+        self._scheduled: list[Any] | None = None
+
+    def begin(self, optimizer: Any, factor: float) -> None:
+        """Multiply the rate of every parameter group of `optimizer` by `factor`."""
+        if self._scheduled is not None:  # the last step ended with an exception
+            self.end(optimizer, None)
+        self._scheduled = [group["lr"] for group in optimizer.param_groups]
+        if factor != 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+
+    def end(self, optimizer: Any, scheduler: Any | None) -> None:
+        """Restore the scheduled rates, and let `scheduler` report the used ones as its last."""
+        if self._scheduled is None:
+            return
+        used = [group["lr"] for group in optimizer.param_groups]
+        for group, scheduled in zip(optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = scheduled
+        self._scheduled = None
+        compat.report_rates(scheduler, used)
 
 
 class Attachment(AbstractContextManager["Attachment"]):
-    """The controller of a plain training loop, hooked to its optimizer; made by `attach`.
+    """The controller of a training loop, hooked to its optimizer; made by `attach`.
 
     As a context manager it detaches at the end of the block, also after an exception.
 
+    Args:
+        controller: The `AromaController`.
+        optimizer: The optimizer; wrapped by accelerate or not, or DeepSpeed's.
+        scheduler: The scheduler, wrapped by accelerate or not.
+        is_over: Whether the run has ended, so that a further step changes nothing.
+
     Attributes:
         controller: The `AromaController`.
+        was_over: Whether the run had ended before the latest step.
     """
 
-    def __init__(self, controller: AromaController, optimizer: Any, scheduler: Any | None) -> None:
+    def __init__(
+        self,
+        controller: AromaController,
+        optimizer: Any,
+        scheduler: Any | None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.controller = controller
+        self.was_over = False
+        self._is_over = is_over
         self._rewarmup = Rewarmup()
         self._counts = True
         # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
@@ -36,8 +80,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         """Whether every matrix is frozen, so that the loop may stop."""
         return self.controller.finished
 
-    def summary(self) -> Summary:
-        """Return what became of every matrix; prints as a short table. See `AromaController.summary`."""
+    def summary(self) -> list[ModuleSummary]:
+        """Return what became of every matrix."""
         return self.controller.summary()
 
     def detach(self) -> None:
@@ -50,16 +94,40 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.detach()
 
     def _before_step(self, optimizer: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
-        self._counts = not makes_state_only(optimizer, keywords)
-        if self._counts:
-            self._rewarmup.begin(optimizer, self.controller.lr_factor)
+        self._counts = not _makes_state_only(optimizer, keywords)
+        if not self._counts:
+            return
+        self.was_over = self._is_over()
+        if self.was_over and not self.controller.matrices.sharding.has_flat_optimizer:
+            optimizer.zero_grad(set_to_none=True)
+        self._rewarmup.begin(optimizer, 0.0 if self.was_over else self.controller.lr_factor)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         if not self._counts:
             return
         self._rewarmup.end(optimizer, self._scheduler)
-        if not was_skipped(optimizer):
+        if not self.was_over and not _was_skipped(optimizer):
             self.controller.step()
+
+
+def _makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
+    """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
+
+    No loop gives a closure of None by name, and the ranks agree on it, as they might not on gradients that are zero.
+    """
+    is_at_rest = not optimizer.state and not any(float(group["lr"]) for group in optimizer.param_groups)
+    return dict(keywords) == {"closure": None} and is_at_rest
+
+
+def _was_skipped(optimizer: Any) -> bool:
+    """Whether the step changes nothing, because DeepSpeed or a GradScaler found an overflow.
+
+    A fused optimizer (`AdamW(fused=True)`, the Trainer's default) takes the step, and changes nothing.
+    """
+    if getattr(optimizer, "overflow", False) is True:
+        return True
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def attach(

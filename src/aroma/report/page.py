@@ -37,13 +37,9 @@ class Chart(NamedTuple):
 
 
 def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **context: Any) -> str:
-    """Return a page.
+    """Return the page of a template in `folder`, `page.html` or one that extends it.
 
-    Args:
-        template: Name of a template: `page.html`, or one that extends it.
-        charts: The charts by the names that the template calls them by.
-        folder: Where the template is.
-        context: What else the template reads; every text is escaped where it is put.
+    `charts` have the names that the template calls them by; every text of `context` is escaped where it is put.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -2,19 +2,10 @@
 
 from .. import compat
 from .config import AromaConfig
-from .layer import AromaLinear
-from .live import LiveAdapter, live_adapter
-from .model import AromaModel, aroma_layers, refuse_merge_if_tied, register
+from .layer import AromaLinear, LiveAdapter, live_adapter
+from .model import AromaModel, aroma_layers, register
 
 compat.require_names(compat.TUNER_NAMES)
 register()
 
-__all__ = [
-    "AromaConfig",
-    "AromaLinear",
-    "AromaModel",
-    "LiveAdapter",
-    "aroma_layers",
-    "live_adapter",
-    "refuse_merge_if_tied",
-]
+__all__ = ["AromaConfig", "AromaLinear", "AromaModel", "LiveAdapter", "aroma_layers", "live_adapter"]

@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+from torch import Tensor
 
 from ..card import write_ranks
 from ..errors import bad_value
 from ..files import write_json
 from .layout import plain_config
-from .live import take_collected
 from .state import write_adapter_state
 
 
@@ -30,6 +30,15 @@ class _Registered(str):
 
 
 PEFT_TYPE = _Registered("AROMA")
+
+
+class Collected(NamedTuple):
+    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know."""
+
+    state: dict[str, Any]  # what aroma_state.json says, but for the configuration
+    tensors: dict[str, Tensor]  # what the state of the run needs beside it, by name; of any shape
+    fan_in_fan_out: bool  # whether a base layer stores its weight as (n, m)
+
 
 _LARGEST_USUAL_RANK = 8
 """Of a component; a larger `r` is likely meant as that of a LoraConfig, of a whole matrix."""
@@ -89,6 +98,8 @@ class AromaConfig(LoraConfig):
     prune_ratio: float = 0.999
     rewarmup_steps: int = 50
     component_seed: int | None = None
+    collected = cast("Collected | None", None)  # unannotated, so no field
+    """Set while PEFT saves: it collects the tensors, and then calls `save_pretrained` of the configuration."""
 
     def __post_init__(self) -> None:
         for name, (fits, remedy) in _CHECKS.items():
@@ -163,18 +174,19 @@ class AromaConfig(LoraConfig):
         While PEFT saves a model, that is the plain LoRA configuration of the tensors it has just collected, with
         `aroma_state.json` beside it. Called at any other moment it writes this configuration itself.
         """
-        collected = take_collected(self)
+        collected: Collected | None = self.__dict__.pop("collected", None)
         if collected is None:
             super().save_pretrained(save_directory, **kwargs)
             return
-        state = collected.state
-        ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
+        ranks = {name: entry["rank"] for name, entry in collected.state["modules"].items()}
         plain = plain_config(self, ranks, collected.fan_in_fan_out)
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_json(Path(save_directory) / CONFIG_NAME, plain)
-        write_adapter_state(save_directory, {**state, "adapter_config": plain}, collected.tensors)
-        write_ranks(save_directory, ranks, state["config"])
+        # PEFT has written the tensors, and gives that argument; transformers writes them after the configuration.
+        with_weights = "auto_mapping_dict" in kwargs
+        write_adapter_state(save_directory, collected.state, plain, collected.tensors, with_weights)
+        write_ranks(save_directory, ranks, collected.state["config"])
 
 
 # What the fields may be ----------------------------------------------------------------------------------------------
@@ -222,20 +234,9 @@ METHOD_FIELDS = tuple(_CHECKS)
 """Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
 _AS_IN_LORA = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "target_modules",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "ensure_weight_tying",
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),
 }
 """Fields of LoraConfig that mean for AROMA what they mean there; all others belong to variants of LoRA."""
 

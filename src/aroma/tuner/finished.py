@@ -19,13 +19,6 @@ class FinishedComponents(nn.Module):
 
     The storage is zero-padded, written in place, and grows in chunks. It is never an inference tensor, which could not
     be trained with later. The state dict holds the `rank` components without padding, so its shapes tell the rank.
-
-    Args:
-        in_features (`int`): n.
-        out_features (`int`): m.
-
-    Attributes:
-        rank: R, the number of components.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -127,13 +120,7 @@ class FinishedComponents(nn.Module):
 
 
 def with_pair(finished: Factors, pair: Factors, scale: float) -> Factors:
-    """Return the factors B (m, R) and A (R, n) of a whole update, the pair last if it has moved.
-
-    Args:
-        finished: B (m, R) and A (R, n) of the finished components.
-        pair: b (m, r) and a (r, n).
-        scale: What b is multiplied by.
-    """
+    """Return the factors B (m, R) and A (R, n) of a whole update, the scaled pair b (m, r), a (r, n) last if moved."""
     (B, A), (b, a) = finished, pair
     if not b.any():
         return B, A

@@ -1,7 +1,8 @@
-"""The autograd graph at the model's output, and what DistributedDataParallel sees of a growing adapter."""
+"""Hooks of a model that grows: its graph at the output, and a warning; what DistributedDataParallel sees of it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from .. import compat
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX
 
@@ -22,19 +22,18 @@ class GraphKeeper:
 
     Several processes: DistributedDataParallel waits in every backward for the gradient of each parameter that it found
     when the model was wrapped. Frozen pairs get theirs, zero, at the output. No layer computes anything for them, and
-    autograd still stops where every module below has finished.
-
-    Attributes:
-        layers: The growing layers of the model.
+    autograd still stops where every module below has finished. `layers` are the growing layers of the model.
     """
 
     def __init__(self) -> None:
         self.layers: list[AromaLinear] = []
+        self._has_warned = False
 
     def __call__(self, model: nn.Module, _: Any, output: Any) -> Any:
         """Return `output`, tensors of any shape, with another graph, or None to leave it unchanged."""
         if not model.training or not torch.is_grad_enabled():
             return None
+        self._warn_if_uncontrolled()
         staying = [layer for layer in self.layers if layer.stays_in_graph]
         if staying and torch.compiler.is_compiling():
             # The layers evaluate frozen pairs themselves; to ask which are frozen would compile again at each freeze.
@@ -54,10 +53,27 @@ class GraphKeeper:
         node: Callable[..., Tensor] = _ZeroGradients.apply
         return recursively_apply(lambda tensor: node(tensor, *waiting), output, test_type=_is_floating_point)
 
+    def _warn_if_uncontrolled(self) -> None:
+        """Warn, after the first optimizer step, if no controller drives an adapter: when it is saved, it is too late.
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` was applied to the model, a part of it, or the model inside it."""
-    return any(map(compat.is_compiled, model.modules()))
+        A pair (b, a) begins with b = 0, so it has trained where b is another. A sharded one would take all ranks.
+        """
+        if self._has_warned or not self.layers or torch.compiler.is_compiling():
+            return
+        layer = self.layers[0]
+        for name in layer.active_adapters:
+            if name not in layer.lora_A or layer.live[name].ever_controlled or layer.live[name].controller is not None:
+                continue
+            b = layer.pair(name)[0]
+            if type(b) is nn.Parameter and b.requires_grad and b.any():
+                self._has_warned = True
+                warnings.warn(
+                    "This AROMA adapter is trained without its controller, as a plain LoRA: no component is ever "
+                    "checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, "
+                    "optimizer, scheduler, total_steps=...)` before a loop of your own.",
+                    stacklevel=3,
+                )
+                return
 
 
 def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
@@ -73,7 +89,9 @@ def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
         for side in "AB"
     }
     # DDP may wrap the model, the tuner or the PeftModel; the latter two look attributes up in the model.
-    compat.hide_from_ddp(model, {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)})
+    hidden = {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)}
+    hidden |= {*getattr(model, "_ddp_params_and_buffers_to_ignore", ())}
+    model._ddp_params_and_buffers_to_ignore = sorted(hidden)  # type: ignore[assignment]
 
 
 def _is_floating_point(value: Any) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
@@ -14,13 +14,66 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .. import compat
-from ..errors import bad_value
-from ..sharding import gathered, is_sharded, write
+from ..errors import ConfigError, bad_value
+from ..sharding import gathered, write
 from .finished import Factors, FinishedComponents, with_pair
 from .fused import Update, autocast_dtype, linear_with_update
 
 if TYPE_CHECKING:
-    from .live import LiveAdapter
+    from .config import AromaConfig
+
+
+class LiveAdapter:
+    """The state of one adapter while its model lives; its growing layers share it. A configuration is data only.
+
+    A copied or unpickled model starts without a controller: that of the original does not drive it.
+
+    Attributes:
+        config: Configuration of the adapter; never written to.
+        chose_seed: Whether the configuration has a `component_seed`.
+        seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
+        ever_controlled: Whether a controller has ever taken a step.
+        dtype_is_chosen: Whether PEFT has chosen the dtype of the pairs.
+    """
+
+    def __init__(self, config: AromaConfig) -> None:
+        self.config = config
+        self.chose_seed = config.component_seed is not None
+        self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
+        self.ever_controlled = False
+        self.dtype_is_chosen = False
+        self._controller: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_controller": None}
+
+    @property
+    def controller(self) -> Any | None:
+        """The controller that drives this adapter; None if none was attached or it is gone."""
+        return self._controller() if self._controller is not None else None
+
+    def attach_controller(self, controller: Any) -> None:
+        """Remember `controller`, by a weak reference, so that saving the adapter writes its state."""
+        self._controller = weakref.ref(controller)
+
+    def method(self) -> dict[str, Any]:
+        """Return the fields that decide a run, with the seed in use; JSON-able."""
+        return {**self.config.method(), "component_seed": self.seed}
+
+    def check_resumable(self, saved: dict[str, Any]) -> None:
+        """Raise if `saved`, the `method()` of a checkpoint, differs; take over its seed if none was chosen.
+
+        Raises:
+            ConfigError: Naming every differing field with both values.
+        """
+        now = self.method() if self.chose_seed else {**self.method(), "component_seed": saved.get("component_seed")}
+        differing = [name for name in now if now[name] != saved.get(name)]
+        if differing:
+            values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
+            raise ConfigError(
+                f"cannot resume with another configuration: {values}; give the checkpoint's values, or start a new run"
+            )
+        self.seed = now["component_seed"]
 
 
 class AromaLinear(LoraLinear):
@@ -38,8 +91,6 @@ class AromaLinear(LoraLinear):
         out_features: m.
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
-        own_scaling: s of every adapter, which merging and saving fold into B. `scaling` is what PEFT's `set_scale` and
-            the like change temporarily; it scales the whole update.
         stays_in_graph: Whether a frozen pair still requires a gradient, because DistributedDataParallel waits for it,
             or because the model is compiled: `GraphKeeper` gives it one of zero, a compiled graph evaluates the pair.
     """
@@ -47,14 +98,13 @@ class AromaLinear(LoraLinear):
     in_features: int
     out_features: int
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live")
+    other_param_names = (*LoraLinear.other_param_names, "live")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
         require_linear(base_layer, kwargs.get("target_name", ""))
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
-        self.own_scaling: dict[str, float] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
@@ -67,7 +117,6 @@ class AromaLinear(LoraLinear):
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.own_scaling[adapter_name] = self.scaling[adapter_name]
 
     # The pair and its state ------------------------------------------------------------------------------------------
 
@@ -111,8 +160,8 @@ class AromaLinear(LoraLinear):
         return with_pair((B, finished.A), pair, self.scaling[adapter_name])
 
     def _scaled(self, B: Tensor, adapter_name: str) -> Tensor:
-        """Scale left factors B (m, R) by what PEFT scales the adapter by temporarily, mostly 1."""
-        scale, own = self.scaling[adapter_name], self.own_scaling[adapter_name]
+        """Scale left factors B (m, R) by what PEFT's `set_scale` scales the adapter by temporarily, mostly 1."""
+        scale, own = self.scaling[adapter_name], self.live[adapter_name].config.scale
         return B if scale == own else B * (scale / own)
 
     # The steps of Algorithm 1 that change a module -------------------------------------------------------------------
@@ -121,7 +170,7 @@ class AromaLinear(LoraLinear):
     def merge_pair(self, adapter_name: str, pair: Factors | None = None) -> None:
         """Merge: the pair becomes finished components; `pair`, if known, is whole, b (m, r) and a (r, n)."""
         b, a = self.whole_pair(adapter_name) if pair is None else pair
-        self.finished(adapter_name).append(b * self.own_scaling[adapter_name], a)
+        self.finished(adapter_name).append(b * self.live[adapter_name].config.scale, a)
 
     @torch.no_grad()
     def start_pair(self, adapter_name: str, a: Tensor, b: Tensor | None = None) -> None:
@@ -142,11 +191,7 @@ class AromaLinear(LoraLinear):
     def stay_in_graph(self, adapter_name: str, stays: bool, growths: int | None = None) -> None:
         """Decide whether a frozen pair still requires a gradient; applies to a pair that is frozen already.
 
-        Args:
-            adapter_name: The adapter that grows.
-            stays: Whether it does.
-            growths: How many components of rank r the storage of finished ones holds before it is replaced, and a
-                graph compiled again; at least 8 rows. None: no storage is reserved.
+        `growths`: how many components the storage holds before it is replaced, and a graph compiled again.
         """
         self.stays_in_graph = stays
         if growths is not None:
@@ -168,19 +213,12 @@ class AromaLinear(LoraLinear):
     # What PEFT calls -------------------------------------------------------------------------------------------------
 
     def weight_matrix(self) -> Tensor:
-        """Return W0 as (m, n): a view, or a copy if the base layer is quantised or offloaded.
-
-        All ranks gather a sharded one together.
-        """
+        """Return W0 as (m, n): a view, or a copy if it is quantised or sharded; all ranks gather one together."""
         base = self.get_base_layer()
-        if is_sharded(base.weight):
-            weight: Tensor = gathered([base.weight])[0]
-        else:
-            with align_module_device(base):
-                weight = base.weight.detach()
-                if self.is_quantised:
-                    # PEFT's dequantize_module_weight would put an 8-bit weight without its scales back on a CPU.
-                    weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None))
+        weight: Tensor = gathered([base.weight])[0]
+        if self.is_quantised:
+            # PEFT's dequantize_module_weight would put an 8-bit weight without its scales back on a CPU.
+            weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None))
         matrix: Tensor = self._as_matrix(weight.detach())
         return matrix
 
@@ -270,27 +308,6 @@ class AromaLinear(LoraLinear):
                 result = result + self.lora_B[adapter_name](h) * update.scale
         return result.to(dtype)
 
-    # Offloaded base layers -------------------------------------------------------------------------------------------
-
-    def onload_pair(self, adapter_name: str) -> None:
-        """Put a new pair on the device where an offloaded base layer computes.
-
-        PEFT has put it beside the weight, on the meta device.
-        """
-        device = self._execution_device
-        if device is not None and self.pair(adapter_name)[0].is_meta:
-            for modules in (self.lora_A, self.lora_B, self.lora_finished):
-                modules[adapter_name].to_empty(device=device)
-
-    @property
-    def _execution_device(self) -> torch.device | None:
-        """Where an offloaded base layer computes; None if it is not offloaded."""
-        base = self.get_base_layer()
-        return compat.execution_device(base) if has_offloaded_params(base) else None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
-
 
 def require_linear(base: nn.Module, name: str) -> None:
     """Raise unless a layer, of the given name in the model, can grow.
@@ -307,3 +324,20 @@ def require_linear(base: nn.Module, name: str) -> None:
             f"it is a {type(base).__name__}, and only linear layers grow; leave it out, or name it in "
             "exclude_modules; evidence on PEFT's LoraConfig cuts others",
         )
+
+
+def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter:
+    """Return the live state of an adapter of `model`, a PeftModel or a model with injected layers, wrapped or not.
+
+    Raises:
+        ConfigError: The model has no growing adapter of that name.
+    """
+    for module in model.modules():
+        if isinstance(module, AromaLinear) and adapter_name in module.live:
+            return module.live[adapter_name]
+    raise bad_value(
+        "adapter_name",
+        adapter_name,
+        f"{type(model).__name__} has no AROMA adapter of that name; make one with "
+        "get_peft_model(model, AromaConfig(...))",
+    )

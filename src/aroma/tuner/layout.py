@@ -8,12 +8,13 @@ scales by 1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CheckpointError, bad_value
 from ..files import tensors_digest
@@ -36,13 +37,7 @@ def module_name(key: str) -> str:
 
 
 def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> dict[str, Any]:
-    """Return a plain LoRA configuration, JSON-able.
-
-    Args:
-        config: The live one.
-        ranks: Rank of every growing module, by its name.
-        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
-    """
+    """Return the plain LoRA configuration, JSON-able, of an adapter whose growing modules have `ranks`."""
     targets = _targets(ranks)
     r = min(targets.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in targets.items() if rank != r}
@@ -68,48 +63,16 @@ def _targets(ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if rank} or {next(iter(ranks)): 1}
 
 
-def plain_factors(updates: Mapping[str, Factors], rank: int | None = None) -> dict[str, Factors]:
-    """Return the factors B (m, R) and A (R, n) that a plain adapter has tensors of.
-
-    Args:
-        updates: Those of every growing module, also with R = 0.
-        rank: All modules get it, padded with zeros. None: each has its own, and those of rank 0 are left out.
-    """
-    ranks = {name: len(A) for name, (_, A) in updates.items()}
-    chosen = _targets(ranks) if rank is None else dict.fromkeys(ranks, rank)
-    return {name: padded(*updates[name], count) for name, count in chosen.items()}
+def plain_factors(updates: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the factors B (m, R) and A (R, n) that a plain adapter has tensors of, of those of all modules."""
+    ranks = _targets({name: len(A) for name, (_, A) in updates.items()})
+    return {name: padded(*updates[name], rank) for name, rank in ranks.items()}
 
 
 def padded(B: Tensor, A: Tensor, rank: int) -> Factors:
     """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
-    if len(A) == rank:
-        return B, A
-    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
-    wide[:, : B.shape[1]], tall[: A.shape[0]] = B, A
-    return wide, tall
-
-
-def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -> dict[str, Any]:
-    """Return the configuration of an adapter whose modules all have one rank, and the scale 1.
-
-    Args:
-        config: Its configuration with ranks of their own, as `adapter_config.json` has it.
-        names: The modules.
-        rank: The rank.
-    """
-    return {
-        **config,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "target_modules": sorted(names),
-        "use_rslora": False,
-        "inference_mode": True,
-    }
+    missing = rank - len(A)
+    return F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing))
 
 
 def is_component(name: str) -> bool:
@@ -130,12 +93,8 @@ def components_in(
 ) -> tuple[Factors, Factors]:
     """Return the finished components, B (m, R) and A (R, n), and the pair, b (m, r) and a (r, n), of one module.
 
-    Args:
-        state_dict: State dict of the whole model, not sharded. One that DeepSpeed has collected lacks frozen pairs,
-            and has buffers with their padding.
-        key: The layer's name in it.
-        layer: The layer.
-        adapter_name: Name of the adapter.
+    `state_dict`, in which `layer` is called `key`, is whole. If DeepSpeed has collected it, it lacks frozen pairs, and
+    has buffers with their padding.
     """
     finished, stem = layer.finished(adapter_name), f"{key}.lora_finished.{adapter_name}"
     A, B = state_dict.get(f"{stem}.A", finished.A), state_dict.get(f"{stem}.B", finished.B)
@@ -155,13 +114,8 @@ def finished_tensors(
 ) -> dict[str, Tensor]:
     """Turn the plain tensors of a saved adapter into the state-dict entries of a growing one.
 
-    Everything saved becomes finished components, and the pair starts anew at b = 0. A resumed controller takes the
-    component that was in training out again (`FinishedComponents.pop`). A module without tensors has rank 0.
-
-    Args:
-        layers: Growing layers by their name in the state dict.
-        adapter_name: Adapter to load.
-        plain: Saved tensors, A (R, n) and B (m, R), by their name in the file.
+    Everything saved, A (R, n) and B (m, R) by name, becomes finished components, and the pair starts anew at b = 0. A
+    resumed controller takes the component that was in training out again. A module without tensors has rank 0.
 
     Raises:
         CheckpointError: The tensors of a module do not fit it.

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
-from peft.utils import NoMatchingPeftModuleError
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
-from ..errors import ConfigError, bad_value
+from ..errors import ConfigError
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
-from .config import PEFT_TYPE, AromaConfig
+from .config import PEFT_TYPE, AromaConfig, Collected
 from .finished import with_pair
 from .graph import GraphKeeper, hide_from_ddp
-from .layer import AromaLinear
+from .layer import AromaLinear, LiveAdapter, live_adapter
 from .layout import components_digest, components_in, finished_tensors, is_component, module_name, plain_factors
-from .live import Collected, LiveAdapter, live_adapter, remember
 from .state import STATE_FORMAT
-from .warnings import HEADS, UncontrolledWatch, warn_frozen_head
 
+HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
+"""Names of the heads that PEFT trains whole, by task type."""
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
 
@@ -52,7 +50,7 @@ class AromaModel(LoraModel):
         """Put growing layers into `model`.
 
         Raises:
-            ConfigError: No module matches `target_modules`, or one of them cannot grow.
+            ConfigError: A module that `target_modules` matches cannot grow.
         """
         config = self.peft_config[adapter_name]
         # TRL's trainers keep the adapter as it was before the training, made of the same configuration object, and
@@ -61,19 +59,8 @@ class AromaModel(LoraModel):
         original = same[0] if same and adapter_name == REFERENCE else None
         if original is not None:
             self.peft_config[adapter_name] = replace(config, inference_mode=True)
-        wanted = config.target_modules
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NoMatchingPeftModuleError as error:
-            raise bad_value(
-                "target_modules",
-                wanted,
-                f"no module of {type(model).__name__} is left to grow; give a list of names as model.named_modules() "
-                "lists them or their endings (a string is a regular expression for whole names), or 'all-linear', and "
-                "look at exclude_modules, modules_to_save and layers_to_transform",
-            ) from error
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._bring_to_life(model, adapter_name)
-        warn_frozen_head(model, self.peft_config[adapter_name], wanted)
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 
@@ -82,17 +69,15 @@ class AromaModel(LoraModel):
         live = LiveAdapter(self.peft_config[adapter_name])
         for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
             layer.live[adapter_name] = live
-            layer.onload_pair(adapter_name)
             _, a = layer.pair(adapter_name)
             if not a.is_meta:
                 layer.start_pair(adapter_name, _first_component(live, index, a))
         if not hasattr(self, "_graph_keeper"):
-            self._graph_keeper, self._watch = GraphKeeper(), UncontrolledWatch()
+            self._graph_keeper = GraphKeeper()
             # PEFT calls one or the other, depending on the task.
             for module in (self, model):
                 module.register_forward_hook(self._graph_keeper)
-                module.register_forward_hook(self._watch)
-        self._graph_keeper.layers = self._watch.layers = [*aroma_layers(model).values()]
+        self._graph_keeper.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
     @staticmethod
@@ -120,14 +105,12 @@ class AromaModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        layers = aroma_layers(self.model).items()
-        for name, layer in layers:
+        for name, layer in aroma_layers(self.model).items():
             if layer.is_quantised or is_sharded(layer.get_base_layer().weight):
                 raise ConfigError(
                     f"{name}: its weight is quantised or sharded, and cannot be merged in place; save the adapter and "
                     "merge it in one process in 16 or 32 bits (aroma export --merged)"
                 )
-        refuse_merge_if_tied(self.model, {name: layer.get_base_layer() for name, layer in layers})
 
     @classmethod
     def _get_adapter_state_dict(
@@ -146,7 +129,7 @@ class AromaModel(LoraModel):
         live = live_adapter(model, adapter_name)
         _make_whole(model, state_dict)
         parts = {key: components_in(state_dict, key, layer, adapter_name) for key, layer in layers.items()}
-        updates = {key: with_pair(*parts[key], layer.own_scaling[adapter_name]) for key, layer in layers.items()}
+        updates = {key: with_pair(*part, config.scale) for key, part in parts.items()}
         saved: dict[str, Tensor] = {}
         for key, (B, A) in plain_factors(updates).items():
             saved |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
@@ -167,7 +150,7 @@ class AromaModel(LoraModel):
             "controller": run["state"],
         }
         fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-        remember(Collected(live, config, fan_in_fan_out, state, run["tensors"], live.step))
+        config.collected = Collected(state, run["tensors"], fan_in_fan_out)
         # PEFT next adds what it finds of a target that is an embedding or an output layer: its base layer alone.
         for name in [name for name in state_dict if name.rpartition(".lora_")[0] in layers]:
             del state_dict[name]
@@ -214,28 +197,6 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         adapter_name: Only layers that have this adapter.
     """
     return {module_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
-
-
-def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
-    """Raise if a merge would change a layer that has no adapter, because it shares its weight with one that has.
-
-    Args:
-        model: The model with its adapter.
-        adapted: The base layers of the adapter, by name.
-
-    Raises:
-        ConfigError: Naming the first.
-    """
-    weights = (dict(module.named_parameters(recurse=False)).get("weight") for module in model.modules())
-    sharing = Counter(map(id, weights))
-    for name, base in adapted.items():
-        if sharing[id(base.weight)] > 1:
-            raise bad_value(
-                "target_modules",
-                name,
-                "another module has the same weight, and merging would change both; serve the adapter unmerged, or "
-                "untie the weights of the base model (tie_word_embeddings=False) before it is adapted",
-            )
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:

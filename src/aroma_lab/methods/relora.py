@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from aroma.integrations.rewarmup import Rewarmup
+from aroma.integrations.loop import Rewarmup
 from aroma.reset import component_generator, reset_state
 
 from .aroma import Aroma

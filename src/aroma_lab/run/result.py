@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from aroma.errors import NonFiniteError, bad_value
 from aroma.integrations.callback import AromaCallback
-from aroma.spectra import effective_rank, singular_values, span_overlaps
+from aroma.spectra import effective_rank, singular_values
 
 from ..methods.head import pooler_of
 from ..tasks.metrics import score
@@ -71,7 +71,7 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
         },
         "pooler": pooler_of(model),
         # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
-        **spectra_of(components, r=getattr(method, "r", 1) if growth is not None else 1),
+        **spectra_of(components),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
@@ -100,16 +100,14 @@ def _of_growth(growth: AromaCallback | None) -> dict[str, Any]:
     }
 
 
-def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:
+def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Return the spectra of a model's updates by module name, JSON-able, and their means (None without modules).
 
     `ranks` counts the columns of B and rows of A whose product is not zero, at most min(m, n): two components in one
-    direction count twice, as in the paper. `effective_ranks` are those of Appendix C, `singular_values` descend, and
-    `overlaps` say how much of each component after the first lies in the span of the earlier ones, in [0, 1].
+    direction count twice, as in the paper. `effective_ranks` are those of Appendix C, and `singular_values` descend.
 
     Args:
         components: B (m, R) and A (R, n) of the whole update, the scale folded in; R = 0 of a module at rank 0.
-        r: Rank of one component, for the overlaps.
 
     Raises:
         NonFiniteError: An update holds NaN or infinity.
@@ -128,7 +126,6 @@ def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> d
         "ranks": ranks,
         "effective_ranks": effective_ranks,
         "singular_values": {name: sigma.tolist() for name, sigma in values.items()},
-        "overlaps": {name: span_overlaps(B, A, r).tolist() for name, (B, A) in components.items()},
     }
 
 
