@@ -116,18 +116,6 @@ def test_lora_ga_starts_in_the_singular_directions_of_the_gradient_and_computes_
     assert all((B @ A).abs().max() < 1e-6 for B, A in method.components(ours).values())
 
 
-# Trials --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_goes_on_draws_nothing_anew(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trial = trial_of(material, "eva")
-    monkeypatch.setattr(runner, "resumable_checkpoint", lambda files: tmp_path)
-    monkeypatch.setattr(Lora, "initialize", lambda *_: pytest.fail("it was started anew"))
-    runner._prepare(trial, runner.TrialFiles(tmp_path), runner.join(), runner.Recorder())
-
-
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 

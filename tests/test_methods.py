@@ -1,5 +1,6 @@
 """The methods of comparison: what trains, what is done around the optimizer's step, and what can be asked then."""
 
+import copy
 import json
 
 import pytest
@@ -22,8 +23,7 @@ from aroma_lab.methods import (
     Lora,
     PeftAdapter,
     Pfeiffer,
-    ReLoraComponents,
-    ReLoraMerge,
+    ReLora,
     encoder_linears,
     find_targets,
     make_method,
@@ -52,8 +52,7 @@ CASES = {
     "EVA r=2": (Lora(r=2, init="eva"), 2 * PAIR),
     "LoRA-GA r=2": (Lora(r=2, init="lora_ga"), 2 * PAIR),
     "AdaLoRA r=4→2": (AdaLora(init_r=4, target_r=2), 4 * (PAIR + MODULES)),
-    "ReLoRA r=2": (ReLoraMerge(r=2), 2 * PAIR),
-    "ReLoRA 2×8": (ReLoraComponents(r=2), 2 * PAIR),
+    "ReLoRA 2×8": (ReLora(r=2), 2 * PAIR),
     "full fine-tuning": (Full(), None),
     "AROMA r=2": (Aroma(r=2), 2 * PAIR),
 }
@@ -63,8 +62,7 @@ FACTORS = [
     Lora(r=2, alpha=5, init="eva"),
     Lora(r=2, alpha=5, init="lora_ga"),
     AdaLora(init_r=4, target_r=2, alpha=3),
-    ReLoraMerge(r=2, alpha=3, restart_every=4),
-    ReLoraComponents(max_components=3, max_inner_steps=9),
+    ReLora(max_components=3, max_inner_steps=9),
     Aroma(options=GROWS),
 ]
 """Those whose updates are products of factors, at scales other than 1."""
@@ -83,20 +81,26 @@ def started(method, model, planned_steps):
     return model
 
 
-def train(method, model, steps, planned_steps=100, lr=1e-2, on_event=None):
-    """Train as `aroma_lab.methods.base` says; return the optimizer and the hooks."""
+def train(method, model, steps, planned_steps=100, lr=1e-2, on_event=None, saved=None):
+    """Train as `aroma_lab.methods.base` says, from what was `saved` on; return all that a checkpoint holds."""
     batch = make_batch(model, SETTINGS)
     optimizer = torch.optim.AdamW(method.parameters(model), lr=lr)
     hooks = method.hooks(model).begin(optimizer, planned_steps)
     if on_event is not None:
         hooks.controller.subscribe(on_event)
-    for step in range(1, steps + 1):
+    done = 0
+    if saved is not None:
+        done, trained, state, of_hooks = saved
+        model.load_state_dict(trained, strict=False)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        hooks.load_state_dict(of_hooks)
+    for step in range(done + 1, steps + 1):
         model(**batch).loss.backward()
-        hooks.before_step(step)
         optimizer.step()
         hooks.after_step(step)
         optimizer.zero_grad()
-    return optimizer, hooks
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return steps, trained, copy.deepcopy(optimizer.state_dict()), hooks.state_dict()
 
 
 @torch.no_grad()
@@ -146,11 +150,24 @@ def test_adaloras_allocator_reaches_its_target_and_masked_triplets_do_not_count(
     assert {name: len(A) for name, (_, A) in method.components(model).items()} == ranks
 
 
+@pytest.mark.parametrize("stage", [2, 7, 13], ids=["nothing allocated", "between two allocations", "budget fixed"])
+def test_a_resumed_adalora_is_the_uninterrupted_one_to_the_bit(stage):
+    method = AdaLora(init_r=4, target_r=2, initial_steps=3, final_steps=4, interval=2)
+    model, resumed = built(method, 16), built(method, 16)
+    saved = train(method, model, stage, 16)
+    whole = train(method, model, 16, 16, saved=saved)
+    _, trained, _, state = train(method, resumed, 16, 16, saved=saved)
+    assert method.ranks(resumed) == method.ranks(model)
+    for ours, theirs in ((trained, whole[1]), (state, whole[3])):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 # AROMA ---------------------------------------------------------------------------------------------------------------
 
 
 def test_relora_1x8_trains_eight_components_of_equal_length_whatever_they_come_to():
-    method = ReLoraComponents()
+    method = ReLora()
     model = built(method, planned_steps=40)
     events = []
     train(method, model, 40, planned_steps=40, lr=1e-7, on_event=events.append)  # next to nothing is learned

@@ -104,9 +104,7 @@ def test_curve_history_and_result_agree(finished: Path) -> None:
     assert last["accuracy"] == result["score"]
 
 
-@pytest.mark.parametrize(
-    "method", slow_but(["relora", "aroma"], ["lora", "adalora", "relora_merge", "relora", "aroma"])
-)
+@pytest.mark.parametrize("method", slow_but(["relora", "aroma"], ["lora", "adalora", "relora", "aroma"]))
 def test_a_saved_adapter_predicts_in_plain_peft_what_was_reported(material: Path, tmp_path: Path, method: str) -> None:
     tokenizer = load_tokenizer(str(material / "model"), 16)
     trial = trial_of(material, method, max_steps=10, save_steps=None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aroma.errors import bad_value
 from aroma.tuner import AromaLinear, aroma_layers
 
-from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLoraMerge
+from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method
 from .models import copy_model
 
 FLOOR = "floor"
@@ -122,7 +122,6 @@ class Contender:
         """Step the optimizer with the learning rate that the method asks for."""
         self._steps += 1
         if self.optimizer is not None:
-            self.hooks.before_step(self._steps)
             self.optimizer.step()
 
     def clear(self) -> None:
@@ -136,7 +135,7 @@ def all_cases() -> list[Case]:
     cases = [Case(FLOOR, Frozen()), Case("head", HeadOnly())]
     for dropout, suffix in ((0.0, ""), (0.1, "-dropout")):
         cases += [Case(f"lora-r{r}{suffix}", Lora(r=r, dropout=dropout)) for r in (1, 8, 16)]
-    cases += [Case("adalora", AdaLora()), Case("relora", ReLoraMerge()), Case("full", Full())]
+    cases += [Case("adalora", AdaLora()), Case("full", Full())]
     for dropout, suffix, stages in ((0.0, "", (0, 4, 8, 16, 64)), (0.1, "-dropout", (0, 8, 64))):
         aroma = Aroma(dropout=dropout, options=_NEVER_ENDS)
         cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]

@@ -16,10 +16,10 @@ from .evidence import Evidence
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
-from .relora import ReLoraComponents, ReLoraMerge
+from .relora import ReLora
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
-__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents", "ReLoraMerge"]
+__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLora"]
 __all__ += ["encoder_linears", "find_targets", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
@@ -31,8 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "pfeiffer": Pfeiffer,
     "lora": Lora,
     "adalora": AdaLora,
-    "relora": ReLoraComponents,
-    "relora_merge": ReLoraMerge,
+    "relora": ReLora,
     "aroma": Aroma,
     "evidence": Evidence,
 }

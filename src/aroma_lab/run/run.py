@@ -195,7 +195,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     found = provenance()
     set_seed(training.seed)
     model = method.build(work.job.load_model(), steps)
-    if method.data_option is not None and checkpoint is None:
+    if method.data_option is not None:
         model.to(processes.device)
         # Drawn without repetition, with the run's seed.
         order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
