@@ -118,12 +118,6 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
         ("aroma-all", "lora-r8"),
     ]
     assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(content["provenance"])
-    cost = result["controller"]
-    assert cost["check_interval"] == 10
-    assert 0 < cost["uncheck_ms"] < cost["check_ms"] < cost["outer_ms"]
-    assert cost["amortised_ms"] == pytest.approx(0.9 * cost["uncheck_ms"] + 0.1 * cost["check_ms"])
-    assert cost["outer_fraction"] == cost["outer_ms"] / cost["step_ms"]
-    assert cost["amortised_fraction"] == cost["amortised_ms"] / cost["step_ms"]
 
 
 # What bounds a step --------------------------------------------------------------------------------------------------
@@ -170,7 +164,7 @@ def test_the_command_leaves_its_results(tmp_path, capsys):
     small = ["--model", "tiny", "--batch-size", "2", "--length", "9", "--rounds", "1", "--threads", "1"]
     assert main(["bench", *small, "--only", "aroma-0", "lora-r8", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    for part in ("AROMA over LoRA r=8", "One outer step", f"torch {version('torch')}"):
+    for part in ("AROMA over LoRA r=8", f"torch {version('torch')}"):
         assert part in printed.out
     assert "taking turns" in printed.err
     assert [case["key"] for case in json.loads(out.read_text())["cases"]] == ["floor", "lora-r8", "aroma-0"]

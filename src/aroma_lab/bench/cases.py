@@ -114,15 +114,10 @@ class Contender:
 
     def update(self) -> None:
         """Run the rest of a step: the optimizer, and what the method does around it."""
-        self.optimizer_step()
-        if self.optimizer is not None:
-            self.hooks.after_step(self._steps)
-
-    def optimizer_step(self) -> None:
-        """Step the optimizer with the learning rate that the method asks for."""
         self._steps += 1
         if self.optimizer is not None:
             self.optimizer.step()
+            self.hooks.after_step(self._steps)
 
     def clear(self) -> None:
         """Drop the gradients."""
@@ -159,12 +154,6 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
     if compiled:
         cases += [dataclasses.replace(case, key=f"{case.key}-compiled", compiled=True) for case in cases]
     return cases
-
-
-def growing_case(check_interval: int) -> Case:
-    """Return AROMA that checks at this interval, ends no inner loop by itself, and keeps all components."""
-    options = {"inner_check_interval": check_interval, "outer_tolerance": None, "rewarmup_steps": 0, **_NEVER_ENDS}
-    return Case("growing", Aroma(options=options), components=_WHEN_FROZEN)
 
 
 def _finish_components(layer: AromaLinear, count: int) -> None:

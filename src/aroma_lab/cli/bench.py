@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         (
             "Measure what a training step costs. All methods take turns, one step each, in one process. The report\n"
             "has ratios to the floor (forward and backward of the frozen backbone), bytes kept for backward,\n"
-            "optimizer state, trainable parameters, and the cost of AROMA's controller: as a table and as JSON.\n"
+            "optimizer state and trainable parameters: as a table and as JSON.\n"
             "Weights and tokens are random: nothing is downloaded for a named shape."
         ),
         "aroma bench",

@@ -119,8 +119,5 @@ class GrowthHooks(Hooks):
 
     def begin(self, optimizer: Any, planned_steps: int) -> Self:
         """Attach the controller; see `Hooks.begin`."""
-        attachment = attach(self.model, optimizer, total_steps=planned_steps)
-        self.controller = attachment.controller
-        self.detach = attachment.detach
-        """Leaves the optimizer alone from then on, so that the caller can step the controller."""
-        return super().begin(optimizer, planned_steps)
+        self.controller = attach(self.model, optimizer, total_steps=planned_steps).controller
+        return self
