@@ -30,7 +30,7 @@ def adapted(model):
 
 
 @pytest.mark.parametrize("encoder", ["bert", "roberta"])
-@pytest.mark.parametrize("method", [Houlsby(), Pfeiffer()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [Houlsby(), Pfeiffer()], ids=str)
 def test_the_model_is_nearly_unchanged_at_the_start_and_exactly_so_without_the_adapters_part(encoder, method):
     plain = hidden(base(encoder))
     model = method.build(base(encoder), 10)

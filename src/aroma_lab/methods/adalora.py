@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig
@@ -41,8 +41,6 @@ class AdaLora(PeftAdapter):
         orthogonality: Weight of the orthogonality term.
         target_modules: Modules to adapt; see `head.find_targets`.
     """
-
-    title: ClassVar[str] = "AdaLoRA r={0.init_r}→{0.target_r}"
 
     init_r: int = 12
     target_r: int = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -34,8 +34,6 @@ class Aroma(PeftAdapter):
         target_modules: Modules that grow; see `head.find_targets`.
     """
 
-    title: ClassVar[str] = "AROMA{0.rank_title}"
-
     r: int = 1
     dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
@@ -62,11 +60,6 @@ class Aroma(PeftAdapter):
         # PEFT turns lists of modules into sets.
         modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
         return {name: getattr(config, name) for name in adapter_keys()} | modules
-
-    @property
-    def rank_title(self) -> str:
-        """The rank in the name, where it is not the usual one."""
-        return "" if self.r == 1 else f" r={self.r}"
 
     def config(self, targets: list[str] | None, planned_steps: int = 0) -> AromaConfig:
         """Return the configuration; targets are None as long as the model is not known."""

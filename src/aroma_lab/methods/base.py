@@ -81,8 +81,6 @@ class Method(ABC):
     A method holds no state of a run: questions about a model take the model as an argument.
     """
 
-    title: ClassVar[str] = ""
-    """Format of the name, whose argument is the method."""
     writes_backbone: ClassVar[bool] = False
     """Whether training writes the weights of the backbone, so that models cannot share them."""
     trains: ClassVar[bool] = True
@@ -102,12 +100,6 @@ class Method(ABC):
     def resolved_options(self) -> dict[str, Any]:
         """Return the value of every option, defaults included."""
         return {name: getattr(self, name) for name in self.option_types()}
-
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        dropout = getattr(self, "dropout", 0.0)
-        return self.title.format(self) + (f", dropout {dropout:g}" if dropout else "")
 
     @abstractmethod
     def build(self, model: Any, planned_steps: int) -> Any:

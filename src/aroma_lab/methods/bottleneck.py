@@ -32,7 +32,6 @@ class Houlsby(Method):
         size: Neurons of the bottleneck.
     """
 
-    title: ClassVar[str] = "Houlsby size={0.size}"
     places: ClassVar[str] = r"\.\d+\.(attention\.)?output\.dropout"
     """Pattern of the endings of the names of the modules that get an adapter."""
     activation: ClassVar[type[nn.Module]] = nn.GELU
@@ -61,7 +60,6 @@ class Houlsby(Method):
 class Pfeiffer(Houlsby):
     """arXiv 2005.00247, as AdapterHub has it: after the FFN only; the adapter reads what LayerNorm gives alone."""
 
-    title: ClassVar[str] = "Pfeiffer size={0.size}"
     places: ClassVar[str] = r"\.\d+\.output\.LayerNorm"
     activation: ClassVar[type[nn.Module]] = nn.ReLU
     size: int = 16

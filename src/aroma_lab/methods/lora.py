@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import (
@@ -41,8 +41,6 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 Product = tuple[Tensor, Tensor]
 """B (m, R), with the scale folded in, and A (R, n)."""
-
-_NAMES = {"kaiming": "LoRA", "eva": "EVA", "lora_ga": "LoRA-GA"}
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,6 @@ class LoraBase(PeftAdapter):
         dropout: Dropout on the adapter's input.
         target_modules: Modules to adapt; see `head.find_targets`.
     """
-
-    title: ClassVar[str] = "LoRA r={0.r}"
 
     r: int = 8
     alpha: float | None = None
@@ -117,11 +113,6 @@ class Lora(LoraBase):
     """
 
     init: Literal["kaiming", "eva", "lora_ga"] = "kaiming"
-
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return super().name.replace("LoRA", _NAMES[self.init], 1)
 
     @property
     def data_option(self) -> str | None:

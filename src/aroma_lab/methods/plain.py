@@ -18,7 +18,6 @@ from .head import Head, head_of, train_head_only
 class Full(Method):
     """Full fine-tuning: all parameters train, embeddings included."""
 
-    title: ClassVar[str] = "full fine-tuning"
     writes_backbone: ClassVar[bool] = True
 
     def build(self, model: Any, planned_steps: int) -> Any:
@@ -29,8 +28,6 @@ class Full(Method):
 @dataclass(frozen=True)
 class HeadOnly(Method):
     """Only the head trains; nothing is propagated back into the backbone."""
-
-    title: ClassVar[str] = "head only"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze the backbone; ConfigError if the model has no head."""
@@ -45,7 +42,6 @@ class HeadOnly(Method):
 class BitFit(Method):
     """BitFit (arXiv 2106.10199): all bias vectors of the backbone train, its LayerNorms' included, and the head."""
 
-    title: ClassVar[str] = "BitFit"
     writes_backbone: ClassVar[bool] = True
 
     def build(self, model: Any, planned_steps: int) -> Any:
@@ -65,7 +61,6 @@ class BitFit(Method):
 class Pretrained(Method):
     """Nothing trains: the base model's own row in a table."""
 
-    title: ClassVar[str] = "pretrained"
     trains: ClassVar[bool] = False
 
     def build(self, model: Any, planned_steps: int) -> Any:
@@ -82,8 +77,6 @@ class Frozen(Method):
 
     Only `aroma bench` uses it.
     """
-
-    title: ClassVar[str] = "frozen (floor)"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze everything and let the output of the embeddings require a gradient; see `Method.build`."""

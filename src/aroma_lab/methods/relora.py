@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from .aroma import Aroma
 
@@ -21,8 +21,6 @@ class ReLora(Aroma):
         max_components: Components of every module, one after the other.
         max_inner_steps: Optimizer steps of one component; None: the planned steps divided by `max_components`.
     """
-
-    title: ClassVar[str] = "ReLoRA {0.r}×{0.max_components}"
 
     max_components: int = 8
     max_inner_steps: int | None = None

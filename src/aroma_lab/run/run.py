@@ -175,7 +175,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
         require_as_many(checkpoint)
     method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
     if not method.trains and trial.quantization is not None:
-        remedy = f"the Trainer takes no quantised model without an adapter, as {method.name}; use `aroma eval`"
+        remedy = f"the Trainer takes no quantised model without an adapter, as {trial.kind}; use `aroma eval`"
         raise bad_value("quantization", trial.quantization, remedy)
     if processes.num_processes > 1:
         method.require_no_data_option("it is computed by one process; start one")
