@@ -11,7 +11,6 @@ from aroma.errors import bad_value
 from .adalora import AdaLora
 from .aroma import Aroma
 from .base import Hooks, Method
-from .bottleneck import Houlsby, Pfeiffer
 from .evidence import Evidence
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
@@ -19,7 +18,7 @@ from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
 from .relora import ReLora
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
-__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLora"]
+__all__ += ["Lora", "Method", "PeftAdapter", "Pretrained", "ReLora"]
 __all__ += ["encoder_linears", "find_targets", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
@@ -27,8 +26,6 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "head_only": HeadOnly,
     "bitfit": BitFit,
-    "houlsby": Houlsby,
-    "pfeiffer": Pfeiffer,
     "lora": Lora,
     "adalora": AdaLora,
     "relora": ReLora,
