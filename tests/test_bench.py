@@ -1,4 +1,4 @@
-"""`aroma bench`: what is counted, how cases take turns, what is made of it, and what bounds a step."""
+"""`aroma bench`: what is counted, how cases take turns, what is made of it."""
 
 import json
 from importlib.metadata import version
@@ -8,11 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, aroma_layers
 from aroma.cli import main
-from aroma.tuner.fused import Update, linear_with_update
 from aroma_lab.bench.cases import select_cases
 from aroma_lab.bench.measure import case_result, comparisons, kept_bytes, measure
 from aroma_lab.bench.models import BenchSettings
@@ -118,42 +116,6 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
         ("aroma-all", "lora-r8"),
     ]
     assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(content["provenance"])
-
-
-# What bounds a step --------------------------------------------------------------------------------------------------
-
-
-PASSES = 4
-"""Over the inputs, and over the outputs, of a matrix with an update: what docs/speed.md says. Forward reads x, and
-reads and writes y; backward reads gy twice, reads and writes gx, and reads x."""
-
-
-class Touched(TorchDispatchMode):
-    """Counts how often matmuls read or write a tensor of so many elements."""
-
-    def __init__(self, elements):
-        super().__init__()
-        self.elements, self.count = elements, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.__name__.split(".")[0] in ("mm", "addmm", "addmm_", "mv", "bmm"):
-            tensors = [argument for argument in (*args, result) if isinstance(argument, torch.Tensor)]
-            self.count += sum(tensor.numel() == self.elements for tensor in tensors)
-        return result
-
-
-@pytest.mark.parametrize(("m", "n", "counted"), [(7, 31, "inputs"), (31, 7, "outputs")])
-def test_the_layer_makes_four_passes_over_its_activations(m, n, counted):
-    """Matmuls of the layer touch activations as often as the frozen matrix's own, and `PASSES` times more."""
-    tokens = 3
-    x, weight = torch.randn(tokens, n, requires_grad=True), torch.randn(m, n)
-    a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
-    with Touched(tokens * (n if counted == "inputs" else m)) as activations:
-        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0)
-        linear_with_update(x, weight, None, update).sum().backward()  # the layer is plain where operations are counted
-    of_the_matrix = 2  # x is read and gx written; y is written and gy read
-    assert activations.count == of_the_matrix + PASSES
 
 
 # The command --------------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ import pytest
 from aroma import AromaCallback
 from aroma.report.page import measured
 from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
-from aroma_lab.tasks.classification import ClassifierJob
-from aroma_lab.tasks.task import Task
 from made_up_facts import GROWN, KINDS, MODULES, RANKS, made_up
 from trainer_runs import adapted, trainer_for
 
@@ -192,21 +190,3 @@ def test_a_trainer_leaves_a_report_and_adds_a_later_evaluation(tmp_path):
     assert ["evaluation at step 12", measured(metrics["eval_loss"])] in page.rows
     assert "max_steps 12" in text
     assert "AromaConfig" in text
-
-
-def test_guessing_is_answering_with_the_commonest_label():
-    class Part(dict):
-        pass
-
-    def job(kind, names, train, test):
-        return ClassifierJob(
-            None,
-            Task(kind, names, "text", None, "label", 8),
-            {"train": {"labels": train}, "test": {"labels": test}},
-            None,
-        )
-
-    found = job("classification", ("a", "b", "c"), [2, 2, 1, 0], [2, 0, 2, 1]).guess("test")
-    assert found == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 9, "mcc": 0.0})
-    found = job("regression", None, [1.0, 3.0], [2.0, 4.0]).guess("test")
-    assert found == {"pearson": 0.0, "spearman": 0.0, "mse": 2.0}
