@@ -47,9 +47,9 @@ CASES = [
     (Lora(r=2, init="eva"), 2 * PAIR),
     (Lora(r=2, init="lora_ga"), 2 * PAIR),
     (AdaLora(init_r=4, target_r=2), 4 * (PAIR + MODULES)),
-    (ReLora(r=2), 2 * PAIR),
+    (ReLora({"r": 2}), 2 * PAIR),
     (Full(), None),
-    (Aroma(r=2), 2 * PAIR),
+    (Aroma({"r": 2}), 2 * PAIR),
 ]
 """Methods, with the number of parameters that train outside the head; None: all of them."""
 FACTORS = [
@@ -57,8 +57,8 @@ FACTORS = [
     Lora(r=2, alpha=5, init="eva"),
     Lora(r=2, alpha=5, init="lora_ga"),
     AdaLora(init_r=4, target_r=2, alpha=3),
-    ReLora(max_components=3, max_inner_steps=9),
-    Aroma(options=GROWS),
+    ReLora({"max_components": 3, "max_inner_steps": 9}),
+    Aroma(GROWS),
 ]
 """Those whose updates are products of factors, at scales other than 1."""
 
@@ -251,7 +251,7 @@ def test_options_by_name():
     assert make_method("lora", {"r": 4, "alpha": 8, "dropout": 0.1}) == Lora(r=4, alpha=8.0, dropout=0.1)
     given = {"target_modules": ["key"], "lora_alpha": 2, "outer_tolerance": None}
     method = make_method("aroma", given)
-    assert method == Aroma(target_modules=["key"], options={"lora_alpha": 2, "outer_tolerance": None})
+    assert method == Aroma(given)
     resolved = method.resolved_options()
     assert json.loads(json.dumps(resolved)) == resolved
     assert resolved.items() >= given.items()

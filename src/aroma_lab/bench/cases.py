@@ -61,7 +61,8 @@ class Case:
         """Key of LoRA r=8 with the same dropout, compiled alike, which a case of AROMA is compared with."""
         if not isinstance(self.method, Aroma):
             return None
-        return f"lora-r8{'-dropout' if self.method.dropout else ''}{'-compiled' if self.compiled else ''}"
+        dropout = "-dropout" if self.method.options.get("lora_dropout") else ""
+        return f"lora-r8{dropout}{'-compiled' if self.compiled else ''}"
 
     def build(self, model: Any, seed: int) -> Any:
         """Return `model` adapted and brought to the stage of the case; see `Method.build`.
@@ -132,10 +133,10 @@ def all_cases() -> list[Case]:
         cases += [Case(f"lora-r{r}{suffix}", Lora(r=r, dropout=dropout)) for r in (1, 8, 16)]
     cases += [Case("adalora", AdaLora()), Case("full", Full())]
     for dropout, suffix, stages in ((0.0, "", (0, 4, 8, 16, 64)), (0.1, "-dropout", (0, 8, 64))):
-        aroma = Aroma(dropout=dropout, options=_NEVER_ENDS)
+        aroma = Aroma({"lora_dropout": dropout, **_NEVER_ENDS})
         cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]
     finished: tuple[FrozenModules, ...] = ("half", "lower", "all")
-    return cases + [Case(f"aroma-{name}", Aroma(options=_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
+    return cases + [Case(f"aroma-{name}", Aroma(_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
 
 
 def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:

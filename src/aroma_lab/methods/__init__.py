@@ -9,13 +9,12 @@ from typing import Any
 from aroma.errors import bad_value
 
 from .adalora import AdaLora
-from .aroma import Aroma
+from .aroma import Aroma, ReLora
 from .base import Hooks, Method
 from .evidence import Evidence
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
-from .relora import ReLora
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
 __all__ += ["Lora", "Method", "PeftAdapter", "Pretrained", "ReLora"]

@@ -90,7 +90,7 @@ class Method(ABC):
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option, by its name in an experiment's file."""
         hints = get_type_hints(cls)
-        return {field.name: hints[field.name] for field in fields(cls) if field.metadata.get("option", True)}
+        return {field.name: hints[field.name] for field in fields(cls)}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:

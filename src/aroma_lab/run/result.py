@@ -13,6 +13,7 @@ from aroma.errors import NonFiniteError, bad_value
 from aroma.integrations.callback import AromaCallback
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
+from ..methods import Aroma
 from ..methods.head import head_of
 from ..tasks.classification import ClassifierJob
 from ..tasks.metrics import score
@@ -72,7 +73,7 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
         },
         "head_modules": [*head_of(model).modules],
         # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
-        **spectra_of(components, r=getattr(method, "r", 1) if growth is not None else 1),
+        **spectra_of(components, r=method.config(None).r if isinstance(method, Aroma) else 1),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
