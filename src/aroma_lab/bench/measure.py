@@ -26,7 +26,7 @@ from aroma.errors import bad_value
 
 from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
-from .cases import Case, Contender, select_cases
+from .cases import FLOOR, Case, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
 Result = dict[str, Any]
@@ -39,7 +39,7 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     Raises:
         ConfigError: An unknown model, case or device.
     """
-    cases = select_cases(settings.only, settings.compiled)  # refused before any work
+    cases = select_cases(settings.only)  # refused before any work
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise bad_value("device", "cuda", "PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
     if settings.threads is not None:
@@ -99,19 +99,18 @@ def take_turns(contenders: Sequence[Contender], rounds: int, on_turn: Callable[[
 
 
 def case_result(case: Case, times: pd.DataFrame) -> Result:
-    """Return the times of a case, and their ratios to its floor of the same round, in which slow rounds cancel out."""
-    floor = times["forward_backward", case.floor]
+    """Return the times of a case, and their ratios to the floor of the same round, in which slow rounds cancel out."""
+    floor = times["forward_backward", FLOOR]
     parts = {part: times[part, case.key] for part in ("forward_backward", "step")}
     return {
         "key": case.key,
-        "compiled": case.compiled,
         **{part: spread(seconds) for part, seconds in parts.items()},
         **{f"{part}_ratio": spread(seconds / floor) for part, seconds in parts.items()},
     }
 
 
 def comparisons(cases: Sequence[Case], times: pd.DataFrame, kept: dict[str, int]) -> list[Result]:
-    """Return every AROMA case over LoRA r=8 with the same dropout, compiled alike, where both were measured."""
+    """Return every AROMA case over LoRA r=8 with the same dropout, where both were measured."""
     return [
         {
             "key": case.key,

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from aroma.errors import bad_value
 
 from .base import Method
@@ -81,13 +78,7 @@ class Frozen(Method):
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze everything and let the output of the embeddings require a gradient; see `Method.build`."""
         model.requires_grad_(False)
-        zero = torch.zeros((), dtype=model.dtype, device=model.device, requires_grad=True)
-
-        def request(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            # A compiled graph would break at requires_grad_; in an eager one the sum would cost a copy.
-            return output + zero if torch.compiler.is_compiling() else output.requires_grad_(True)
-
         # The output of all embeddings where they are one module: no adapter propagates back into their LayerNorm.
         embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
-        embeddings.register_forward_hook(request)
+        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
         return model
