@@ -19,7 +19,6 @@ STEPS = 14
 LIMITS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"outer_tolerance": 0.025},
-    "bert-tokens": {},
     "gpt2": {"r": 2, "lora_alpha": 3},
     "llama": {"inner_criterion": "update_change", "reset": "zero"},
     "t5": {"max_components": 2},
@@ -28,7 +27,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 """Methods that between them take every way through the outer check."""
 
 
-@pytest.mark.parametrize("name", slow_but(["bert", "bert-tokens", "gpt2", "llama"], ARCHITECTURES))
+@pytest.mark.parametrize("name", slow_but(["bert", "gpt2", "llama"], ARCHITECTURES))
 def test_train_grow_save_reload(tmp_path: Path, name: str) -> None:
     inputs, unseen = batch(name), batch(name, seed=12)
     model = adapted(name, **LIMITS[name])

@@ -23,7 +23,7 @@ from trl import SFTConfig
 
 import aroma
 from aroma import AromaConfig
-from aroma.cli import main, make_parser
+from aroma.cli import make_parser
 from aroma_lab.run.recipe import load_recipe
 from models import base, batch
 from quick import slow_but
@@ -103,18 +103,6 @@ def test_the_recipe_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     Path("recipe.yaml").write_text(blocks("yaml", "commandline.md")[0])
     recipe = load_recipe("recipe.yaml", [])
     assert (recipe.model.name, recipe.adapter, recipe.data.label) == ("minilm", {}, "stars")
-
-
-@pytest.mark.slow
-def test_the_recipe_trains_on_a_few_hundred_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("recipe.yaml").write_text(blocks("yaml", "commandline.md")[0])
-    words = {"good": "lovely", "bad": "awful"}
-    rows = [f"one {word} film in {number},{stars}" for number in range(150) for stars, word in words.items()]
-    Path("reviews.csv").write_text("\n".join(["review,stars", *rows]))
-    assert main(["train", "recipe.yaml"]) == 0
-    assert json.loads(Path("runs", "reviews", "result.json").read_text())["score"] > 0.9
-    assert Path("runs", "reviews", "adapter", "adapter_model.safetensors").is_file()
 
 
 def test_files_that_are_named_exist() -> None:
