@@ -70,7 +70,7 @@ def built(method, planned_steps=100):
 
 def started(method, model, planned_steps):
     model = method.build(model, planned_steps)
-    if method.data_option is not None:
+    if method.needs_data:
         batch = make_batch(model, SETTINGS)
         method.initialize(model, [batch | {"attention_mask": torch.ones_like(batch["input_ids"])}])
     return model

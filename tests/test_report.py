@@ -5,7 +5,6 @@ import io
 import re
 import shutil
 import statistics
-import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -261,26 +260,6 @@ def test_formats_escape_what_means_something_to_them_and_mark_the_best(hostile):
     lines = hostile.written(".md").splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {3}
     assert r"\*w\* 1 ± 2**" in lines[2]
-
-
-DOCUMENT = r"""\documentclass{article}
-\usepackage{booktabs}
-\begin{document}
-\input{table}
-\end{document}
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "hostile"])
-def test_latex_takes_the_table(kind, hostile, tmp_path):
-    """By pdflatex, which .ci/run installs: texlive-latex-recommended of Debian."""
-    found = hostile if kind == "hostile" else table(OF_SETS if kind == "sets" else FROZEN, kind)
-    (tmp_path / "table.tex").write_text(found.written(".tex"))
-    (tmp_path / "page.tex").write_text(DOCUMENT)
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True).stdout
-    assert "Output written on page.pdf (1 page" in said
 
 
 # Pages

@@ -56,12 +56,7 @@ class Case:
         return "lora-r8-dropout" if self.method.options.get("lora_dropout") else "lora-r8"
 
     def build(self, model: Any, seed: int) -> Any:
-        """Return `model` adapted and brought to the stage of the case; see `Method.build`.
-
-        Raises:
-            ConfigError: The method cannot adapt the model, or starts from training data.
-        """
-        self.method.require_no_data_option("a benchmark has no data to compute it from; leave it out")
+        """Return `model` adapted and brought to the stage of the case; see `Method.build`."""
         torch.manual_seed(seed)
         model = self.method.build(model, PLANNED_STEPS)
         if isinstance(self.method, Aroma):

@@ -3,7 +3,7 @@
 .. code-block:: python
 
     model = method.build(model, planned_steps)
-    if method.data_option is not None:
+    if method.needs_data:
         method.initialize(model, batches)
     optimizer = torch.optim.AdamW(method.parameters(model), lr=...)
     hooks = method.hooks(model).begin(optimizer, planned_steps)
@@ -109,17 +109,12 @@ class Method(ABC):
         """
 
     @property
-    def data_option(self) -> str | None:
-        """Name of the option by which the start is computed from training data; None: it needs none."""
-        return None
-
-    def require_no_data_option(self, remedy: str) -> None:
-        """Raise ConfigError, with this remedy, if the start is computed from training data."""
-        if (option := self.data_option) is not None:
-            self._require(False, option, remedy)
+    def needs_data(self) -> bool:
+        """Whether `initialize` computes the start from training data."""
+        return False
 
     def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
-        """Compute the start of a model from training data; only of a method that has a `data_option`.
+        """Compute the start of a model from training data; only of a method that `needs_data`.
 
         A run that resumes calls it again, with the same batches, before its checkpoint is loaded. `batches` are
         `INITIALIZATION_BATCHES` at most, on the model's device.

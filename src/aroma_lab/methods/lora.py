@@ -115,9 +115,9 @@ class Lora(LoraBase):
     init: Literal["kaiming", "eva", "lora_ga"] = "kaiming"
 
     @property
-    def data_option(self) -> str | None:
-        """Name of the option that asks for a start from data; see `Method.data_option`."""
-        return None if self.init == "kaiming" else "init"
+    def needs_data(self) -> bool:
+        """Whether the start is computed from data; see `Method.needs_data`."""
+        return self.init != "kaiming"
 
     def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
         """Return PEFT's configuration."""

@@ -177,12 +177,10 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     if not method.trains and trial.quantization is not None:
         remedy = f"the Trainer takes no quantised model without an adapter, as {trial.kind}; use `aroma eval`"
         raise bad_value("quantization", trial.quantization, remedy)
-    if processes.num_processes > 1:
-        method.require_no_data_option("it is computed by one process; start one")
     work = work_of(trial)
-    if not isinstance(work.job, ClassifierJob):
-        remedy = "only classification and regression have the texts that it is computed from; leave it out"
-        method.require_no_data_option(remedy)
+    if method.needs_data and (processes.num_processes > 1 or not isinstance(work.job, ClassifierJob)):
+        remedy = "one process computes it from texts of a classification or regression; leave it out"
+        raise bad_value("options.init", trial.options["init"], remedy)
     train, held_out = method.hold_out(work.job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
@@ -195,7 +193,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     found = provenance()
     set_seed(training.seed)
     model = method.build(work.job.load_model(), steps)
-    if method.data_option is not None:
+    if method.needs_data:
         model.to(processes.device)
         # Drawn without repetition, with the run's seed.
         order, collator = torch.Generator().manual_seed(training.seed), work.objective.collator
