@@ -50,10 +50,6 @@ class Page(HTMLParser):
         if self._in in ("td", "th"):
             self.rows[-1][-1] += text.strip()
 
-    def label(self, name):
-        """What stands for a chart where it cannot be seen."""
-        return next(one["aria-label"] for _, one in self.elements if one.get("data-chart") == name)
-
     def tags(self):
         return [tag for tag, _ in self.elements]
 
