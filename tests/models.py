@@ -1,4 +1,4 @@
-"""Tiny random models of six architectures, their inputs, and adapters made by hand or by a few steps of training."""
+"""Tiny random models of several architectures, their inputs, and adapters made by hand or by a few steps."""
 
 from __future__ import annotations
 
@@ -54,11 +54,6 @@ def _translated(seed: int) -> Batch:
     return {"input_ids": _tokens(seed), "labels": _tokens(seed + 1)}
 
 
-def _tagged(seed: int) -> Batch:
-    tokens = _tokens(seed)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens % LABELS}
-
-
 def _pictured(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -111,13 +106,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         _classified,
         12,
         {"task_type": "SEQ_CLS"},
-    ),
-    "bert-tokens": Architecture(
-        transformers.BertForTokenClassification,
-        partial(transformers.BertConfig, **_ENCODER),
-        _tagged,
-        12,
-        {"task_type": "TOKEN_CLS"},
     ),
     "gpt2": Architecture(
         transformers.GPT2LMHeadModel,

@@ -28,8 +28,6 @@ WAYS = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
 STEPS, SAVE_STEPS = 9, 3
 GRACE = 100
 """Seconds within which all ranks end after one has died; collectives wait for 60."""
-FINE = ("equal", "outlived")
-"""Outcomes that are no failure. A process whose moment does not come is outlived."""
 RANK = str(TESTS / "killed_rank.py")
 
 

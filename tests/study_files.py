@@ -87,11 +87,6 @@ def start_command(file: Path, seconds: float = 0) -> subprocess.Popen[str]:
     )
 
 
-def output_of(process: subprocess.Popen[str]) -> str:
-    """Wait for a command and return what it printed."""
-    return process.communicate(timeout=120)[0]
-
-
 def runs_in(log: Path) -> Counter[str]:
     """Return how often each trial was begun."""
     return Counter(log.read_text().split() if log.exists() else [])

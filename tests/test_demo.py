@@ -45,18 +45,6 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
             load()
 
 
-# Parts ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("precious")
-    assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "it is not an empty folder, and nothing is overwritten; give another folder with --out" in (
-        capsys.readouterr().err
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
 # The whole -----------------------------------------------------------------------------------------------------------
 
 

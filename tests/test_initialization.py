@@ -14,7 +14,6 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora import LoraLayer
 
 from aroma.errors import ConfigError
-from aroma_lab.bench.cases import Case
 from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import Lora, find_targets
 from aroma_lab.methods.lora import layers_of, pair_of
@@ -116,33 +115,18 @@ def test_lora_ga_starts_in_the_singular_directions_of_the_gradient_and_computes_
     assert all((B @ A).abs().max() < 1e-6 for B, A in method.components(ours).values())
 
 
-# Trials --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_goes_on_draws_nothing_anew(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trial = trial_of(material, "eva")
-    monkeypatch.setattr(runner, "resumable_checkpoint", lambda files: tmp_path)
-    monkeypatch.setattr(Lora, "initialize", lambda *_: pytest.fail("it was started anew"))
-    runner._prepare(trial, runner.TrialFiles(tmp_path), runner.join(), runner.Recorder())
-
-
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", INITS)
 def test_a_start_is_refused_where_there_are_no_data_for_it(init: Any, material: Path, tmp_path: Path) -> None:
-    method = Lora(init=init)
-    with pytest.raises(ConfigError, match=f"init='{init}': a benchmark has no data to compute it from; leave it out"):
-        Case("lora", method).build(make_model(SETTINGS), 0)
     trial = replace(trial_of(material), options={"init": init})
     two: Any = SimpleNamespace(num_processes=2)
-    with pytest.raises(ConfigError, match=f"init='{init}': it is computed by one process; start one"):
+    with pytest.raises(ConfigError, match=f"options.init='{init}': one process computes it"):
         runner._prepare(trial, runner.TrialFiles(tmp_path / "run"), two, runner.Recorder())
     planted = TaskSpec(name="net", kind="planted_net", layers=2, width=8, examples=24)
     elsewhere = replace(trial, model="made", task=planted, training=replace(trial.training, group_by_length=False))
-    with pytest.raises(ConfigError, match=f"init='{init}': only classification and regression have the texts"):
+    with pytest.raises(ConfigError, match=f"options.init='{init}': one process computes it"):
         run_trial(elsewhere, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

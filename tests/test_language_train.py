@@ -271,7 +271,6 @@ GROWING = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1}
 def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path) -> None:
     methods = {
         "adalora": {"kind": "adalora", "init_r": 3, "target_r": 2},
-        "relora_merge": {"kind": "relora_merge", "r": 2, "restart_every": 4, "rewarmup_steps": 1},
         "aroma": {"kind": "aroma", **GROWING, "target_modules": ["q_proj", "v_proj"]},
         "full": {"kind": "full"},
     }

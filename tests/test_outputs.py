@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from aroma.cli import main
 from aroma.errors import OutputError, bad_value
 from aroma.export import export_merged, export_uniform
-from aroma.files import write_tensors, write_text
 from aroma.gguf import export_gguf
 from full_disk import room_for
 from models import saved_base
@@ -160,25 +159,6 @@ def test_force_replaces_a_file(llama: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 # A full disk ---------------------------------------------------------------------------------------------------------
-
-
-WRITERS: dict[str, Callable[[Path], Any]] = {
-    "text": lambda path: write_text(path, "é" * 5_000),
-    "tensors": lambda path: write_tensors(path, {"a": torch.ones(2, 1250)}),
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_full_disk_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with room_for(4096), pytest.raises(OutputError) as caught:
-        WRITERS[kind](tmp_path / "file")
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'file'}: cannot be written (")
-    assert said.count("File too large") == said.count("make room, or give another place") == 1
-    assert snapshot(tmp_path) == {"file": "mine"}
-    WRITERS[kind](tmp_path / "file")  # with room
-    assert (tmp_path / "file").read_bytes() != b"mine"
 
 
 @pytest.mark.parametrize("kind", EXPORTS)

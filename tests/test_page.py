@@ -9,8 +9,6 @@ import pytest
 from aroma import AromaCallback
 from aroma.report.page import measured
 from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
-from aroma_lab.tasks.classification import ClassifierJob
-from aroma_lab.tasks.task import Task
 from made_up_facts import GROWN, KINDS, MODULES, RANKS, made_up
 from trainer_runs import adapted, trainer_for
 
@@ -51,10 +49,6 @@ class Page(HTMLParser):
         self.text += text
         if self._in in ("td", "th"):
             self.rows[-1][-1] += text.strip()
-
-    def label(self, name):
-        """What stands for a chart where it cannot be seen."""
-        return next(one["aria-label"] for _, one in self.elements if one.get("data-chart") == name)
 
     def tags(self):
         return [tag for tag, _ in self.elements]
@@ -165,46 +159,15 @@ def test_a_trainer_leaves_a_report_and_adds_a_later_evaluation(tmp_path):
     assert not out.exists(), "nothing has been trained"
     trainer.train()
     page = Page(out.read_text())
-    dense = {
-        matrix.name: float(matrix.layer.get_delta_weight("default").norm() / matrix.layer.weight_matrix().norm())
-        for matrix in callback.controller.modules
-    }
-    said = {name: dict(json.loads(cell["data-facts"])) for name, cell in page.grid.items()}
-    assert {name: facts["‖ΔW‖ / ‖W0‖"] for name, facts in said.items()} == {
-        name: f"{value:.2%}" for name, value in dense.items()
-    }
-    assert {name: facts["rank"] for name, facts in said.items()} == {
-        name: str(rank) for name, rank in callback.controller.ranks().items()
-    }
-    assert any(float(facts["rank"]) for facts in said.values())
+    ranks = callback.controller.ranks()
+    said = {name: dict(json.loads(cell["data-facts"]))["rank"] for name, cell in page.grid.items()}
+    assert said == {name: str(rank) for name, rank in ranks.items()}
+    assert any(ranks.values())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert page.data["charts"]["loss"]["data"]["loss"]["loss"] == pytest.approx(losses, rel=1e-4)
-    over_time = page.data["matrices"]
-    assert {name: one["rank"]["rank"][-1] for name, one in over_time.items()} == callback.controller.ranks()
-    assert any(len({*one["rank"]["rank"]}) > 1 for one in over_time.values())
+    assert {name: one["rank"]["rank"][-1] for name, one in page.data["matrices"].items()} == ranks
     metrics = trainer.evaluate()
     page = Page(out.read_text())
-    text = " ".join(page.text.split())
-    assert "BertForSequenceClassification" in text
     before = trainer.state.log_history[0]
-    assert before["step"] == 0
     assert ["before training", measured(before["eval_loss"])] in page.rows
     assert ["evaluation at step 12", measured(metrics["eval_loss"])] in page.rows
-    assert "max_steps 12" in text
-    assert "AromaConfig" in text
-
-
-def test_guessing_is_answering_with_the_commonest_label():
-    def job(kind, names, train, test):
-        return ClassifierJob(
-            None,
-            Task(kind, names, "text", None, "label", 8),
-            "accuracy",
-            {"train": {"labels": train}, "test": {"labels": test}},
-            None,
-        )
-
-    found = job("classification", ("a", "b", "c"), [2, 2, 1, 0], [2, 0, 2, 1]).guess("test")
-    assert found == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 9, "mcc": 0.0})
-    found = job("regression", None, [1.0, 3.0], [2.0, 4.0]).guess("test")
-    assert found == {"pearson": 0.0, "spearman": 0.0, "mse": 2.0}

@@ -25,7 +25,7 @@ from trl import SFTConfig
 
 import aroma
 from aroma import AromaConfig
-from aroma.cli import main, make_parser
+from aroma.cli import make_parser
 from aroma_lab.run.recipe import load_recipe
 from models import base, batch
 from quick import slow_but
@@ -111,18 +111,6 @@ def test_the_recipe_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (recipe.model.name, recipe.adapter, recipe.data.label) == ("minilm", {}, "stars")
 
 
-@pytest.mark.slow
-def test_the_recipe_trains_on_a_few_hundred_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("recipe.yaml").write_text(blocks("yaml", "commandline.md")[0])
-    words = {"good": "lovely", "bad": "awful"}
-    rows = [f"one {word} film in {number},{stars}" for number in range(150) for stars, word in words.items()]
-    Path("reviews.csv").write_text("\n".join(["review,stars", *rows]))
-    assert main(["train", "recipe.yaml"]) == 0
-    assert json.loads(Path("runs", "reviews", "result.json").read_text())["score"] > 0.9
-    assert Path("runs", "reviews", "adapter", "adapter_model.safetensors").is_file()
-
-
 def test_files_that_are_named_exist() -> None:
     for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
@@ -162,7 +150,7 @@ def given(folder: Path, count: int = 160) -> dict[str, Any]:
     return {"base": tiny_bert(), "fresh_base": tiny_bert(), "args": args, "dataset": dataset, "Trainer": Trainer}
 
 
-CHECKPOINTS, OFFLOADED = "Checkpoints of the Trainer", "Quantised, compiled and offloaded models"
+CHECKPOINTS = "Checkpoints of the Trainer"
 
 
 def run(texts: Iterable[str], names: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +201,7 @@ SECTIONS = ["The Trainer", "A loop of your own", "TRL", "Several adapters over o
 
 
 def test_every_section_of_the_guide_is_run() -> None:
-    of_others = {"", "Preferences and reinforcement learning", "Other layers", OFFLOADED}  # test_trl.py, and below
+    of_others = {"", "Preferences and reinforcement learning", "Other layers"}  # test_trl.py, and below
     assert {*GUIDE} == of_others | {*SECTIONS}
 
 
@@ -264,15 +252,8 @@ def test_resuming_as_on_the_pages(tmp_path: Path) -> None:
     model = get_peft_model(names["base"], AromaConfig(**method))
     trainer = Trainer(model, args, train_dataset=names["dataset"], callbacks=[aroma.AromaCallback()])
     trainer.train()
-    folder = aroma.last_complete_checkpoint(args.output_dir)
     run(sections("serving.md")[CHECKPOINTS], {"trainer": trainer, "aroma": aroma, "args": args})
     assert trainer.state.global_step == 40
-
-    model = get_peft_model(tiny_bert(), AromaConfig(**method))
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
-    names = {"folder": folder, "model": model, "optimizer": optimizer}
-    run([*GUIDE[""], *GUIDE[OFFLOADED]], names)
-    assert names["growth"].controller.global_step == 40
 
 
 IMPORTS = """

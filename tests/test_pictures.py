@@ -5,7 +5,6 @@ import pytest
 from aroma.errors import AromaError
 from aroma.pictures import SUFFIXES, MatrixRank, draw_ranks, positions_of, rank_picture
 from aroma_lab.report.figures import draw_figure
-from aroma_lab.report.runs import TABLE, collect_runs, read_runs
 from made_up_runs import MODULES, NO_RANKS, write_grid, write_run
 
 
@@ -86,20 +85,14 @@ def drawn(axes):
     return [one.get_xydata().tolist() for one in axes.lines if len(one.get_xdata())]
 
 
-@pytest.mark.parametrize("is_collected", [False, True])
-def test_a_budget_has_a_line_through_the_fixed_ranks_and_a_mark_for_what_finds_its_own(grid, is_collected, tmp_path):
-    source = grid
-    if is_collected:
-        source = tmp_path / TABLE
-        collect_runs(read_runs(grid), source)
-        (tmp_path / "grid.yaml").write_text((grid / "grid.yaml").read_text())
-    for axes in draw_figure("budget", source).axes:
+def test_a_budget_has_a_line_through_the_fixed_ranks_and_a_mark_for_what_finds_its_own(grid):
+    for axes in draw_figure("budget", grid).axes:
         *marks, line = drawn(axes)
         points = {(round(x, 6), round(y, 6)) for mark in marks for x, y in mark}
         assert points == {(1, 55), (2, 65), (4, 75), (2, 75)}
         assert line == [pytest.approx(one) for one in ([1, 55], [2, 65], [4, 75])]
         assert axes.get_xscale() == "log"
-    (axes,) = draw_figure("budget", source, task="rte", methods=["aroma"]).axes
+    (axes,) = draw_figure("budget", grid, task="rte", methods=["aroma"]).axes
     assert axes.get_title() == "rte"
     assert {(x, round(y, 6)) for mark in drawn(axes) for x, y in mark} == {(2, 75)}
 

@@ -101,7 +101,7 @@ def test_it_resumes_as_if_it_had_not_been_interrupted(many: Path, tmp_path: Path
     assert (ours["held_out"], ours["reported"]) == (theirs["held_out"], theirs["reported"])
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "relora_merge"])
+@pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one(
     files: Path, tmp_path: Path, method: str
 ) -> None:

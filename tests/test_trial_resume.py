@@ -124,7 +124,7 @@ def test_killed_after_training_equals_uninterrupted(material: Path, tmp_path: Pa
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["relora_merge", "aroma"])
+@pytest.mark.parametrize("method", ["adalora", "aroma"])
 def test_the_best_checkpoint_is_the_one_reported(material: Path, tmp_path: Path, method: str) -> None:
     trial = trial_of(material, method, checkpoint="best", eval_steps=5, keep_checkpoints=2)
     result = run_trial(trial, tmp_path / "whole")

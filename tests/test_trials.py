@@ -11,22 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from aroma_lab import methods
-from aroma_lab.methods import Lora, make_method
+from aroma_lab.methods import Lora
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import load_trial
-from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.classification import encode, load_tokenizer
 from aroma_lab.tasks.data import load_task
-from aroma_lab.tasks.model import load_classifier
-from aroma_lab.training.trainer import make_optimizer
-from quick import slow_but
 from trial_runs import METHODS, STEPS, read, save_material, trial_of
 
 
@@ -102,23 +96,6 @@ def test_curve_history_and_result_agree(finished: Path) -> None:
     last = history["evaluations"][-1]
     assert set(last) == {"step", "split", "loss", "accuracy", "macro_f1", "mcc", "f1"}
     assert last["accuracy"] == result["held_out"]["accuracy"]
-
-
-@pytest.mark.parametrize(
-    "method", slow_but(["relora", "aroma"], ["lora", "adalora", "relora_merge", "relora", "aroma"])
-)
-def test_a_saved_adapter_predicts_in_plain_peft_what_was_reported(material: Path, tmp_path: Path, method: str) -> None:
-    tokenizer = load_tokenizer(str(material / "model"), 16)
-    trial = trial_of(material, method, max_steps=10, save_steps=None)
-    result = run_trial(trial, tmp_path / "run")
-    base = load_classifier(str(material / "model"), ("high", "low"), 0)
-    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
-    test = load_task(trial.task).parts["test"]
-    with torch.no_grad():
-        batch = tokenizer(list(test["text"]), return_tensors="pt", padding=True, truncation=True, max_length=16)
-        predicted = model(**batch).logits.argmax(dim=-1)
-    accuracy = float((predicted == torch.tensor(list(test["labels"]))).double().mean())
-    assert accuracy == pytest.approx(result["reported"]["test"]["accuracy"])
 
 
 def test_a_finished_trial_is_not_run_again(finished: Path, material: Path) -> None:
@@ -254,19 +231,6 @@ def test_examples_that_a_method_asks_are_not_trained_on(
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_head_has_its_own_learning_rate_in_every_method(material: Path, method: str) -> None:
-    made = make_method(*METHODS[method])
-    model = made.build(load_classifier(str(material / "model"), ("high", "low"), 0), 30)
-    spec = TrainSpec(learning_rate=0.1, head_learning_rate=0.02, weight_decay=0.3)
-    groups = make_optimizer(model, spec, made).param_groups
-    assert {group["weight_decay"] for group in groups} == {0.3}
-    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in groups}
-    head = 16 * 2 + 2 + 16 * 17  # with the pooler
-    assert sizes.pop(0.02) == head
-    assert sizes == ({} if method == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - head})
 
 
 def test_micro_batches_are_averaged_not_summed(material: Path, tmp_path: Path) -> None:

@@ -31,12 +31,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_ga": ("lora", {"r": 2, "init": "lora_ga"}),
     "adalora": ("adalora", {"init_r": 4, "target_r": 2}),
     "adalora, at rest": ("adalora", {"init_r": 4, "target_r": 2, "final_share": 0.6, "interval": 2}),
-    "relora_merge": ("relora_merge", {"r": 2, "restart_every": 4, "rewarmup_steps": 2}),
     "relora": ("relora", {"max_components": 3, "rewarmup_steps": 2}),
     "aroma": ("aroma", {**GROWING, "outer_tolerance": 1e-3}),
     "bitfit": ("bitfit", {}),
-    "houlsby": ("houlsby", {"size": 4}),
-    "pfeiffer": ("pfeiffer", {"size": 4}),
     "full": ("full", {}),
     "head_only": ("head_only", {}),
 }

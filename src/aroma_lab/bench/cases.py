@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aroma.errors import bad_value
 from aroma.tuner import AromaLinear, aroma_layers
 
-from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLoraMerge
+from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method
 from .models import copy_model
 
 FLOOR = "floor"
@@ -42,34 +41,22 @@ class Case:
         components: Finished components of every module (AROMA).
         frozen: Modules that are frozen for good (AROMA): `"half"`, every second one; `"lower"`, those in the lower
             half of the model; `"all"`.
-        compiled: Whether the model is compiled.
     """
 
     key: str
     method: Method
     components: int = 0
     frozen: FrozenModules = "none"
-    compiled: bool = False
-
-    @property
-    def floor(self) -> str:
-        """Key of the floor that the case is compared with, which is compiled if the case is."""
-        return f"{FLOOR}-compiled" if self.compiled else FLOOR
 
     @property
     def rival(self) -> str | None:
-        """Key of LoRA r=8 with the same dropout, compiled alike, which a case of AROMA is compared with."""
+        """Key of LoRA r=8 with the same dropout, which a case of AROMA is compared with."""
         if not isinstance(self.method, Aroma):
             return None
-        return f"lora-r8{'-dropout' if self.method.dropout else ''}{'-compiled' if self.compiled else ''}"
+        return "lora-r8-dropout" if self.method.options.get("lora_dropout") else "lora-r8"
 
     def build(self, model: Any, seed: int) -> Any:
-        """Return `model` adapted and brought to the stage of the case; see `Method.build`.
-
-        Raises:
-            ConfigError: The method cannot adapt the model, or starts from training data.
-        """
-        self.method.require_no_data_option("a benchmark has no data to compute it from; leave it out")
+        """Return `model` adapted and brought to the stage of the case; see `Method.build`."""
         torch.manual_seed(seed)
         model = self.method.build(model, PLANNED_STEPS)
         if isinstance(self.method, Aroma):
@@ -92,7 +79,6 @@ class Contender:
     def __init__(self, case: Case, base: Any, batch: dict[str, Tensor], seed: int) -> None:
         self.case = case
         self.model = case.build(copy_model(base, case.method.writes_backbone), seed)
-        self._call = _compiled(self.model, case.key) if case.compiled else self.model
         self._batch = batch
         self._steps = 0
         self.optimizer: Any = None
@@ -104,7 +90,7 @@ class Contender:
 
     def forward(self) -> Tensor:
         """Return the loss, a scalar."""
-        loss: Tensor = self._call(**self._batch).loss
+        loss: Tensor = self.model(**self._batch).loss
         return loss
 
     def forward_backward(self) -> None:
@@ -114,16 +100,10 @@ class Contender:
 
     def update(self) -> None:
         """Run the rest of a step: the optimizer, and what the method does around it."""
-        self.optimizer_step()
-        if self.optimizer is not None:
-            self.hooks.after_step(self._steps)
-
-    def optimizer_step(self) -> None:
-        """Step the optimizer with the learning rate that the method asks for."""
         self._steps += 1
         if self.optimizer is not None:
-            self.hooks.before_step(self._steps)
             self.optimizer.step()
+            self.hooks.after_step(self._steps)
 
     def clear(self) -> None:
         """Drop the gradients."""
@@ -132,20 +112,20 @@ class Contender:
 
 
 def all_cases() -> list[Case]:
-    """Return all cases, none of them compiled, in the order in which they take turns."""
+    """Return all cases in the order in which they take turns."""
     cases = [Case(FLOOR, Frozen()), Case("head", HeadOnly())]
     for dropout, suffix in ((0.0, ""), (0.1, "-dropout")):
         cases += [Case(f"lora-r{r}{suffix}", Lora(r=r, dropout=dropout)) for r in (1, 8, 16)]
-    cases += [Case("adalora", AdaLora()), Case("relora", ReLoraMerge()), Case("full", Full())]
+    cases += [Case("adalora", AdaLora()), Case("full", Full())]
     for dropout, suffix, stages in ((0.0, "", (0, 4, 8, 16, 64)), (0.1, "-dropout", (0, 8, 64))):
-        aroma = Aroma(dropout=dropout, options=_NEVER_ENDS)
+        aroma = Aroma({"lora_dropout": dropout, **_NEVER_ENDS})
         cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]
     finished: tuple[FrozenModules, ...] = ("half", "lower", "all")
-    return cases + [Case(f"aroma-{name}", Aroma(options=_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
+    return cases + [Case(f"aroma-{name}", Aroma(_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
 
 
-def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
-    """Return the floor and the cases named in `only` (None: all); if `compiled`, each of them a second time, compiled.
+def select_cases(only: Sequence[str] | None) -> list[Case]:
+    """Return the floor and the cases named in `only` (None: all).
 
     Raises:
         ConfigError: An unknown key.
@@ -157,15 +137,7 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
             raise bad_value("only", key, f"no such case; choose from {', '.join(keys)}")
     if only:
         cases = [case for case in cases if case.key in (FLOOR, *only)]
-    if compiled:
-        cases += [dataclasses.replace(case, key=f"{case.key}-compiled", compiled=True) for case in cases]
     return cases
-
-
-def growing_case(check_interval: int) -> Case:
-    """Return AROMA that checks at this interval, ends no inner loop by itself, and keeps all components."""
-    options = {"inner_check_interval": check_interval, "outer_tolerance": None, "rewarmup_steps": 0, **_NEVER_ENDS}
-    return Case("growing", Aroma(options=options), components=_WHEN_FROZEN)
 
 
 def _finish_components(layer: AromaLinear, count: int) -> None:
@@ -173,17 +145,3 @@ def _finish_components(layer: AromaLinear, count: int) -> None:
     B = 1e-3 * torch.randn(b.shape[0], count)
     A = torch.randn(count, a.shape[1]) / a.shape[1] ** 0.5
     layer.finished("default").append(B.to(b), A.to(a))
-
-
-def _compiled(model: nn.Module, key: str) -> Callable[..., Any]:
-    """Return `model` compiled, called through code of its own.
-
-    PyTorch caches compiled graphs by code object. With a shared one, each case would search the graphs of all others
-    at every call, and from the eighth case on silently run uncompiled.
-    """
-
-    def call(**batch: Tensor) -> Any:
-        return model(**batch)
-
-    call.__code__ = call.__code__.replace(co_name=f"call_{key}")
-    return torch.compile(call)

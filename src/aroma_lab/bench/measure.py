@@ -11,7 +11,6 @@ import gc
 import os
 import platform
 import re
-import statistics
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -22,24 +21,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
-from torch.utils.benchmark.utils.timer import timer as now
 
 from aroma.errors import bad_value
-from aroma.tuner import AromaConfig
 
 from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
-from .cases import Case, Contender, growing_case, select_cases
+from .cases import FLOOR, Case, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
-CONTROLLER_REPEATS = 5
-"""Outer steps that are timed."""
-
-_CHECK_INTERVAL = 2
-"""Steps between two timed inner checks: fewer than in training, to save time. A check costs the same."""
-
 Result = dict[str, Any]
-"""What `measure` returns, and JSON holds: settings, provenance, cases, comparisons, cost of the controller."""
+"""What `measure` returns, and JSON holds: settings, provenance, cases, comparisons."""
 
 
 def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
@@ -48,7 +39,7 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     Raises:
         ConfigError: An unknown model, case or device.
     """
-    cases = select_cases(settings.only, settings.compiled)  # refused before any work
+    cases = select_cases(settings.only)  # refused before any work
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise bad_value("device", "cuda", "PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
     if settings.threads is not None:
@@ -65,8 +56,6 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
             advance(1)
     with progress("taking turns", len(contenders) * settings.rounds) as advance:
         times = take_turns(contenders, settings.rounds, advance)
-    with progress("controller", CONTROLLER_REPEATS) as advance:
-        controller = controller_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
     optimizer = {one.case.key: optimizer_bytes(one.optimizer) for one in contenders}
     sizes = {"kept_bytes": kept, "trainable_parameters": trained, "optimizer_bytes": optimizer}
     return {
@@ -74,7 +63,6 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
         "provenance": _provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
         "cases": [{**case_result(case, times), **{name: sizes[name][case.key] for name in sizes}} for case in cases],
         "comparisons": comparisons(cases, times, kept),
-        "controller": controller,
     }
 
 
@@ -111,19 +99,18 @@ def take_turns(contenders: Sequence[Contender], rounds: int, on_turn: Callable[[
 
 
 def case_result(case: Case, times: pd.DataFrame) -> Result:
-    """Return the times of a case, and their ratios to its floor of the same round, in which slow rounds cancel out."""
-    floor = times["forward_backward", case.floor]
+    """Return the times of a case, and their ratios to the floor of the same round, in which slow rounds cancel out."""
+    floor = times["forward_backward", FLOOR]
     parts = {part: times[part, case.key] for part in ("forward_backward", "step")}
     return {
         "key": case.key,
-        "compiled": case.compiled,
         **{part: spread(seconds) for part, seconds in parts.items()},
         **{f"{part}_ratio": spread(seconds / floor) for part, seconds in parts.items()},
     }
 
 
 def comparisons(cases: Sequence[Case], times: pd.DataFrame, kept: dict[str, int]) -> list[Result]:
-    """Return every AROMA case over LoRA r=8 with the same dropout, compiled alike, where both were measured."""
+    """Return every AROMA case over LoRA r=8 with the same dropout, where both were measured."""
     return [
         {
             "key": case.key,
@@ -143,47 +130,6 @@ def spread(values: pd.Series[float]) -> dict[str, float]:
     """Return the median and the quartiles of `values`, at least one."""
     lower, median, upper = values.quantile([0.25, 0.5, 0.75]).tolist()
     return {"median": median, "lower": lower, "upper": upper}
-
-
-def controller_cost(
-    base: Any, batch: dict[str, Tensor], seed: int, repeats: int, on_repeat: Callable[[int], None]
-) -> dict[str, float]:
-    """Train an AROMA model with all modules growing, and time its controller in `repeats` inner loops of two steps.
-
-    Returns:
-        Medians in milliseconds: `step_ms`, an ordinary step without its controller; `uncheck_ms` and `check_ms`, the
-        controller in a step without and with an inner check; `outer_ms`, an outer step in which every module keeps
-        its component (check, merge, reset, norms of the weights). And `check_interval`, steps between two checks in
-        training; `amortised_ms`, the controller per step on average; `amortised_fraction` and `outer_fraction`, the
-        same and an outer step over an ordinary step.
-    """
-    contender = Contender(growing_case(_CHECK_INTERVAL), base, batch, seed)
-    contender.hooks.detach()  # to time the controller apart from the optimizer
-    contender.forward_backward()  # the first pass claims memory
-    controller = contender.hooks.controller
-    times: dict[str, list[float]] = {name: [] for name in ("step_ms", "uncheck_ms", "check_ms", "outer_ms")}
-    for _ in range(repeats):
-        for name in ("uncheck_ms", "check_ms"):  # a check every second step
-            times["step_ms"].append(_ms(contender.forward_backward) + _ms(contender.optimizer_step))
-            times[name].append(_ms(controller.step))
-        times["outer_ms"].append(_ms(controller.outer_step))
-        on_repeat(1)
-    found = {name: statistics.median(one) for name, one in times.items()}
-    interval = AromaConfig.inner_check_interval
-    amortised = found["uncheck_ms"] + (found["check_ms"] - found["uncheck_ms"]) / interval
-    return {
-        **found,
-        "check_interval": interval,
-        "amortised_ms": amortised,
-        "amortised_fraction": amortised / found["step_ms"],
-        "outer_fraction": found["outer_ms"] / found["step_ms"],
-    }
-
-
-def _ms(work: Callable[[], Any]) -> float:
-    start = now()
-    work()
-    return 1000 * (now() - start)
 
 
 # Bytes ---------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ class BenchSettings:
         threads: CPU threads; None for PyTorch's default.
         seed: Seed of weights, input and finished components.
         only: Keys of the cases to measure; None for all. The floor is always measured.
-        compiled: Whether each case is measured a second time with `torch.compile`.
 
     Raises:
         ConfigError: A value that cannot work.
@@ -60,7 +59,6 @@ class BenchSettings:
     threads: int | None = None
     seed: int = 0
     only: tuple[str, ...] | None = None
-    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "length", "rounds", "threads"):

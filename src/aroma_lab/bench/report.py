@@ -40,16 +40,11 @@ def tables(result: Result) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """Return in sentences what the controller costs, and with what it was measured."""
-    cost, found = result["controller"], result["provenance"]
+    """Return in sentences with what it was measured."""
+    found = result["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     processor = found["device"] if result["settings"]["device"] == "cuda" else found["cpu_model"]
     return [
-        f"Controller: {cost['amortised_ms']:.2f} ms per step on average, {cost['amortised_fraction']:.2%} of an "
-        f"ordinary step ({cost['step_ms']:.1f} ms). A check every {cost['check_interval']} steps takes "
-        f"{cost['check_ms']:.2f} ms.",
-        f"One outer step (check, merge, reset, norms of the weights): {cost['outer_ms']:.1f} ms, "
-        f"{cost['outer_fraction']:.2f} of an ordinary step.",
         f"{processor}; {found['threads']} of {found['cpu_count']} threads, OMP_WAIT_POLICY "
         f"{found['wait_policy'] or 'not set'}.",
         f"{versions}; revision {found['git_revision'] or 'unknown'}.",

@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         (
             "Measure what a training step costs. All methods take turns, one step each, in one process. The report\n"
             "has ratios to the floor (forward and backward of the frozen backbone), bytes kept for backward,\n"
-            "optimizer state, trainable parameters, and the cost of AROMA's controller: as a table and as JSON.\n"
+            "optimizer state and trainable parameters: as a table and as JSON.\n"
             "Weights and tokens are random: nothing is downloaded for a named shape."
         ),
         "aroma bench",
@@ -41,8 +41,6 @@ def add_parser(commands: Any) -> None:
     add("--rounds", type=int, default=9, help="how often each case is timed (%(default)s)")
     add("--threads", type=int, help="CPU threads (PyTorch's default)")
     add("--only", metavar="CASE", nargs="+", help="measure these cases and the floor (all)")
-    compile_help = "measure each case with torch.compile too (on CUDA: yes; on a CPU: no)"
-    add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
     add("--out", metavar="FILE", default="bench.json", help="new JSON file (%(default)s)")
     add_force(parser)
     # PyTorch's own way of waiting for threads, since that is what a user's script has.
@@ -66,7 +64,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: getattr(arguments, name) for name in _SETTINGS}
     only = tuple(arguments.only) if arguments.only else None
-    compiled = arguments.device == "cuda" if arguments.compile is None else arguments.compile
-    result = measure(BenchSettings(**given, only=only, compiled=compiled), progress=progress_bar)
+    result = measure(BenchSettings(**given, only=only), progress=progress_bar)
     write_json(out, result)
     print(tables(result), f"Left: {out}.", sep="\n")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor
 
-from aroma.errors import CheckpointError, bad_value
+from aroma.errors import bad_value
 
 from .base import Hooks
 from .lora import ADAPTER, PeftAdapter, layers_of
@@ -41,8 +41,6 @@ class AdaLora(PeftAdapter):
         orthogonality: Weight of the orthogonality term.
         target_modules: Modules to adapt; see `head.find_targets`.
     """
-
-    title: ClassVar[str] = "AdaLoRA r={0.init_r}→{0.target_r}"
 
     init_r: int = 12
     target_r: int = 8
@@ -135,8 +133,6 @@ class Allocation(Hooks):
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_AVERAGES, _PATTERN)}
         for key, values in state.items():
             kind, _, name = key.partition(".")
-            if kind not in parts or name not in self._parameters:
-                raise CheckpointError(f"hooks: {key!r} belongs to another adapter; use a checkpoint of this very run")
             parts[kind][name] = values
         for kind in _AVERAGES:
             averages = {name: values.to(self._parameters[name], copy=True) for name, values in parts[kind].items()}
@@ -144,7 +140,6 @@ class Allocation(Hooks):
         # None, not empty, before the first allocation: as PEFT has it.
         masks = {name: kept.tolist() for name, kept in parts[_PATTERN].items()} or None
         self._model.peft_config[ADAPTER].rank_pattern = masks
-        self.is_restored = True
 
 
 def kept_triplets(model: Any) -> dict[str, list[bool]]:

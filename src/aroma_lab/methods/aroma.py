@@ -24,22 +24,19 @@ from .lora import ADAPTER, PeftAdapter
 class Aroma(PeftAdapter):
     """AROMA with its controller.
 
-    In an experiment's file the fields of `AromaConfig` are options like the others, as `max_inner_steps` or `reset`.
     Components are drawn from `torch.initial_seed()` unless the options give a `component_seed`.
 
     Args:
-        r: Rank of one component.
-        dropout: Dropout on the input of the component in training; `lora_dropout` in `AromaConfig`.
-        options: Further fields of `AromaConfig`; they override the other arguments.
-        target_modules: Modules that grow; see `head.find_targets`.
+        options: Fields of `AromaConfig`, which are the options in an experiment's file; `target_modules` as in
+            `head.find_targets`.
     """
 
-    title: ClassVar[str] = "AROMA{0.rank_title}"
+    defaults: ClassVar[dict[str, Any]] = {}
+    """Fields whose default is not that of `AromaConfig`."""
+    without: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are no options."""
 
-    r: int = 1
-    dropout: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
-    target_modules: list[str] | str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.config(None)  # an impossible value is refused now, not when the model is built
@@ -47,33 +44,28 @@ class Aroma(PeftAdapter):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return {name: key.type for name, key in adapter_keys().items()} | super().option_types()
+        return {name: key.type for name, key in adapter_keys().items() if name not in cls.without}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Return the method with `options`; see `Method.from_options`."""
-        named = {"dropout" if name == "lora_dropout" else name: value for name, value in options.items()}
-        own = {name: named.pop(name) for name in super().option_types() if name in named}
-        return cls(**own, options=named)
+        return cls(dict(options))
 
     def resolved_options(self) -> dict[str, Any]:
         """Return the value of every field of `AromaConfig`; see `Method.resolved_options`."""
         config = self.config(None)
         # PEFT turns lists of modules into sets.
-        modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
+        modules = {name: self.options.get(name) for name in ("target_modules", "exclude_modules")}
         return {name: getattr(config, name) for name in adapter_keys()} | modules
 
     @property
-    def rank_title(self) -> str:
-        """The rank in the name, where it is not the usual one."""
-        return "" if self.r == 1 else f" r={self.r}"
+    def target_modules(self) -> list[str] | str | None:
+        """Modules that grow; see `head.find_targets`."""
+        return self.options.get("target_modules")
 
     def config(self, targets: list[str] | None, planned_steps: int = 0) -> AromaConfig:
         """Return the configuration; targets are None as long as the model is not known."""
-        return AromaConfig(**{"target_modules": targets, **self._config_fields()})
-
-    def _config_fields(self) -> dict[str, Any]:
-        return {"r": self.r, "lora_dropout": self.dropout, **self.options}
+        return AromaConfig(**{**self.defaults, **self.options, "target_modules": targets})
 
     def hooks(self, model: Any) -> GrowthHooks:
         """Return the controller of a plain loop; see `Method.hooks`."""
@@ -111,6 +103,20 @@ class Aroma(PeftAdapter):
         save_adapter(model, folder)
 
 
+@dataclass(frozen=True)
+class ReLora(Aroma):
+    """ReLoRA 1×8 (section 4.1): AROMA without (5) and (6), so that every module has the same number of components.
+
+    Each component trains for the same number of optimizer steps, that of the run divided by `max_components` unless
+    `max_inner_steps` is given, and is always kept. The backbone is not written.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {"inner_tolerance": None, "outer_tolerance": None, "max_components": 8}
+    without: ClassVar[frozenset[str]] = frozenset(
+        ("inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components")
+    )
+
+
 class GrowthHooks(Hooks):
     """AROMA in a plain loop: `aroma.attach` does all of it within `optimizer.step()`, and has a state of its own."""
 
@@ -119,8 +125,5 @@ class GrowthHooks(Hooks):
 
     def begin(self, optimizer: Any, planned_steps: int) -> Self:
         """Attach the controller; see `Hooks.begin`."""
-        attachment = attach(self.model, optimizer, total_steps=planned_steps)
-        self.controller = attachment.controller
-        self.detach = attachment.detach
-        """Leaves the optimizer alone from then on, so that the caller can step the controller."""
-        return super().begin(optimizer, planned_steps)
+        self.controller = attach(self.model, optimizer, total_steps=planned_steps).controller
+        return self

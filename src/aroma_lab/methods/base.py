@@ -3,13 +3,12 @@
 .. code-block:: python
 
     model = method.build(model, planned_steps)
-    if method.data_option is not None:  # and the run does not resume
+    if method.needs_data:
         method.initialize(model, batches)
     optimizer = torch.optim.AdamW(method.parameters(model), lr=...)
     hooks = method.hooks(model).begin(optimizer, planned_steps)
     for step, batch in enumerate(batches, start=1):
         model(**batch).loss.backward()
-        hooks.before_step(step)
         optimizer.step()
         hooks.after_step(step)  # before zero_grad: AdaLoRA's allocator reads the gradients
         optimizer.zero_grad()
@@ -29,8 +28,7 @@ from typing import Any, ClassVar, Self, get_type_hints
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
-from aroma import compat
-from aroma.errors import CheckpointError, bad_value
+from aroma.errors import bad_value
 from aroma.files import write_tensors
 
 from .head import head_of
@@ -48,56 +46,32 @@ Batch = Mapping[str, Any]
 class Hooks(TrainerCallback):
     """What a method does around an optimizer step, in a plain loop or as a callback of the Trainer; most do nothing.
 
-    Trained parameters, optimizer, schedule and the state of the hooks together make a resumed run exact. In the
-    Trainer, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`.
+    Trained parameters, optimizer, schedule and the state of the hooks together make a resumed run exact.
     """
 
-    optimizer: Any = None
-    is_restored = False
-
     def begin(self, optimizer: Any, planned_steps: int) -> Self:
-        """Begin a training, or go on with it; return the hooks."""
-        self.optimizer = optimizer
+        """Begin a training in a plain loop; return the hooks."""
         return self
 
-    def before_step(self, step: int) -> None:
-        """Called before optimizer step `step`, counted from 1, when the gradients are there."""
-
     def after_step(self, step: int) -> None:
-        """Called after optimizer step `step`, before the gradients are cleared."""
+        """Called after optimizer step `step`, counted from 1, before the gradients are cleared."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the tensors that an exact resume needs besides the trained parameters."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict()` after the trained parameters; CheckpointError if it is of another method."""
-        require_keys(state, set(self.state_dict()))
-        self.is_restored = True
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Begin; CheckpointError if the training goes on and the state of the hooks is missing."""
-        if state.global_step > 0 and not self.is_restored:
-            raise CheckpointError(
-                f"hooks: the training resumes at step {state.global_step} without their state; call load_state_dict "
-                "of this callback with the checkpoint's state before training"
-            )
-        self.begin(kwargs["optimizer"], state.max_steps)
+        """Restore `state_dict()`."""
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Call `before_step`."""
-        if _is_over(state):
-            kwargs["optimizer"].zero_grad(set_to_none=True)  # without gradients the step changes nothing
-        else:
-            self.before_step(state.global_step + 1)
+        """On resuming a run of which all steps are taken, the Trainer takes one more: let it change nothing."""
+        if state.global_step >= state.max_steps:
+            kwargs["optimizer"].zero_grad(set_to_none=True)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Call `after_step`, and let the Trainer log the learning rate that was used."""
-        if _is_over(state):
-            return
-        used = [group["lr"] for group in kwargs["optimizer"].param_groups]
-        self.after_step(state.global_step + 1)
-        compat.report_rates(kwargs["lr_scheduler"], used)
+        """Call `after_step`."""
+        if state.global_step < state.max_steps:
+            self.after_step(state.global_step + 1)
 
 
 @dataclass(frozen=True)
@@ -107,8 +81,6 @@ class Method(ABC):
     A method holds no state of a run: questions about a model take the model as an argument.
     """
 
-    title: ClassVar[str] = ""
-    """Format of the name, whose argument is the method."""
     writes_backbone: ClassVar[bool] = False
     """Whether training writes the weights of the backbone, so that models cannot share them."""
     trains: ClassVar[bool] = True
@@ -118,7 +90,7 @@ class Method(ABC):
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option, by its name in an experiment's file."""
         hints = get_type_hints(cls)
-        return {field.name: hints[field.name] for field in fields(cls) if field.metadata.get("option", True)}
+        return {field.name: hints[field.name] for field in fields(cls)}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -129,12 +101,6 @@ class Method(ABC):
         """Return the value of every option, defaults included."""
         return {name: getattr(self, name) for name in self.option_types()}
 
-    @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        dropout = getattr(self, "dropout", 0.0)
-        return self.title.format(self) + (f", dropout {dropout:g}" if dropout else "")
-
     @abstractmethod
     def build(self, model: Any, planned_steps: int) -> Any:
         """Adapt a transformers model in place, or wrap it, and freeze what does not train; its head trains.
@@ -143,20 +109,15 @@ class Method(ABC):
         """
 
     @property
-    def data_option(self) -> str | None:
-        """Name of the option by which the start is computed from training data; None: it needs none."""
-        return None
-
-    def require_no_data_option(self, remedy: str) -> None:
-        """Raise ConfigError, with this remedy, if the start is computed from training data."""
-        if (option := self.data_option) is not None:
-            self._require(False, option, remedy)
+    def needs_data(self) -> bool:
+        """Whether `initialize` computes the start from training data."""
+        return False
 
     def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
-        """Compute the start of a model from training data; only of a method that has a `data_option`.
+        """Compute the start of a model from training data; only of a method that `needs_data`.
 
-        A run that resumes does not call it: trained parameters and the state of the hooks hold all that it changes.
-        `batches` are `INITIALIZATION_BATCHES` at most, on the model's device.
+        A run that resumes calls it again, with the same batches, before its checkpoint is loaded. `batches` are
+        `INITIALIZATION_BATCHES` at most, on the model's device.
         """
         raise NotImplementedError
 
@@ -213,18 +174,6 @@ class Method(ABC):
     def _require(self, valid: bool, option: str, remedy: str) -> None:
         if not valid:
             raise bad_value(option, getattr(self, option), remedy)
-
-
-def _is_over(state: TrainerState) -> bool:
-    """Whether all planned steps are taken; on resuming such a run, the Trainer takes one more before it stops."""
-    return bool(state.global_step >= state.max_steps)
-
-
-def require_keys(state: dict[str, Tensor], expected: set[str]) -> None:
-    """Raise CheckpointError unless a state has exactly the `expected` keys."""
-    for key in sorted(expected ^ set(state)):
-        what = "is missing from" if key in expected else "is unexpected in"
-        raise CheckpointError(f"hooks: {key!r} {what} the saved state; use a checkpoint of this very run")
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import TrainerCallback
@@ -26,8 +26,6 @@ class Evidence(LoraBase):
         standard_errors: How many standard errors of held-out loss a smaller adapter may cost.
         held_out_share: Share of the training set that decides, and is not trained on.
     """
-
-    title: ClassVar[str] = "evidence r={0.r}"
 
     r: int = 16
     at: list[float] = field(default_factory=lambda: [0.4, 0.6])

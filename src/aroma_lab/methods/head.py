@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -21,16 +21,11 @@ from aroma.tuner.layout import PEFT_PREFIX
 _ATTRIBUTE = "_aroma_head"
 _TRAIN_A_POOLER = ("ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification", "ForMultipleChoice")
 """Endings of the classes of transformers whose loss reaches the pooler."""
+_HAVE_NO_POOLER = ("ForMaskedLM",)
+"""Endings of those without one: a pooler in their checkpoint is of an earlier pretraining on sentences, as BERT's."""
 
 TrainPooler = bool | Literal["auto"]
 """Whether a backbone's pooler trains with the head; `"auto"`: where pretraining did not train it."""
-
-
-class Pooler(NamedTuple):
-    """Whether a backbone's pooler trains with the head, and why, as words for a report."""
-
-    trains: bool
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -40,12 +35,10 @@ class Head:
     Args:
         modules: The modules that belong to it.
         new: Parameters that the checkpoint lacks, so that they start at random.
-        pooler: What was decided about the backbone's pooler; None for a backbone without one.
     """
 
     modules: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
-    pooler: Pooler | None = None
 
     def holds(self, name: str) -> bool:
         """Whether a parameter or module belongs to the head; `name` may have PEFT's prefix."""
@@ -69,21 +62,16 @@ def head_of(model: Any) -> Head:
     return _find_head(base, ()) if found is None else found
 
 
-def remember_head(model: Any, missing: Collection[str], train_pooler: TrainPooler, is_embedder: bool) -> None:
+def remember_head(model: Any, missing: Collection[str], train_pooler: TrainPooler) -> None:
     """Mark the head of a classifier that `from_pretrained` just returned.
 
     A head reads the backbone through its pooler. A pooler that pretraining never trained is a random projection, and
-    with it frozen an adapter learns next to nothing. With `train_pooler="auto"` it trains
-
-    - if the checkpoint lacks it, or its biases are all exactly zero, as they start: no gradient has reached them;
-    - not if the checkpoint was saved by a class of transformers whose loss reaches it, or by a masked language model,
-      which has none: then it is of an earlier pretraining with a task on sentences, as BERT's;
-    - if the checkpoint is one of sentence-transformers, whose embeddings bypass it, or if nothing of this is known: a
-      trained pooler that trains on costs d² + d parameters, a random one that is frozen costs the run.
+    with it frozen an adapter learns next to nothing; one that trains for nothing costs d² + d parameters. So with
+    `train_pooler="auto"` it trains unless the checkpoint shows that pretraining did: its biases are not all zero, as
+    they start, and it was saved by a class of transformers whose loss reaches it, or that has none.
 
     Args:
         missing: The keys that the checkpoint lacks, as transformers reports them.
-        is_embedder: Whether the checkpoint is one of sentence-transformers.
 
     Raises:
         ConfigError: The pooler is to train and there is none, or it is to stay and the checkpoint lacks it; or the
@@ -91,45 +79,32 @@ def remember_head(model: Any, missing: Collection[str], train_pooler: TrainPoole
     """
     # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
     new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
-    head = _find_head(model, new, _decide_pooler(model, new, train_pooler, is_embedder))
+    head = _find_head(model, new, _decide_pooler(model, new, train_pooler))
     if loose := [name for name in new if not head.holds(name)]:
         remedy = "the checkpoint lacks it, and it would stay at its random start; take another checkpoint"
         raise bad_value("parameter", loose[0], remedy)
     setattr(model, _ATTRIBUTE, head)
 
 
-def _decide_pooler(model: Any, new: list[str], train_pooler: TrainPooler, is_embedder: bool) -> Pooler | None:
+def _decide_pooler(model: Any, new: list[str], train_pooler: TrainPooler) -> bool:
     name = _pooler_name(model)
     if name is None:
         if train_pooler is True:
             remedy = f"the backbone of {type(model).__name__} has no pooler, and its head trains whole; give auto"
             raise bad_value("training.train_pooler", True, remedy)
-        return None
-    named = dict(model.get_submodule(name).named_parameters())
-    biases = [parameter for key, parameter in named.items() if key.split(".")[-1] == "bias"]
-    saved_by = (getattr(model.config, "architectures", None) or [""])[0]
-    if any(f"{name}.{key}" in new for key in named):
+        return False
+    if any(parameter.startswith(f"{name}.") for parameter in new):
         if train_pooler is False:
             remedy = f"the checkpoint lacks {name}, which would stay at its random start; give auto or true"
             raise bad_value("training.train_pooler", False, remedy)
-        return Pooler(True, "the checkpoint lacks it")
+        return True
     if train_pooler != "auto":
-        return Pooler(train_pooler, "as training.train_pooler says")
-    if biases and not any(bias.any() for bias in biases):
-        return Pooler(True, "its biases are exactly zero, so pretraining did not train it")
-    if saved_by.endswith(_TRAIN_A_POOLER):
-        return Pooler(False, f"{saved_by}, which saved the checkpoint, trains it")
-    if saved_by.endswith("ForMaskedLM"):
-        return Pooler(False, f"{saved_by} has none, so an earlier pretraining on sentences trained it")
-    if is_embedder:
-        return Pooler(True, "the checkpoint is one of sentence-transformers, whose embeddings bypass it")
-    return Pooler(True, "nothing is known of its pretraining")
-
-
-def pooler_of(model: Any) -> dict[str, Any] | None:
-    """Return what was decided about a model's pooler, JSON-able; see `Head.pooler`."""
-    pooler = head_of(model).pooler
-    return None if pooler is None else pooler._asdict()
+        return train_pooler
+    named = model.get_submodule(name).named_parameters()
+    biases = [parameter for key, parameter in named if key.split(".")[-1] == "bias"]
+    is_untrained = bool(biases) and not any(bias.any() for bias in biases)
+    saved_by = (getattr(model.config, "architectures", None) or [""])[0]
+    return is_untrained or not saved_by.endswith((*_TRAIN_A_POOLER, *_HAVE_NO_POOLER))
 
 
 def train_head_only(model: nn.Module) -> None:
@@ -139,17 +114,17 @@ def train_head_only(model: nn.Module) -> None:
         parameter.requires_grad_(head.holds(name))
 
 
-def _find_head(model: Any, new: Collection[str], pooler: Pooler | None = None) -> Head:
+def _find_head(model: Any, new: Collection[str], trains_pooler: bool = False) -> Head:
     """Return what is outside the backbone, and its pooler; the output embeddings of a language model are inside."""
     prefix = getattr(model, "base_model_prefix", "")
     is_classifier = bool(prefix) and hasattr(model, prefix) and model.get_output_embeddings() is None
-    modules = [f"{prefix}.pooler"] if pooler is not None and pooler.trains else []
+    modules = [f"{prefix}.pooler"] if trains_pooler else []
     for name, child in model.named_children():
         if any(True for _ in child.parameters()) and (
             name in SEQ_CLS_HEAD_NAMES or (is_classifier and name != prefix)
         ):
             modules.append(name)
-    return Head(tuple(modules), tuple(new), pooler)
+    return Head(tuple(modules), tuple(new))
 
 
 def _pooler_name(model: Any) -> str | None:

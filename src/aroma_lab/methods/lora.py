@@ -1,7 +1,7 @@
 """LoRA as PEFT has it, started as usual, by EVA or by LoRA-GA, and what all methods that are PEFT adapters share.
 
-ReLoRA adds its pair to the base at every restart, and LoRA-GA takes its first pair away from it. Either way the update
-of the original base is a sum of products, of which the pair in training is the last.
+LoRA-GA takes its first pair away from the base weight: the update of the original base is the pair in training less
+the first one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import (
@@ -31,7 +31,7 @@ from aroma.errors import bad_value
 from aroma.files import write_tensors
 from aroma.tuner.layout import PEFT_PREFIX
 
-from .base import Batch, Hooks, Method
+from .base import Batch, Method
 from .head import Head, base_name, find_targets, head_of
 
 ADAPTER = "default"
@@ -41,8 +41,6 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 Product = tuple[Tensor, Tensor]
 """B (m, R), with the scale folded in, and A (R, n)."""
-
-_NAMES = {"kaiming": "LoRA", "eva": "EVA", "lora_ga": "LoRA-GA"}
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,6 @@ class LoraBase(PeftAdapter):
         target_modules: Modules to adapt; see `head.find_targets`.
     """
 
-    title: ClassVar[str] = "LoRA r={0.r}"
-
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -96,33 +92,13 @@ class LoraBase(PeftAdapter):
         return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets)
 
     def ranks(self, model: Any) -> dict[str, int]:
-        """Return the rank of every module, products that its base weight includes counted; see `Method.ranks`."""
-        # Without a copy of the factors, at every step.
+        """Return the rank of every module's update; see `Method.ranks`."""
         layers = layers_of(model, LoraLinear)
-        return {name: layer.r[ADAPTER] + merged_of(layer)[1].shape[0] for name, layer in layers.items()}
+        return {name: layer.r[ADAPTER] * (2 if hasattr(layer, "first_pair") else 1) for name, layer in layers.items()}
 
     def components(self, model: Any) -> dict[str, Product]:
-        """Return all products of every module, the pair in training last; see `Method.components`."""
+        """Return the update of every module, the pair in training last; see `Method.components`."""
         return {name: update_of(layer) for name, layer in layers_of(model, LoraLinear).items()}
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Write a plain LoRA adapter of the original base model; see `Method.save`.
-
-        Where base weights include products, PEFT would write the pairs alone, for the changed base.
-        """
-        if not any(hasattr(layer, "merged_products") for layer in layers_of(model, LoraLinear).values()):
-            super().save(model, folder)
-            return
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        config = copy.deepcopy(model.peft_config[ADAPTER])
-        for name, (B, A) in self.components(model).items():
-            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
-            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
-            # B includes the scale, and all modules have the same rank.
-            config.r = config.lora_alpha = A.shape[0]
-        config.inference_mode = True
-        config.save_pretrained(folder)
-        write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 @dataclass(frozen=True)
@@ -139,14 +115,9 @@ class Lora(LoraBase):
     init: Literal["kaiming", "eva", "lora_ga"] = "kaiming"
 
     @property
-    def name(self) -> str:
-        """Name for tables and pictures."""
-        return super().name.replace("LoRA", _NAMES[self.init], 1)
-
-    @property
-    def data_option(self) -> str | None:
-        """Name of the option that asks for a start from data; see `Method.data_option`."""
-        return None if self.init == "kaiming" else "init"
+    def needs_data(self) -> bool:
+        """Whether the start is computed from data; see `Method.needs_data`."""
+        return self.init != "kaiming"
 
     def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
         """Return PEFT's configuration."""
@@ -171,9 +142,22 @@ class Lora(LoraBase):
             raise bad_value("init", "lora_ga", remedy)
         _start_from_gradients(model, batches)
 
-    def hooks(self, model: Any) -> Hooks:
-        """Return what keeps the base weights that LoRA-GA has changed; see `Method.hooks`."""
-        return MergedWeights(model) if self.init == "lora_ga" else Hooks()
+    def save(self, model: Any, folder: Path) -> None:
+        """Write a plain LoRA adapter of the original base model; see `Method.save`.
+
+        Of LoRA-GA, PEFT would write the pairs alone, for the changed base.
+        """
+        if self.init != "lora_ga":
+            super().save(model, folder)
+            return
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        for name, (B, A) in self.components(model).items():
+            tensors |= {f"{PEFT_PREFIX}{name}.lora_A.weight": A, f"{PEFT_PREFIX}{name}.lora_B.weight": B}
+        config = copy.deepcopy(model.peft_config[ADAPTER])
+        config.r = config.lora_alpha = 2 * self.r  # B includes the scale
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 def _rows(inputs: tuple[Tensor, ...], places: Tensor, name: str) -> Tensor:
@@ -199,11 +183,7 @@ def _start_from_gradients(model: Any, batches: Sequence[Batch]) -> None:
         preprocess_loraga(model.get_base_model(), config, backward)
     for layer in layers.values():
         layer.lora_ga_init(ADAPTER, settings)
-        B, A = pair_of(layer)
-        layer.merged_products = (-B, A)
-
-
-# Pairs, and the products that base weights include -------------------------------------------------------------------
+        layer.first_pair = pair_of(layer)
 
 
 def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
@@ -220,43 +200,10 @@ def pair_of(layer: Any) -> Product:
     return scaled, layer.lora_A[ADAPTER].weight.detach().clone()
 
 
-def merged_of(layer: Any) -> Product:
-    """Return the products of the update that the base weight includes, as one; its rank may be 0."""
-    none = layer.lora_B[ADAPTER].weight.detach()[:, :0], layer.lora_A[ADAPTER].weight.detach()[:0]
-    products: Product = getattr(layer, "merged_products", none)
-    return products
-
-
 def update_of(layer: Any) -> Product:
     """Return the whole update of the original base weight, the pair in training last."""
     B, A = pair_of(layer)
-    if not hasattr(layer, "merged_products"):
+    if not hasattr(layer, "first_pair"):
         return B, A
-    return torch.cat([layer.merged_products[0], B], dim=1), torch.cat([layer.merged_products[1], A], dim=0)
-
-
-class MergedWeights(Hooks):
-    """Carries base weights that include products from a run to the one that resumes it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers: dict[str, Any] = dict(layers_of(model, LoraLinear))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the weight and the merged products of every layer; see `Hooks.state_dict`.
-
-        The weight is stored as it is: adding the products again would round alike on the same machine only.
-        """
-        state: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
-            B, A = merged_of(layer)
-            state |= {f"weight.{name}": layer.get_base_layer().weight, f"B.{name}": B, f"A.{name}": A}
-        return {key: tensor.detach().clone() for key, tensor in state.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict()`; see `Hooks.load_state_dict`."""
-        super().load_state_dict(state)
-        for name, layer in self._layers.items():
-            layer.get_base_layer().weight.copy_(state[f"weight.{name}"])
-            like = layer.lora_A[ADAPTER].weight
-            layer.merged_products = tuple(state[f"{part}.{name}"].to(like, copy=True) for part in ("B", "A"))
+    first_B, first_A = layer.first_pair
+    return torch.cat([-first_B, B], dim=1), torch.cat([first_A, A], dim=0)

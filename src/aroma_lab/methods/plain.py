@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from aroma.errors import bad_value
 
 from .base import Method
@@ -18,7 +15,6 @@ from .head import Head, head_of, train_head_only
 class Full(Method):
     """Full fine-tuning: all parameters train, embeddings included."""
 
-    title: ClassVar[str] = "full fine-tuning"
     writes_backbone: ClassVar[bool] = True
 
     def build(self, model: Any, planned_steps: int) -> Any:
@@ -29,8 +25,6 @@ class Full(Method):
 @dataclass(frozen=True)
 class HeadOnly(Method):
     """Only the head trains; nothing is propagated back into the backbone."""
-
-    title: ClassVar[str] = "head only"
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze the backbone; ConfigError if the model has no head."""
@@ -45,7 +39,6 @@ class HeadOnly(Method):
 class BitFit(Method):
     """BitFit (arXiv 2106.10199): all bias vectors of the backbone train, its LayerNorms' included, and the head."""
 
-    title: ClassVar[str] = "BitFit"
     writes_backbone: ClassVar[bool] = True
 
     def build(self, model: Any, planned_steps: int) -> Any:
@@ -65,7 +58,6 @@ class BitFit(Method):
 class Pretrained(Method):
     """Nothing trains: the base model's own row in a table."""
 
-    title: ClassVar[str] = "pretrained"
     trains: ClassVar[bool] = False
 
     def build(self, model: Any, planned_steps: int) -> Any:
@@ -83,18 +75,10 @@ class Frozen(Method):
     Only `aroma bench` uses it.
     """
 
-    title: ClassVar[str] = "frozen (floor)"
-
     def build(self, model: Any, planned_steps: int) -> Any:
         """Freeze everything and let the output of the embeddings require a gradient; see `Method.build`."""
         model.requires_grad_(False)
-        zero = torch.zeros((), dtype=model.dtype, device=model.device, requires_grad=True)
-
-        def request(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            # A compiled graph would break at requires_grad_; in an eager one the sum would cost a copy.
-            return output + zero if torch.compiler.is_compiling() else output.requires_grad_(True)
-
         # The output of all embeddings where they are one module: no adapter propagates back into their LayerNorm.
         embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
-        embeddings.register_forward_hook(request)
+        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
         return model

@@ -13,7 +13,7 @@ from aroma.errors import NonFiniteError, bad_value
 from aroma.integrations.callback import AromaCallback
 from aroma.spectra import effective_rank, singular_values
 
-from ..methods.head import pooler_of
+from ..methods.head import head_of
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
@@ -69,7 +69,7 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
             "final": curve.parameters[-1][1],
             "head": count_trainable(model)["head"],
         },
-        "pooler": pooler_of(model),
+        "head_modules": [*head_of(model).modules],
         # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
         **spectra_of(components),
         "ranks": ranks,  # as the method counts them

@@ -175,14 +175,12 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
         require_as_many(checkpoint)
     method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
     if not method.trains and trial.quantization is not None:
-        remedy = f"the Trainer takes no quantised model without an adapter, as {method.name}; use `aroma eval`"
+        remedy = f"the Trainer takes no quantised model without an adapter, as {trial.kind}; use `aroma eval`"
         raise bad_value("quantization", trial.quantization, remedy)
-    if processes.num_processes > 1:
-        method.require_no_data_option("it is computed by one process; start one")
     job = job_of(trial)
-    if not isinstance(job, ClassifierJob):
-        remedy = "only classification and regression have the texts that it is computed from; leave it out"
-        method.require_no_data_option(remedy)
+    if method.needs_data and (processes.num_processes > 1 or not isinstance(job, ClassifierJob)):
+        remedy = "one process computes it from texts of a classification or regression; leave it out"
+        raise bad_value("options.init", trial.options["init"], remedy)
     train, held_out = method.hold_out(job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
@@ -195,7 +193,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     found = provenance()
     set_seed(training.seed)
     model = method.build(job.load_model(), steps)
-    if method.data_option is not None and checkpoint is None:
+    if method.needs_data:
         model.to(processes.device)
         # Drawn without repetition, with the run's seed.
         order, collator = torch.Generator().manual_seed(training.seed), job.objective.collator

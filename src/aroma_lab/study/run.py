@@ -29,35 +29,18 @@ class Outcome(NamedTuple):
     skipped: list[str]
 
 
-class GridPlan:
-    """The trials of a grid that are due, given what has ended in its folder."""
+def selection_of(grid: Grid, runs: Runs) -> dict[tuple[str, str], Selected]:
+    """Return how far the selection is, by task and method."""
+    pairs = product(grid.tasks, grid.methods) if grid.select is not None else ()
+    return {pair: select(grid, *pair, runs.ended) for pair in pairs}
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid, self.runs, self.processes = grid, Runs(grid.folder), grid.processes
-        self._trials: dict[str, Trial] = {}
 
-    def trials(self) -> list[Trial]:
-        """Return the trials that have ended or are due: those that select, and then those that are reported."""
-        found = self.selection()
-        chosen = {pair: one.chosen for pair, one in found.items() if one.is_final and one.chosen is not None}
-        tried = [one.trial for selected in found.values() for one in selected.tried]
-        return tried + expand(self.grid, None if self.grid.select is None else chosen)
-
-    def selection(self) -> dict[tuple[str, str], Selected]:
-        """Return how far the selection is, by task and method."""
-        pairs = product(self.grid.tasks, self.grid.methods) if self.grid.select is not None else ()
-        return {pair: select(self.grid, *pair, self.runs.ended) for pair in pairs}
-
-    def names(self) -> list[str]:
-        """Return the names of `trials`; ConfigError if the folder of one holds another trial's result."""
-        trials = {trial.name: trial for trial in self.trials()}
-        self.runs.require_own(trial for name, trial in trials.items() if name not in self._trials)
-        self._trials = trials
-        return [*trials]
-
-    def trial(self, name: str) -> Trial:
-        """Return a trial by its name."""
-        return self._trials[name]
+def trials_of(grid: Grid, runs: Runs) -> dict[str, Trial]:
+    """Return the trials that have ended or are due, by name: those that select, and then those that are reported."""
+    found = selection_of(grid, runs)
+    chosen = {pair: one.chosen for pair, one in found.items() if one.is_final and one.chosen is not None}
+    tried = [one.trial for selected in found.values() for one in selected.tried]
+    return {trial.name: trial for trial in tried + expand(grid, None if grid.select is None else chosen)}
 
 
 def run_grid(
@@ -87,31 +70,33 @@ def run_grid(
     file = grid.folder / GRID_FILE
     if file.exists() and not file.read_text(encoding="utf-8").startswith(_HEADER):
         raise bad_value("output", grid.output, f"{GRID_FILE} there is your own and would be overwritten; rename it")
-    plan = GridPlan(grid.part(tasks, methods))
-    trials = plan.trials()
-    plan.runs.require_own(trials)
-    for trial in trials:
-        failure = plan.runs.files(trial.name).failure
-        if failure.exists() and (retry_failed or plan.runs.state(trial) == "new"):  # new: other settings failed
+    part, runs = grid.part(tasks, methods), Runs(grid.folder)
+
+    def due() -> dict[str, Trial]:
+        trials = trials_of(part, runs)
+        runs.require_own(trials.values())
+        return trials
+
+    for trial in due().values():
+        failure = runs.files(trial.name).failure
+        if failure.exists() and (retry_failed or runs.state(trial) == "new"):  # new: other settings failed
             failure.unlink()
     if runner == RUNNER:
         # Whatever is chosen, the reported trials differ in nothing that could be refused later.
-        everything = [*plan.trials(), *expand(plan.grid)]
-        check_trials(everything, [trial for trial in everything if plan.runs.ended(trial.name) is None])
+        everything = [*due().values(), *expand(part)]
+        check_trials(everything, [trial for trial in everything if runs.ended(trial.name) is None])
     write_text(file, _HEADER + yaml.safe_dump(grid.as_dict(), sort_keys=False, allow_unicode=True))
 
-    whole = GridPlan(grid)  # other commands may run other parts of it
-
     def note(name: str, ended: Ended, count: int, known: int) -> None:
-        _write_selection(whole)
+        _write_selection(grid, runs)
         watch(name, ended, count, known)
 
-    ran = run_all(plan, note, runner)
-    _write_selection(whole)
-    ends = {name: plan.runs.ended(name) or Ended(failure="its files were removed") for name in plan.names()}
+    ran = run_all(runs, grid.processes, due, note, runner)
+    _write_selection(grid, runs)
+    ends = {name: runs.ended(name) or Ended(failure="its files were removed") for name in due()}
     failed = {name: end.failure for name, end in ends.items() if end.failure is not None}
     finished = [name for name in ends if name not in failed]
-    for (task, method), selected in plan.selection().items():
+    for (task, method), selected in selection_of(part, runs).items():
         if selected.chosen is None:
             cause = next(failed[one.trial.name] for one in selected.tried if one.trial.name in failed)
             why = f"not run, because no setting of its selection finished with every seed ({cause})"
@@ -127,15 +112,15 @@ def list_grid(
 
     Reported trials are known once the selection of their task and method has ended.
     """
-    plan = GridPlan(grid.part(tasks, methods))
-    return [(trial.name, plan.runs.state(trial)) for trial in plan.trials()]
+    runs = Runs(grid.folder)
+    return [(name, runs.state(trial)) for name, trial in trials_of(grid.part(tasks, methods), runs).items()]
 
 
-def _write_selection(plan: GridPlan) -> None:
-    """Write what was chosen so far, and all that was tried for it."""
+def _write_selection(grid: Grid, runs: Runs) -> None:
+    """Write what was chosen so far in the whole grid, whose other parts other commands may run."""
     selection: dict[str, dict[str, Any]] = {}
-    for (task, method), selected in plan.selection().items():
-        if any(plan.runs.ended(one.trial.name) for one in selected.tried):
+    for (task, method), selected in selection_of(grid, runs).items():
+        if any(runs.ended(one.trial.name) for one in selected.tried):
             selection.setdefault(task, {})[method] = selected.entry
     if selection:
-        write_selection(plan.runs.output / SELECTION_FILE, selection)
+        write_selection(runs.output / SELECTION_FILE, selection)

@@ -15,12 +15,12 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from aroma.errors import ConfigError
@@ -110,57 +110,56 @@ class Runs:
                 yield True
 
 
-class Plan(Protocol):
-    """What is to be run in a folder."""
-
-    runs: Runs
-    processes: int
-
-    def names(self) -> list[str]:
-        """Return the names of the trials that have ended or are due by now, in the order of their run."""
-
-    def trial(self, name: str) -> Trial:
-        """Return one of them."""
-
-
 Watch = Callable[[str, Ended, int, int], None]
 """Is called with the name of a trial that has ended, how, how many have by now, and how many are known."""
 
 
-def run_all(plan: Plan, watch: Watch = lambda *_: None, runner: str = RUNNER) -> set[str]:
-    """Run the trials of a plan that have not ended, until all have, here or in other commands.
+def run_all(
+    output: Runs,
+    processes: int,
+    due: Callable[[], Mapping[str, Trial]],
+    watch: Watch = lambda *_: None,
+    runner: str = RUNNER,
+) -> set[str]:
+    """Run trials that have not ended, until all have, here or in other commands.
+
+    Args:
+        output: Their folder.
+        processes: Trials at a time.
+        due: Returns the trials that have ended or are due by now, by name, in the order of their run.
 
     Returns:
         The names of those that have ended meanwhile.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([runner])
-    before = plan.runs.all_ended()
+    before = output.all_ended()
     seen, running = {*before}, dict[str, Any]()
     deaths: Counter[str] = Counter()
-    names = plan.names()
+    trials = due()
     try:
         while True:
-            ends = {name: plan.runs.ended(name) for name in names}
+            ends = {name: output.ended(name) for name in trials}
             new = {name: end for name, end in ends.items() if end is not None and name not in seen}
             seen.update(new)
             if new:
-                names = plan.names()  # more may be due by now; it reads many files, so not at every turn
+                trials = due()  # more may be due by now; it reads many files, so not at every turn
             for name, end in new.items():
-                watch(name, end, len(seen.intersection(names)), len(names))
+                watch(name, end, len(seen.intersection(trials)), len(trials))
             gone = {name: process.exitcode for name, process in running.items() if process.exitcode is not None}
             for name, code in gone.items():
                 del running[name]
                 deaths[name] += code != 0
                 if deaths[name] >= MOST_DEATHS:
-                    _give_up(plan.runs, name, code)
+                    _give_up(output, name, code)
             if new or gone:
                 continue
-            if not (due := [name for name, end in ends.items() if end is None]):
+            open_trials = [name for name, end in ends.items() if end is None]
+            if not open_trials:
                 return seen - before
-            for name in due:
-                if len(running) < plan.processes and name not in running and _prepare(plan, name):
-                    running[name] = context.Process(target=_run, args=(plan.runs, plan.trial(name), runner))
+            for name in open_trials:
+                if len(running) < processes and name not in running and _prepare(output, trials[name]):
+                    running[name] = context.Process(target=_run, args=(output, trials[name], runner))
                     running[name].start()
             wait([process.sentinel for process in running.values()], _POLL_SECONDS)
     finally:
@@ -169,13 +168,13 @@ def run_all(plan: Plan, watch: Watch = lambda *_: None, runner: str = RUNNER) ->
             process.join()
 
 
-def _prepare(plan: Plan, name: str) -> bool:
+def _prepare(output: Runs, trial: Trial) -> bool:
     """Make the folder of a trial; False if another process runs it, or did."""
-    with plan.runs.claim(name) as ours:
-        if not ours or plan.runs.ended(name) is not None:
+    with output.claim(trial.name) as ours:
+        if not ours or output.ended(trial.name) is not None:
             return False
-        trial, files = plan.trial(name), plan.runs.files(name)
-        if plan.runs.state(trial) == "new":
+        files = output.files(trial.name)
+        if output.state(trial) == "new":
             shutil.rmtree(files.root, ignore_errors=True)  # of another trial, without a result or a checkpoint
             files.root.mkdir(parents=True)
             save_trial(trial, files.trial)

@@ -21,8 +21,6 @@ ENCODER_SOURCE = (
 )
 
 
-_EMBEDDER_FILE = "modules.json"
-"""File by which sentence-transformers knows its checkpoints."""
 _HEAD_MODULES = [
     *SEQ_CLS_HEAD_NAMES,
     *("pre_classifier", "classification_head", "sequence_summary", "logits_proj", r"(?:.*\.)?pooler"),
@@ -42,13 +40,12 @@ def load_classifier(
         name: Hub name or local folder of a model to load in float32, or how it is loaded.
         label_names: Names of the classes by index; None for a regression.
         pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other token.
-        train_pooler: Whether the backbone's pooler trains with the head; see `methods.head.decide_pooler`.
+        train_pooler: Whether the backbone's pooler trains with the head; see `methods.head.remember_head`.
 
     Raises:
         ConfigError: There is no such classifier, or it cannot do what `train_pooler` asks for.
     """
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import has_file
 
     spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -69,8 +66,7 @@ def load_classifier(
         raise bad_value("model.name", spec.name, remedy) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
-    is_embedder = has_file(str(spec.name), _EMBEDDER_FILE)
-    remember_head(model, loading["missing_keys"], train_pooler, is_embedder)
+    remember_head(model, loading["missing_keys"], train_pooler)
     return model
 
 

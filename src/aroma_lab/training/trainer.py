@@ -165,7 +165,7 @@ class ExactResume:
     """Mixed into a Trainer, lets it train any method, and resume it to the bit.
 
     Its checkpoints hold the trained parameters whole, and the state of the method's hooks. PEFT's own files would not
-    do: of AdaLoRA they lack the triplets that are masked for now, of ReLoRA what was merged into the backbone.
+    do: of AdaLoRA they lack the triplets that are masked for now.
 
     Args:
         hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
