@@ -34,6 +34,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "relora": ("relora", {"max_components": 3, "rewarmup_steps": 2}),
     "aroma": ("aroma", {**GROWING, "outer_tolerance": 1e-3}),
     "bitfit": ("bitfit", {}),
+    "houlsby": ("houlsby", {"size": 4}),
+    "pfeiffer": ("pfeiffer", {"size": 4}),
     "full": ("full", {}),
     "head_only": ("head_only", {}),
 }

@@ -11,13 +11,14 @@ from aroma.errors import bad_value
 from .adalora import AdaLora
 from .aroma import Aroma, ReLora
 from .base import Hooks, Method
+from .bottleneck import Houlsby, Pfeiffer
 from .evidence import Evidence
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
-__all__ += ["Lora", "Method", "PeftAdapter", "Pretrained", "ReLora"]
+__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLora"]
 __all__ += ["encoder_linears", "find_targets", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
@@ -25,6 +26,8 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "head_only": HeadOnly,
     "bitfit": BitFit,
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
     "lora": Lora,
     "adalora": AdaLora,
     "relora": ReLora,
