@@ -6,7 +6,9 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from aroma import __version__
 from aroma.cli import main, make_parser, parse
@@ -39,6 +41,21 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+
+
+def test_inspect_loads_no_pytorch(tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"lora_A": np.eye(2, 4, dtype=np.float32), "lora_B": np.eye(3, 2, dtype=np.float32)}
+    named = {f"base_model.model.layer.0.query.{name}.weight": factor for name, factor in factors.items()}
+    save_file(named, tmp_path / "adapter_model.safetensors")
+    program = (
+        "import sys\nfrom aroma.cli import main\n"
+        f"assert main(['inspect', {str(tmp_path)!r}]) == 0\n"
+        "assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "1 matrices · rank 2 in all, 2 to 2 · effective 2.0 · 14 parameters" in done.stdout
 
 
 def test_version(capsys):

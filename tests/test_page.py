@@ -1,15 +1,19 @@
 """Reports: what a page says of made-up runs, what it may hold, where it may go, and where it comes from."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
+from transformers import Trainer, TrainingArguments
 
 from aroma import AromaCallback
 from aroma.report.page import measured
 from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
 from made_up_facts import GROWN, KINDS, MODULES, RANKS, made_up
+from models import adapted as adapted_to
+from models import batch
 from trainer_runs import adapted, trainer_for
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -171,3 +175,20 @@ def test_a_trainer_leaves_a_report_and_adds_a_later_evaluation(tmp_path):
     before = trainer.state.log_history[0]
     assert ["before training", measured(before["eval_loss"])] in page.rows
     assert ["evaluation at step 12", measured(metrics["eval_loss"])] in page.rows
+
+
+def test_the_headline_of_a_language_model_is_its_perplexity(tmp_path):
+    rows = [{name: value[0] for name, value in batch("llama", seed).items()} for seed in range(8)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=4, eval_strategy="steps", eval_steps=4, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    # As TRL's SFTTrainer adds them.
+    extra = {"compute_metrics": lambda prediction: {"entropy": 3.0}}
+    callback = AromaCallback(report=tmp_path / "report.html")
+    trainer = Trainer(adapted_to("llama"), args, train_dataset=rows, eval_dataset=rows, callbacks=[callback], **extra)
+    trainer.train()
+    loss = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    page = Page((tmp_path / "report.html").read_text())
+    assert ["evaluation at step 4", measured(loss), measured(math.exp(loss))] in page.rows
+    assert "perplexity, evaluation at step 4" in " ".join(page.text.split())
+    assert "entropy" not in page.text

@@ -18,8 +18,8 @@ from torch import nn
 from aroma import AromaConfig, AromaController, Attachment, aroma_layers, attach, save_adapter
 from aroma.checkpoint import verify_adapter
 from aroma.errors import CheckpointError
+from aroma.state import read_controller_state
 from aroma.tuner import live_adapter
-from aroma.tuner.state import read_controller_state
 from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
 from quick import slow_but
 from trainer_runs import assert_same

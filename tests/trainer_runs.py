@@ -32,7 +32,7 @@ from transformers import (
 
 from aroma import AromaCallback, AromaConfig, Event, last_complete_checkpoint
 from aroma.checkpoint import record_checkpoint
-from aroma.tuner.state import read_controller_state
+from aroma.state import read_controller_state
 
 transformers.logging.set_verbosity_error()
 
@@ -307,14 +307,14 @@ def die_at(kill: str) -> None:
         return
     import peft.peft_model
 
-    import aroma.tuner.state
+    import aroma.state
 
     moment, step = kill.split()
     folder = f"checkpoint-{step}"
     if moment == "adapter":
         _die_within(peft.peft_model, "safe_save_file", lambda _, path, **__: path, folder, "adapter_model")
     elif moment == "vouching":
-        _die_before(aroma.tuner.state, "write_manifest", lambda path, *_: path, folder, "aroma_state.json")
+        _die_before(aroma.state, "write_manifest", lambda path, *_: path, folder, "aroma_state.json")
     elif moment == "optimizer":
         _die_within(torch, "save", lambda _, path: path, folder, "optimizer.pt")
     elif moment == "scheduler":

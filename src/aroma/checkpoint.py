@@ -19,8 +19,8 @@ from .errors import CheckpointError, bad_value
 from .files import read_json, read_manifest, replacing_files, require_files, told_of, write_manifest
 from .saved import read_adapter
 from .sharding import sharding_of_model
+from .state import read_state
 from .tuner import live_adapter
-from .tuner.state import read_state
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments

@@ -17,9 +17,9 @@ from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .sharding import refuse_sharding, sharding_modules
+from .state import read_controller_state
 from .tuner import live_adapter
 from .tuner.fused import without_autocast
-from .tuner.state import read_controller_state
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""

@@ -1,4 +1,4 @@
-"""Saved adapters for other uses: one rank for serving engines, the merged model, and a table of ranks.
+"""Saved adapters for other uses: one rank for serving engines, or the merged model.
 
 Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one.
 """
@@ -8,19 +8,18 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from .about import LABELLED_TASKS, UNKNOWN
 from .card import CARD_FILE
-from .errors import AromaWarning, bad_value
+from .errors import bad_value
 from .files import write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from .saved import AdapterWeights, read_adapter, zero_update
-from .spectra import effective_rank, singular_values
-from .tuner.state import STATE_FILE, write_adapter_state
+from .state import write_adapter_state
 
 TASK_FILE = "aroma_task.json"
 
@@ -36,47 +35,6 @@ MODEL_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """Class of transformers that loads the base model, by PEFT's task type."""
-
-
-class RankRow(NamedTuple):
-    """A matrix: its module's name, rank and effective rank (Appendix C) of its update, and (m, n) of its weight."""
-
-    name: str
-    rank: int
-    effective_rank: float
-    shape: tuple[int, int]
-
-
-def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
-    """Return rank and effective rank of every matrix that an adapter targets, including those of rank 0.
-
-    Raises:
-        CheckpointError: The folder or a file is missing or damaged.
-
-    Warns:
-        AromaWarning: AROMA did not save the adapter.
-    """
-    adapter = read_adapter(folder)
-    _warn_if_unvouched(adapter)
-    updates = {name: adapter.updates.get(name, zero_update(shape)) for name, shape in adapter.shapes.items()}
-    return [
-        RankRow(name, 0, 0.0, one.shape)
-        if one.is_zero
-        else RankRow(name, one.rank, effective_rank(singular_values(one.B, one.A)), one.shape)
-        for name, one in updates.items()
-    ]
-
-
-def _warn_if_unvouched(adapter: AdapterWeights) -> None:
-    if adapter.state is None:
-        warnings.warn(
-            f"{adapter.folder}: AROMA did not save this adapter, so nothing vouches for its files (no {STATE_FILE})",
-            AromaWarning,
-            stacklevel=3,
-        )
-
-
-# Exports -------------------------------------------------------------------------------------------------------------
 
 
 def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
@@ -96,7 +54,6 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     """
     adapter = read_adapter(folder)
     target = new_folder("out", out)
-    _warn_if_unvouched(adapter)
     uniform = _uniform_rank(adapter, rank)
     tensors = dict(adapter.others)
     for name, shape in adapter.shapes.items():
@@ -151,7 +108,6 @@ def export_merged(
     """
     adapter = read_adapter(folder)
     target = new_folder("out", out)
-    _warn_if_unvouched(adapter)
     base_name = base_name_of(adapter, base_model)
     model = put_into(base_of(adapter, base_model), adapter, base_name)
     if getattr(model.get_base_model(), "is_quantized", False):

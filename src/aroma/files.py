@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError, OutputError, bad_value
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 _TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")
@@ -227,6 +228,30 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     with _readable(path) as file:
         return load_file(file)
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the floating tensors of the safetensors file `path` as arrays, without PyTorch; bfloat16 as float32.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or not safetensors.
+    """
+    import numpy as np
+    from safetensors import deserialize
+
+    read: Any = deserialize
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    with _readable(path) as file:
+        for name, tensor in read(file.read_bytes()):
+            if tensor["dtype"] in kinds:
+                flat = np.frombuffer(tensor["data"], kinds[tensor["dtype"]])
+            elif tensor["dtype"] == "BF16":
+                flat = (np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+            else:
+                continue
+            arrays[name] = flat.reshape(tensor["shape"])
+    return arrays
 
 
 # Manifests -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ _LARGEST = 900
 
 
 class MatrixRank(NamedTuple):
-    """Rank of one matrix, as `aroma.export.RankRow` and `aroma.ModuleSummary` have it, too."""
+    """Rank of one matrix, as `aroma.ranks.RankRow` and `aroma.ModuleSummary` have it, too."""
 
     name: str
     rank: int

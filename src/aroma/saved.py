@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .errors import CheckpointError, bad_value
-from .files import own_file, read_json, read_tensors, require_adapter_folder
-from .tuner.layout import PEFT_PREFIX, padded
-from .tuner.state import STATE_FILE, read_state
+from .files import own_file, read_tensors, require_adapter_folder
+from .ranks import in_order
+from .state import CONFIG_NAME, PEFT_PREFIX, STATE_FILE, WEIGHTS_NAME, read_config, read_state
+from .tuner.layout import padded
 
 _OFF: tuple[str, ...] = (
     *("use_dora", "lora_bias", "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices"),
@@ -110,7 +110,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     if field := _variant(config):
         remedy = f"in {path / CONFIG_NAME}: only plain LoRA adapters can be read (no DoRA, no bias, no variant)"
         raise bad_value(field, config[field], remedy)
-    file = own_file(path, SAFETENSORS_WEIGHTS_NAME)
+    file = own_file(path, WEIGHTS_NAME)
     others = read_tensors(file)
     try:
         updates = _take_updates(others, config, is_folded=state is not None)
@@ -122,22 +122,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     if stray := next((name for name in others if ".lora_" in name), None):
         raise CheckpointError(f"{file}: {stray} has no place in a plain LoRA adapter; use another checkpoint")
     return AdapterWeights(path, config, updates, others, state)
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of `adapter_config.json` in `folder`; only names of models and classes are checked yet.
-
-    Raises:
-        CheckpointError: It is missing, damaged or no configuration.
-    """
-    path = own_file(require_adapter_folder(folder), CONFIG_NAME)
-    config: Any = read_json(path)
-    names = ("base_model_name_or_path", "revision", "task_type", "peft_type")
-    is_one = isinstance(config, dict) and "peft_type" in config
-    is_one = is_one and all(isinstance(config.get(name), str | None) for name in names)
-    if not is_one or not isinstance(config.get("auto_mapping"), dict | None):
-        raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
-    return dict(config)
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
@@ -176,7 +160,7 @@ def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_fold
         del tensors[name], tensors[name_of_B]
     if not found:
         raise ValueError("it holds no lora_A and lora_B")
-    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(found.items(), key=lambda item: in_order(item[0])))
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
@@ -191,11 +175,6 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"{module} has the scale {scale}")
     return scale
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
 
 
 def zero_update(shape: tuple[int, int]) -> Update:

@@ -24,7 +24,7 @@ from aroma.export import MODEL_CLASSES, base_of
 from aroma.files import read_tensors, write_json, write_tensors
 from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from aroma.pictures import kept_picture
-from aroma.saved import read_config
+from aroma.state import read_config
 
 from .language.data import load_examples
 from .language.encode import NOT_LEARNED, encode_rows

@@ -14,7 +14,7 @@ from .texts import add_command, add_force
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..export import RankRow
+    from ..ranks import RankRow
 
 _CORNER = "rank by layer"
 _NONE = "·"
@@ -41,9 +41,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print summary and grid, or JSON; draw the picture."""
-    from ..files import require_adapter_folder
     from ..outputs import new_file
-    from .quiet import quiet
 
     if arguments.plot is not None:
         require_extra("plot")
@@ -51,10 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         require_picture_name("--plot", arguments.plot)
         picture = new_file("--plot", arguments.plot, force=arguments.force)
-    require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
-    quiet()
-    from ..export import rank_table
     from ..pictures import rank_picture
+    from ..ranks import rank_table
 
     rows = rank_table(arguments.adapter)
     if arguments.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import re
@@ -90,6 +91,9 @@ class TrainingRecord:
     ) -> RunFacts:
         config, log, resumed = controller.config, state.log_history, self._resumed_at
         evaluations = _evaluations(log)
+        if config.task_type == "CAUSAL_LM":  # TRL adds entropy and others, which say less
+            losses = {step: one["loss"] for step, one in evaluations.items() if "loss" in one}
+            evaluations = {step: {"loss": loss, "perplexity": math.exp(loss)} for step, loss in losses.items()}
         ends = sorted({min(evaluations), max(evaluations)}) if evaluations else []
         named = [name for step in ends[-1:] for name in evaluations[step] if "loss" not in name]
         return RunFacts(

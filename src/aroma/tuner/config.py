@@ -16,8 +16,8 @@ from torch import Tensor
 from ..card import write_ranks
 from ..errors import bad_value
 from ..files import write_json
+from ..state import write_adapter_state
 from .layout import plain_config
-from .state import write_adapter_state
 
 
 class _Registered(str):

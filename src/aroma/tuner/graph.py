@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from ..state import PEFT_PREFIX
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX
 
 
 class GraphKeeper:

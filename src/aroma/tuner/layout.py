@@ -17,21 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CheckpointError, bad_value
-from ..files import tensors_digest
+from ..state import is_component, module_name
 from .finished import Factors
 
 if TYPE_CHECKING:
     from .config import AromaConfig
     from .layer import AromaLinear
-
-PEFT_PREFIX = "base_model.model."
-
-
-def module_name(key: str) -> str:
-    """Return the name in the base model for a name in a state dict, or in a model that is wrapped."""
-    # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
-    return key.replace("_orig_mod.", "").rpartition(PEFT_PREFIX)[2]
-
 
 # Written -------------------------------------------------------------------------------------------------------------
 
@@ -73,16 +64,6 @@ def padded(B: Tensor, A: Tensor, rank: int) -> Factors:
     """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
     missing = rank - len(A)
     return F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing))
-
-
-def is_component(name: str) -> bool:
-    """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
-    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
-
-
-def components_digest(saved: Mapping[str, Tensor]) -> str:
-    """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
-    return tensors_digest({module_name(name): saved[name] for name in saved if is_component(name)})
 
 
 # To and from the state dict of the live model ------------------------------------------------------------------------

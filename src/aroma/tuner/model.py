@@ -16,12 +16,12 @@ from ..about import about_model
 from ..errors import ConfigError
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
+from ..state import STATE_FORMAT, components_digest, is_component, module_name
 from .config import PEFT_TYPE, AromaConfig, Collected
 from .finished import with_pair
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear, LiveAdapter, live_adapter
-from .layout import components_digest, components_in, finished_tensors, is_component, module_name, plain_factors
-from .state import STATE_FORMAT
+from .layout import components_in, finished_tensors, plain_factors
 
 HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
 """Names of the heads that PEFT trains whole, by task type."""

@@ -16,7 +16,8 @@ import torch
 from aroma.errors import CheckpointError, bad_value
 from aroma.export import put_into
 from aroma.files import read_json, require_adapter_folder, write_json
-from aroma.saved import is_plain, read_adapter, read_config
+from aroma.saved import is_plain, read_adapter
+from aroma.state import read_config
 
 from ..specs import ModelSpec
 from ..tasks.model import loading_options

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from aroma.errors import bad_value
-from aroma.tuner.layout import PEFT_PREFIX
+from aroma.state import PEFT_PREFIX
 
 _ATTRIBUTE = "_aroma_head"
 _TRAIN_A_POOLER = ("ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification", "ForMultipleChoice")

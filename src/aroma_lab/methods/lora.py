@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from aroma.errors import bad_value
 from aroma.files import write_tensors
-from aroma.tuner.layout import PEFT_PREFIX
+from aroma.state import PEFT_PREFIX
 
 from .base import Batch, Method
 from .head import Head, base_name, find_targets, head_of

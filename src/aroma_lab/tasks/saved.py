@@ -21,8 +21,8 @@ from aroma.about import unnamed
 from aroma.errors import CheckpointError, bad_value
 from aroma.export import about_of, base_name_of, load_with_adapter
 from aroma.files import own_file, read_json, read_tensors
-from aroma.saved import AdapterWeights, read_adapter, read_config
-from aroma.tuner.state import STATE_FILE
+from aroma.saved import AdapterWeights, read_adapter
+from aroma.state import STATE_FILE, read_config
 
 from ..progress import Progress, no_progress
 from .classification import encode, load_tokenizer

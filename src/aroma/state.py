@@ -11,15 +11,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor
+from . import files
+from .errors import CheckpointError
 
-from .. import files
-from ..errors import CheckpointError
-from .layout import components_digest
+if TYPE_CHECKING:
+    from torch import Tensor
 
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names. Nothing here imports PyTorch, so that `aroma inspect` answers at once."""
+PEFT_PREFIX = "base_model.model."
 STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
 STATE_FORMAT = 2
@@ -41,7 +43,7 @@ def write_adapter_state(
     `tensors` (any shapes) are those of the state of the run; `with_weights`: whether the adapter's own are there
     already, so that the digest of their file is known.
     """
-    names = [SAFETENSORS_WEIGHTS_NAME] if with_weights and Path(folder, SAFETENSORS_WEIGHTS_NAME).exists() else []
+    names = [WEIGHTS_NAME] if with_weights and Path(folder, WEIGHTS_NAME).exists() else []
     if tensors:
         files.write_tensors(Path(folder, STATE_TENSORS_FILE), tensors)
         names.append(STATE_TENSORS_FILE)
@@ -57,7 +59,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = files.require_adapter_folder(folder)
     state = files.read_manifest(files.own_file(path, STATE_FILE), STATE_FORMAT)
     files.require_files(path, state)
-    weights = path / SAFETENSORS_WEIGHTS_NAME
+    weights = path / WEIGHTS_NAME
     is_vouched = weights.name in state["files"] or not os.path.lexists(weights)
     tensors = {} if is_vouched else files.read_tensors(files.own_file(path, weights.name))
     if not is_vouched and components_digest(tensors) != state["components"]:
@@ -66,6 +68,22 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict) or _config_digest(config) != state["adapter_config"]:
         raise CheckpointError(f"{path / CONFIG_NAME}: edited since the adapter was saved; use another checkpoint")
     return state
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of `adapter_config.json` in `folder`; only names of models and classes are checked yet.
+
+    Raises:
+        CheckpointError: It is missing, damaged or no configuration.
+    """
+    path = files.own_file(files.require_adapter_folder(folder), CONFIG_NAME)
+    config: Any = files.read_json(path)
+    names = ("base_model_name_or_path", "revision", "task_type", "peft_type")
+    is_one = isinstance(config, dict) and "peft_type" in config
+    is_one = is_one and all(isinstance(config.get(name), str | None) for name in names)
+    if not is_one or not isinstance(config.get("auto_mapping"), dict | None):
+        raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
+    return dict(config)
 
 
 def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -91,3 +109,19 @@ def _config_digest(config: Mapping[str, Any]) -> str:
         if value and name not in _FREE
     }
     return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
+
+
+def module_name(key: str) -> str:
+    """Return the name in the base model for a name in a state dict, or in a model that is wrapped."""
+    # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
+    return key.replace("_orig_mod.", "").rpartition(PEFT_PREFIX)[2]
+
+
+def is_component(name: str) -> bool:
+    """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
+    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
+
+
+def components_digest(saved: Mapping[str, Tensor]) -> str:
+    """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
+    return files.tensors_digest({module_name(name): saved[name] for name in saved if is_component(name)})
