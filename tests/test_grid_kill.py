@@ -117,7 +117,7 @@ def test_real_trials_of_one_killed_command_and_worker_end_as_if_nothing_had_been
 
     def command() -> subprocess.Popen[bytes]:
         with said.open("wb") as log:
-            return subprocess.Popen([sys.executable, "-m", "aroma.cli", "lab", "run", killed], stdout=log, stderr=log)
+            return subprocess.Popen([sys.executable, "-m", "aroma", "lab", "run", killed], stdout=log, stderr=log)
 
     def wait_for_checkpoint(folder: Path) -> None:
         def has_checkpoint() -> bool:
