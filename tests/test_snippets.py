@@ -1,4 +1,4 @@
-"""The README's library snippets run as they stand, with what `pip install aroma-peft` brings and nothing more.
+"""The README's lines, and a loop, run as they stand, with what `pip install aroma-peft` brings and nothing more.
 
 `.ci/lowest` runs this file where only the wheel and its lowest dependencies are installed.
 """
@@ -20,7 +20,7 @@ from trainer_runs import examples, tiny_bert
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-EVIDENCE, LOOP = BLOCKS
+(EVIDENCE,) = BLOCKS
 
 
 def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -64,15 +64,13 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(names["evidence"].history) == 2
 
 
-def test_the_lines_for_a_loop() -> None:
+def test_a_loop() -> None:
     data = examples(120)
     model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS"))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-    batches = [
-        {key: torch.stack([row[key] for row in data[at : at + 4]]) for key in data[0]} for at in range(0, 120, 4)
-    ]
-    names = {"aroma": aroma, "model": model, "optimizer": optimizer, "batches": batches}
-    names["scheduler"] = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    growth = run(LOOP, names)["growth"]
+    with aroma.attach(model, optimizer, total_steps=30) as growth:
+        for at in range(0, 120, 4):
+            model(**{key: torch.stack([row[key] for row in data[at : at + 4]]) for key in data[0]}).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     assert growth.controller.total_rank > 0
-    growth.detach()
