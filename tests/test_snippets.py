@@ -66,7 +66,7 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_loop() -> None:
     data = examples(120)
-    model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS"))
+    model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS", max_inner_steps=10))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
     with aroma.attach(model, optimizer, total_steps=30) as growth:
         for at in range(0, 120, 4):
