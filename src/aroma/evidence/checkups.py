@@ -19,7 +19,7 @@ class Checkups:
 
     .. code-block:: python
 
-        model = get_peft_model(base, LoraConfig(r=16))
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16))
         checkups = Checkups(model, optimizer, total_steps=1000, held_out=batches)
         for batch in training:
             model(**batch).loss.backward()

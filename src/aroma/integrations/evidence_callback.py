@@ -28,7 +28,7 @@ class EvidenceCallback(TrainingCallback):
     .. code-block:: python
 
         train, held_out = hold_out(dataset)
-        model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
         Trainer(model, args, train_dataset=train, callbacks=[EvidenceCallback(held_out)]).train()
         model.save_pretrained("adapter")
 
