@@ -307,14 +307,14 @@ def die_at(kill: str) -> None:
         return
     import peft.peft_model
 
-    import aroma.state
+    import aroma.files
 
     moment, step = kill.split()
     folder = f"checkpoint-{step}"
     if moment == "adapter":
         _die_within(peft.peft_model, "safe_save_file", lambda _, path, **__: path, folder, "adapter_model")
     elif moment == "vouching":
-        _die_before(aroma.state, "write_manifest", lambda path, *_: path, folder, "aroma_state.json")
+        _die_before(aroma.files, "write_manifest", lambda path, *_: path, folder, "aroma_state.json")
     elif moment == "optimizer":
         _die_within(torch, "save", lambda _, path: path, folder, "optimizer.pt")
     elif moment == "scheduler":
