@@ -83,3 +83,9 @@ def test_the_example_of_tasks_gives_each_an_adapter(tmp_path: Path, monkeypatch:
     tasks = ("trec", "sst2", "banking77")
     assert {folder.name for folder in (tmp_path / "out" / "adapters").iterdir() if folder.is_dir()} == {*tasks}
     assert all(task in (tmp_path / "out" / "table.md").read_text() for task in tasks)
+
+
+def test_the_page_has_the_tables_of_the_runs() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "results.py"))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert all(tool["table"](*which) in page for which in tool["TABLES"].values())

@@ -122,7 +122,7 @@ def ranks_table(runs: Runs) -> Table:
 
 def regret_table(runs: Runs) -> Table:
     """Return what it costs not to have known the best fixed rank of each task, and not to have tried them all."""
-    growing = runs.finished_methods("aroma")
+    growing = [*runs.finished_methods("aroma"), *runs.finished_methods("evidence")]
     fixed = [one for one in runs.finished_methods("lora") if has_fixed_rank(runs.of(one).trial.iloc[0])]
     unlearnt = not_learnt(runs.reported)
     frame = runs.reported[~runs.reported.task.isin(unlearnt)]
