@@ -24,7 +24,7 @@ HEAVY = (
     "numpy",
 )
 COMMANDS = (
-    *("demo", "train", "report", "eval", "predict", "generate", "inspect", "export"),
+    *("demo", "train", "report", "eval", "predict", "inspect", "export"),
     *("bench", "lab"),
 )
 LAB_COMMANDS = ("run", "table", "figure", "collect")
@@ -85,7 +85,6 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         ("eval", "{}/model", "--data", "absent.csv"): "data='absent.csv': no such file",
         ("predict", "{}/absent", "x.csv", "--out", "{}/p.csv"): "absent': no such folder",
         ("predict", "{}/model", "absent.csv", "--out", "{}/p.csv"): "data='absent.csv': no such file",
-        ("generate", "{}/absent", "Hello"): "absent': no such folder",
         ("demo", "--steps", "0"): "training.max_steps=0: give 1 or more",
         ("demo", "--out", "{}"): "it is not an empty folder, and nothing is overwritten",
     }

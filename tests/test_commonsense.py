@@ -15,8 +15,9 @@ from aroma_lab.language import evaluate
 from aroma_lab.language.data import Question, load_questions
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat, encode_rows
 from aroma_lab.language.evaluate import evaluate_questions
-from aroma_lab.language.model import LanguageTask, load_for_inference
+from aroma_lab.language.model import load_for_inference
 from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks.task import Task, save_task
 from tiny_lm import learn, questions, save_tiny_lm, write_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,7 +222,7 @@ def adapter(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     adapted.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    LanguageTask(40, ModelSpec(str(trained))).save(folder)
+    save_task(Task("causal_lm", max_length=40, model=ModelSpec(str(trained))), folder)
     return folder
 
 

@@ -19,7 +19,7 @@ import aroma_lab.compressing as compressing
 from aroma.cli import main
 from aroma.evidence.checkup import model_loss
 from aroma.evidence.checkups import compress
-from aroma_lab.tasks.task import Task, load_task, save_task
+from aroma_lab.tasks.task import Task, read_task, save_task
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 from tiny_lm import save_tiny_lm, tiny_tokenizer
 
@@ -119,7 +119,7 @@ def test_a_classifier_of_plain_peft_gets_smaller_and_no_worse(
     )
     assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "tokenizer.json").read_bytes() == before["tokenizer.json"]
-    assert load_task(out) == Task("classification", ("low", "high"), "text", None, "label", 32)
+    assert read_task(out) == Task("classification", ("low", "high"), "text", None, "label", 32)
 
     base = AutoModelForSequenceClassification.from_pretrained(home / "base")
     reloaded, batch = PeftModel.from_pretrained(base, out).eval(), torch.arange(5, 25).view(2, 10)
@@ -149,7 +149,7 @@ def test_a_regression_of_plain_peft_with_a_tokenizer_of_its_base(home: Path, tmp
     assert (
         report["held_out_loss"]["compressed"] <= report["held_out_loss"]["adapter"] < report["held_out_loss"]["base"]
     )
-    assert load_task(tmp_path / "out") == Task("regression", None, "sentence", None, "score", 32)
+    assert read_task(tmp_path / "out") == Task("regression", None, "sentence", None, "score", 32)
 
 
 def test_a_saved_task_names_the_columns_and_dora_is_lora_too(home: Path, tmp_path: Path) -> None:

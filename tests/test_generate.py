@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from aroma_lab.language.generate import Generation, generate_batch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ from aroma.checkpoint import save_adapter
 from aroma.cli import main
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma_lab.language.encode import stop_ids
-from aroma_lab.language.generate import Generation, generate_batch
 from aroma_lab.language.model import LanguageTask, load_for_inference
 from aroma_lab.specs import ModelSpec
 from models import METHOD, set_ranks

@@ -16,15 +16,14 @@ from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma_lab.language import gguf_source
 from aroma_lab.language.gguf_source import resolve_gguf
 from aroma_lab.language.model import (
-    LanguageTask,
     is_language_model,
+    language_task,
     load_causal_lm,
-    load_language_task,
     load_lm_tokenizer,
     model_source,
 )
 from aroma_lab.specs import ModelSpec
-from aroma_lab.tasks.task import TASK_FILE
+from aroma_lab.tasks.task import TASK_FILE, Task, save_task
 from tiny_classifier import save_tiny_bert
 from tiny_gguf import POSITIONS, tiny_llama, write_gguf
 from tiny_lm import save_tiny_lm, tiny_tokenizer
@@ -217,19 +216,19 @@ def test_smollm2_is_sane(tmp_path, monkeypatch):
 
 
 def test_a_task_is_read_as_it_was_saved_and_an_edited_one_is_refused(tmp_path):
-    task = LanguageTask(64, ModelSpec("m", "f.gguf", "bfloat16", "nf4"))
-    task.save(tmp_path)
-    assert load_language_task(tmp_path) == task
+    task = Task("causal_lm", max_length=64, model=ModelSpec("m", "f.gguf", "bfloat16", "nf4"))
+    save_task(task, tmp_path)
+    assert language_task(tmp_path) == task
     assert is_language_model(tmp_path)
     whole = json.loads((tmp_path / TASK_FILE).read_text())
     for change in ({"model": {"name": 1}}, {"model": [1]}, {"kind": "regression"}):
         (tmp_path / TASK_FILE).write_text(json.dumps(whole | change))
         with pytest.raises(CheckpointError, match=r"aroma_task.json: edited \(.*restore the file that was saved"):
-            load_language_task(tmp_path)
+            language_task(tmp_path)
 
 
 def test_an_adapter_of_another_program_names_its_model(llama, tmp_path):
     model = get_peft_model(load_causal_lm(ModelSpec(str(llama))), LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "peft")
     assert is_language_model(tmp_path / "peft")
-    assert load_language_task(tmp_path / "peft") == LanguageTask(None, ModelSpec(str(llama)))
+    assert language_task(tmp_path / "peft") == Task("causal_lm", model=ModelSpec(str(llama)))

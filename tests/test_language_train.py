@@ -20,7 +20,7 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.language.data import load_examples
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat
-from aroma_lab.language.job import language_job
+from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import load_for_inference
 from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial
@@ -184,7 +184,7 @@ def test_packed_rows_learn_the_same(files: Path) -> None:
     one, other = (read(out / "result.json")["reported"]["test"]["loss"] for out in (packed, plain))
     assert one == pytest.approx(other, rel=1e-4)
     recipe = make_recipe(values_of(files, "x", **{"training.packing": True, "data.max_length": 128}))
-    assert len(job_of(trial_of(recipe)).train) == 64 / 2  # two of some 46 tokens fit into 128
+    assert len(job_of(trial_of(recipe)).rows["train"]) == 64 / 2  # two of some 46 tokens fit into 128
 
 
 def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path: Path, files: Path) -> None:
@@ -294,7 +294,7 @@ TEXTS = {"kind": "causal_lm", "train": "train.jsonl", "reported": {"test": "test
 
 def texts_of(spec: dict[str, Any], files: Path, **options: Any) -> Any:
     task = TaskSpec(name="texts", **{"held_out": 0.25, "max_length": 32, **spec})
-    return language_job(task, ModelSpec(str(files / "model")), False, **options)
+    return LanguageJob(task, ModelSpec(str(files / "model")), False, **options)
 
 
 def test_a_task_of_plain_text_reads_its_column(files: Path, tmp_path: Path) -> None:

@@ -166,15 +166,14 @@ def test_an_encoder_learns_the_hidden_states_of_its_teacher(material: Path, tmp_
 
 def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
     job: Any = job_of(encoder_trial(material))
-    rows = [job.eval_sets["fresh"][place] for place in range(6)]
+    rows = [job.rows["fresh"][place] for place in range(6)]
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) > 1, "there is padding"
     model = job.load_model().train()  # no dropout either
-    batch = job.objective.collator(rows)
+    batch = job.collator(rows)
     with torch.no_grad():
         squares = [
-            (model(**job.objective.collator([row])).logits - job.objective.collator([row])["labels"]).square().sum()
-            for row in rows
+            (model(**job.collator([row])).logits - job.collator([row])["labels"]).square().sum() for row in rows
         ]
         loss = model(**batch).loss
     torch.testing.assert_close(loss * model.unit, sum(squares) / (sum(lengths) * batch["labels"].shape[-1]))

@@ -63,24 +63,20 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     expected |= {"purpose": "report", "metric": "accuracy", "planned_steps": 18, "checkpoint": "last", "processes": 1}
     expected |= {"options": METHODS["aroma"][1], "examples": {"train": 96, "held_out": 24, "test": 37}}
     assert {key: result[key] for key in expected} == expected
-    resolved = {**METHODS["aroma"][1], "lora_alpha": 4, "inner_criterion": "norm_change", "prune_ratio": 0.999}
-    assert resolved.items() <= result["resolved_options"].items()
     assert set(result["reported"]) == {"test"}
     assert result["score"] == result["reported"]["test"]["accuracy"]
     assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
     assert 0 < result["held_out_loss"] < 10
     assert result["parameters"]["head"] == 16 * 2 + 2 + 16 * 17, "with the pooler"
     assert result["wall_seconds"] > result["train_seconds"] > 0
-    assert result["cpu_seconds"] > 0
     assert 50 < result["peak_memory_mib"] < 100_000
     assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
     modules = set(result["ranks"])
     assert len(modules) == 12
-    for name in ("effective_ranks", "singular_values", "overlaps", "states"):
+    for name in ("effective_ranks", "states"):
         assert set(result[name]) == modules
     assert result["total_rank"] == sum(result["ranks"].values()) > 0
     assert result["average_rank"] == pytest.approx(result["total_rank"] / 12)
-    assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
     assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
 
 
@@ -143,7 +139,6 @@ def test_what_can_be_refused_is_refused_before_anything_is_written(material: Pat
     trial = trial_of(material)
     for broken, message in (
         (replace(trial, kind="lorra"), "kind='lorra'"),
-        (replace(trial, kind="pretrained", options={}, quantization="nf4"), "quantization='nf4'"),
         (replace(trial, model="no/model"), "'no/model'"),
         (trial_of(material, warmup_steps=18), r"training\.warmup_steps=18"),
     ):

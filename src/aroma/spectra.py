@@ -1,16 +1,12 @@
-"""Spectrum, effective rank and overlaps of low-rank updates, computed from their factors.
+"""Spectrum and effective rank of low-rank updates B A, B m×R and A R×n, from their factors.
 
-An update is B A with B m×R and A R×n. A component is r neighbouring columns of B with the same rows of A; the last may
-have fewer. No m×n matrix is formed anywhere, and everything is computed in float64.
+No m×n matrix is formed anywhere, and everything is computed in float64.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-_NEGLIGIBLE = 1e-12
-"""Share of a component's norm below which the rest of it is rounding, not a new direction."""
 
 
 @torch.no_grad()
@@ -42,53 +38,6 @@ def effective_rank(sigma: Tensor) -> float:
     shares = sigma / sigma.max()  # so that the sum of huge values stays finite
     shares = shares / shares.sum()
     return float(torch.special.entr(shares).sum().exp())
-
-
-@torch.no_grad()
-def span_overlaps(B: Tensor, A: Tensor, r: int = 1) -> Tensor:
-    """Return, for every component after the first, how much of it lies in the row space of all earlier ones.
-
-    With P the orthogonal projection onto the span of the rows of the earlier components, it is ‖b a P‖_F / ‖b a‖_F,
-    which for r = 1 is ‖a P‖ / ‖a‖: 0 for a component that reads only directions of the input that none before it
-    read, 1 for one that reads none of its own. A component that is zero overlaps nothing and spans nothing.
-
-    The overlap of the left factors, with what was written before, is ``span_overlaps(A.mT, B.mT, r)``.
-
-    Args:
-        B: m×R, any floating dtype.
-        A: R×n, on the same device.
-        r: Rank of one component.
-
-    Returns:
-        Values in [0, 1], float64: one fewer than there are components, none where there is none.
-    """
-    B, A = _double(B), _double(A)
-    rows = _triangle(A.mT).mT  # A in coordinates of its own row space: at most R numbers a row, the same products
-    basis = rows.new_zeros(0, rows.shape[1])
-    overlaps = []
-    for b, a in _components(B, rows, r):
-        component = _triangle(b) @ a  # few rows, with the norm and the row space of b a
-        norm = torch.linalg.matrix_norm(component)
-        inside = torch.linalg.matrix_norm(component @ basis.mT)
-        overlaps.append((inside / norm).clamp(max=1.0) if norm > 0 else torch.zeros_like(norm))
-        basis = torch.cat([basis, _new_directions(component, basis, norm)])
-    return torch.stack(overlaps[1:]) if len(overlaps) > 1 else B.new_zeros(0)
-
-
-def _components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
-    """Split B (m, R) and A (R, n) into components of rank r."""
-    # Torch splits nothing into one empty piece, not into none.
-    return list(zip(B.split(r, dim=1), A.split(r), strict=True)) if B.shape[1] else []
-
-
-def _new_directions(component: Tensor, basis: Tensor, norm: Tensor) -> Tensor:
-    """Return orthonormal rows (k, n) that extend `basis` (R, n) by what `component` (r, n) adds to its span."""
-    rest = component
-    for _ in range(2):  # once more, because the first subtraction leaves rounding along the basis
-        rest = rest - rest @ basis.mT @ basis
-    _, sizes, directions = torch.linalg.svd(rest, full_matrices=False)
-    new: Tensor = directions[sizes > _NEGLIGIBLE * norm]
-    return new
 
 
 def _triangle(matrix: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def _run_language(arguments: argparse.Namespace, files: Mapping[str, Path]) -> N
     require_extra("language")
     from ..language.data import load_questions
     from ..language.evaluate import evaluate_questions
-    from ..language.model import load_for_inference, load_language_task
+    from ..language.model import language_task, load_for_inference
 
     named = {text if Path(text).exists() else text.partition("=")[0]: text for text in arguments.data}
     named = {name: text.removeprefix(f"{name}=") for name, text in named.items()}
@@ -116,7 +116,7 @@ def _run_language(arguments: argparse.Namespace, files: Mapping[str, Path]) -> N
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
     options: dict[str, Any] = {
         "batch_size": arguments.batch_size or 8,
-        "max_length": arguments.max_length or load_language_task(arguments.adapter).max_length,
+        "max_length": arguments.max_length or language_task(arguments.adapter).max_length,
     }
     found = {name: evaluate_questions(loaded, asked, progress=True, **options) for name, asked in sets.items()}
     average = sum(one.accuracy for one in found.values()) / len(found)  # sets have equal weight, as in Table 3

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
-from ..training.job import Job, Objective, Prediction
+from ..training.job import Job, Prediction
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,29 +25,19 @@ class Made(NamedTuple):
     Args:
         load: Returns the base model, a new one at every call.
         collate: Makes a batch of rows.
-        parts: Rows by split; the columns of some are no arguments of the model, and make the batch.
-        evaluate: Called with model, rows and batch size, returns metrics by name, `loss` among them.
+        rows: Rows by split; the columns of some are no arguments of the model, and make the batch.
+        measure: Called with model, rows and batch size, returns metrics and loss.
     """
 
     load: Callable[[], PreTrainedModel]
     collate: Collate
-    parts: Mapping[str, Dataset]
-    evaluate: Callable[[Any, Dataset, int], dict[str, float]]
+    rows: Mapping[str, Dataset]
+    measure: Callable[[Any, Dataset, int], Prediction]
 
 
 @dataclass(frozen=True)
 class MadeJob(Job):
-    """A made base model that learns a right answer.
-
-    Args:
-        examples: Numbers of examples by split.
-        evaluated: The splits that are evaluated, the held-out one first.
-        metric: Name of the metric that is the score.
-        make: Makes models and examples; called once, when they are needed.
-        planted: Planted rank by module; None where no ranks are planted.
-        tokenizer: The model's, if it has one.
-        counts_items: See `Objective`.
-    """
+    """A made base model that learns a right answer; see `Job`, and `make`, which is called once, when it is needed."""
 
     examples: dict[str, int]
     evaluated: tuple[str, ...]
@@ -57,39 +47,26 @@ class MadeJob(Job):
     tokenizer: Any = None
     counts_items: bool = False
 
+    keeps_columns = True
+
     @cached_property
     def _made(self) -> Made:
         return self.make()
 
-    @cached_property
-    def objective(self) -> Objective:
-        """Batches and metrics for the Trainer."""
-        return Objective(
-            self._made.collate,
-            self.tokenizer,
-            None,
-            f"{self.evaluated[0]}_{self.metric}",
-            counts_items=self.counts_items,
-            evaluate=self._made.evaluate,
-            arguments_class=partial(TrainingArguments, remove_unused_columns=False),
-        )
+    @property
+    def rows(self) -> Mapping[str, Dataset]:  # type: ignore[override]
+        """The rows by split."""
+        return self._made.rows
 
     @property
-    def train(self) -> Dataset:
-        """The training rows."""
-        return self._made.parts["train"]
-
-    @property
-    def eval_sets(self) -> dict[str, Dataset]:
-        """The rows of the splits that are evaluated."""
-        return {split: self._made.parts[split] for split in self.evaluated}
+    def collator(self) -> Collate:  # type: ignore[override]
+        """Makes batches of them."""
+        return self._made.collate
 
     def load_model(self) -> Any:
         """Return the base; a new one at every call."""
         return self._made.load()
 
-    def predict(self, trainer: Any, split: str) -> Prediction:
-        """Return metrics and loss over a whole split."""
-        rows, batch_size = self._made.parts[split], trainer.args.per_device_eval_batch_size
-        measured = self._made.evaluate(trainer.model, rows, batch_size)
-        return Prediction({name: value for name, value in measured.items() if name != "loss"}, measured["loss"])
+    def measure(self, model: Any, rows: Dataset, batch_size: int) -> Prediction:
+        """Return metrics and loss over rows."""
+        return self._made.measure(model, rows, batch_size)

@@ -17,6 +17,7 @@ from torch import Tensor
 from aroma.errors import bad_value
 
 from ..specs import TaskSpec
+from ..training.job import Prediction
 from .made import Made, MadeJob
 
 if TYPE_CHECKING:
@@ -85,12 +86,13 @@ def memory_job(spec: TaskSpec, seed: int) -> MadeJob:
 
 
 @torch.no_grad()
-def _evaluate(model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
+def _evaluate(model: Any, data: Dataset, batch_size: int) -> Prediction:
     model.eval()
     tokens = torch.tensor(data["input_ids"])
     logits = [model(input_ids=part.to(model.device)).logits.float().cpu() for part in tokens.split(batch_size)]
     # The token before gives the logits of the next.
-    return recall(torch.cat(logits)[:, KEY_TOKENS - 1 : -1], tokens[:, KEY_TOKENS:])
+    found = recall(torch.cat(logits)[:, KEY_TOKENS - 1 : -1], tokens[:, KEY_TOKENS:])
+    return Prediction(found, found.pop("loss"))
 
 
 def recall(logits: Tensor, values: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from aroma.errors import bad_value
 
 from ..specs import HELD_OUT, TaskSpec
+from ..training.job import Prediction
 from .made import Collate, Made, MadeJob
 
 if TYPE_CHECKING:
@@ -165,8 +166,8 @@ def planted_job(spec: TaskSpec, seed: int) -> MadeJob:
 
 
 @torch.no_grad()
-def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
-    """Return `error`, see `relative_error`, `explained`, 1 − error, and the mean loss of an output."""
+def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batch_size: int) -> Prediction:
+    """Return `error`, see `relative_error`, and `explained`, 1 − error; the loss is the mean one of an output."""
     from torch.utils.data import DataLoader
 
     model.eval()
@@ -176,8 +177,8 @@ def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batc
         summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
         squared, count = squared + float(summed), count + items
     of_base = math.fsum(data["base_error"]) if is_planted else 0.0
-    error, loss = relative_error(squared, of_base, count), squared / count
-    return {METRIC: 1 - error, "error": error, "loss": loss}
+    error = relative_error(squared, of_base, count)
+    return Prediction({METRIC: 1 - error, "error": error}, squared / count)
 
 
 def relative_error(squared: float, of_base: float, count: int) -> float:

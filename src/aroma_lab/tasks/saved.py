@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, DataCollatorWithPadding
 
 from aroma.about import unnamed
@@ -25,11 +24,11 @@ from aroma.saved import AdapterWeights, read_adapter, read_config
 from aroma.tuner.state import STATE_FILE
 
 from ..progress import Progress, no_progress
-from .classification import encode, load_tokenizer
+from .classification import encode, load_tokenizer, logits_of
 from .data import checked_examples
 from .metrics import metrics_of
 from .sources import Row, fitting_columns, read_located
-from .task import TASK_FILE, Task, load_task
+from .task import TASK_FILE, Task, read_task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,13 +52,11 @@ class SavedClassifier:
     Args:
         task: How its examples are read, and what its outputs mean. `label_names` of one without names are numbers.
         base_model: Folder or hub name of the base model; None for the adapter's own.
-        is_multi_label: Whether an example has any number of labels.
     """
 
     folder: str
     task: Task
     base_model: str | None
-    is_multi_label: bool
     tokenizer: Any
 
     def answer(
@@ -76,22 +73,13 @@ class SavedClassifier:
         """
         from datasets import Dataset
 
-        # Those of similar lengths are answered together, so that there is little padding.
         texts = [{key: one[key] for key in ("text", "pair") if key in one} for one in examples]
-        order = sorted(range(len(texts)), key=lambda number: -sum(map(len, texts[number].values())))
-        encoded = encode(Dataset.from_list([texts[number] for number in order]), self.tokenizer, self.task.max_length)
+        encoded = encode(Dataset.from_list(texts), self.tokenizer, self.task.max_length or _LONGEST)
         model = load_with_adapter(self.folder, self.base_model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        logits = []
-        for batch in DataLoader(encoded, batch_size=batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer)):
-            with torch.no_grad():
-                logits.append(model(**batch.to(model.device)).logits.float().cpu())
-            on_batch(len(logits[-1]))
-        found = torch.cat(logits).numpy()
-        found[order] = found.copy()
-        return found
+        return logits_of(model, encoded, DataCollatorWithPadding(self.tokenizer), batch_size, on_batch)
 
 
 def open_classifier(
@@ -122,16 +110,16 @@ def open_classifier(
     if max_length is not None and max_length < 3:
         raise bad_value("--max-length", max_length, "give 3 or more")
     adapter = adapter or read_adapter(folder)
-    has_task = (Path(folder) / TASK_FILE).exists()
-    task = load_task(folder) if has_task else _task_of_head(adapter, text, label, needs_label)
+    if about_of(adapter)["problem_type"] == "multi_label_classification":
+        raise bad_value("adapter", str(folder), "an example has several labels; ask its model in plain PEFT")
+    task = read_task(folder) or _task_of_head(adapter, text, label, needs_label)
     given = {"text": text, "text_pair": text_pair, "label": label, "max_length": max_length}
     task = replace(task, **{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(_tokenizer_source(adapter, base_model), task.max_length)
-    if task.max_length == 0:
+    tokenizer = load_tokenizer(_tokenizer_source(adapter, base_model), task.max_length or 0)
+    if task.max_length is None:
         known = tokenizer.model_max_length
         task = replace(task, max_length=known if known < 2**20 else _LONGEST)
-    is_multi_label = about_of(adapter)["problem_type"] == "multi_label_classification"
-    return SavedClassifier(str(folder), task, base_model, is_multi_label, tokenizer)
+    return SavedClassifier(str(folder), task, base_model, tokenizer)
 
 
 def evaluate_adapter(
@@ -154,8 +142,6 @@ def evaluate_adapter(
         AromaError: The adapter, its base model or the file cannot be used.
     """
     saved = open_classifier(folder, **options)
-    if saved.is_multi_label:
-        raise bad_value("adapter", str(folder), "an example has several labels, which no metric here counts")
     rows = read_located("data", data)
     fitting_columns(rows, [saved.task.layout.columns()])
     examples = checked_examples(rows, saved.task)
@@ -187,7 +173,7 @@ def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
 
 
 def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, needs_label: bool) -> Task:
-    """Return the task of an adapter without `aroma_task.json`; a `max_length` of 0 is not known."""
+    """Return the task of an adapter without `aroma_task.json`."""
     where, kind = str(adapter.folder), adapter.config.get("task_type")
     named = str((adapter.config.get("auto_mapping") or {}).get("base_model_class"))
     if kind != "SEQ_CLS" and not (kind is None and named.endswith("ForSequenceClassification")):
@@ -211,9 +197,9 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
         if outputs != 1:
             remedy = f"a regression of {outputs} numbers; only those of one number can be evaluated"
             raise bad_value("adapter", where, remedy, CheckpointError)
-        return Task("regression", None, text or "", None, label or "", 0)
+        return Task("regression", None, text or "", None, label or "")
     names = tuple(about["labels"] or map(str, range(outputs)))
-    return Task("classification", names, text or "", None, label or "", 0)
+    return Task("classification", names, text or "", None, label or "")
 
 
 def _tokenizer_source(adapter: AdapterWeights, base_model: str | None) -> str:
