@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from aroma.errors import CheckpointError
 from aroma.files import write_json
 from aroma.outputs import new_folder
@@ -19,8 +17,10 @@ from aroma.pictures import MatrixRank, draw_ranks, save_picture
 from .run.run import run_trial
 from .run.trial import Trial
 from .specs import TaskSpec, TrainSpec, check_training
-from .tasks.articles import BBC_NEWS, SOURCE, load_articles, split_articles
+from .tasks.articles import BBC_NEWS, SOURCE
+from .tasks.data import checked_examples, source_of
 from .tasks.model import ENCODER_SOURCE, packaged_encoder
+from .tasks.saved import open_classifier
 
 TASK = TaskSpec(name="bbc-news", source=BBC_NEWS, max_length=16)
 """The first 16 tokens of an article, hardly more than its headline: with more of them a head alone does as well."""
@@ -111,23 +111,9 @@ def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 def require_same_answers(adapter: Path, accuracy: float) -> None:
     """Raise CheckpointError unless plain PEFT loads the adapter and gets as many test articles right."""
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-
-    articles = split_articles(load_articles())[1]
-    labels = sorted({article.topic for article in articles})
-    base = AutoModelForSequenceClassification.from_pretrained(packaged_encoder(), num_labels=len(labels))
-    try:
-        model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"adapter={str(adapter)!r}: plain PEFT cannot load it ({error})") from error
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    ask = pipeline("text-classification", model, tokenizer=tokenizer, truncation=True, max_length=TASK.max_length)
-    answers = ask([article.text for article in articles], batch_size=16)
-    right = sum(
-        labels[base.config.label2id[answer["label"]]] == article.topic
-        for answer, article in zip(answers, articles, strict=True)
-    )
+    saved = open_classifier(adapter)
+    articles = checked_examples(source_of(TASK).read("reported.test", "test"), saved.task)
+    right = sum(saved.answer(articles).argmax(-1) == [article["labels"] for article in articles])
     if right != round(accuracy * len(articles)):
         said = f"plain PEFT gets {right} of {len(articles)} articles right, and the trained model {accuracy:.2%}"
         raise CheckpointError(f"adapter={str(adapter)!r}: {said}; this is a defect of AROMA, please report it")

@@ -12,7 +12,6 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
 from aroma.errors import bad_value
 
-from ..preflight import require_saved
 from ..progress import progress_bar
 
 
@@ -67,7 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
     named = {name: getattr(arguments, name) for name in ("json", "predictions")}
     files = {name: new_file(f"--{name}", path, force=arguments.force) for name, path in named.items() if path}
-    require_saved(arguments.adapter, *(path for path in arguments.data if "=" not in path))
     from aroma.cli.quiet import quiet
 
     quiet()

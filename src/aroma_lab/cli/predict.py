@@ -10,7 +10,6 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
 from aroma.errors import DataError, bad_value
 
-from ..preflight import require_saved
 from ..progress import progress_bar
 from ..tasks.sources import read_rows
 
@@ -59,7 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
     require_extra("lab")
-    require_saved(arguments.adapter, arguments.data)
     rows = read_rows("data", arguments.data)
     for taken in ("prediction", "probabilities", "finished"):
         if any(taken in row for row in rows):

@@ -61,14 +61,11 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
     require_extra("lab")
-    from ..preflight import check_sources
     from ..run.recipe import check_output, load_recipe
     from ..specs import LANGUAGE_KINDS
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Here, too: before PyTorch is loaded.
     check_output(recipe, arguments.resume)
-    check_sources(recipe)
     if recipe.data.kind in LANGUAGE_KINDS:
         require_extra("language")
 

@@ -227,11 +227,12 @@ def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
         _train(run, progress)
     else:
         placed(run.model)
+        if training.bf16:  # as accelerate has it for the models that are trained beside it
+            run.model.forward = torch.autocast(run.processes.device.type, torch.bfloat16)(run.model.forward)
         run.recorder.note(0, run.model)
     if first:  # what was trained is kept before an evaluation may fail
         _leave(run)
-    with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=training.bf16):  # untrained models, too
-        predictions = {split: run.job.predict(run.model, split, training.batch_size) for split in run.job.evaluated}
+    predictions = {split: run.job.predict(run.model, split, training.batch_size) for split in run.job.evaluated}
     found = [result_of(run, predictions) if first else {}]
     if run.processes.num_processes > 1:
         broadcast_object_list(found)

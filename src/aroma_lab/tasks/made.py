@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..training.job import Job, Prediction
 
@@ -19,54 +17,36 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Makes a batch of rows."""
 
 
-class Made(NamedTuple):
-    """What a made task trains and is measured on.
+@dataclass(frozen=True)
+class MadeJob(Job):
+    """A made base model that learns a right answer; see `Job`.
 
     Args:
         load: Returns the base model, a new one at every call.
-        collate: Makes a batch of rows.
-        rows: Rows by split; the columns of some are no arguments of the model, and make the batch.
-        measure: Called with model, rows and batch size, returns metrics and loss.
+        measured: Called with model, rows and batch size, returns metrics and loss.
     """
 
-    load: Callable[[], PreTrainedModel]
-    collate: Collate
-    rows: Mapping[str, Dataset]
-    measure: Callable[[Any, Dataset, int], Prediction]
-
-
-@dataclass(frozen=True)
-class MadeJob(Job):
-    """A made base model that learns a right answer; see `Job`, and `make`, which is called once, when it is needed."""
-
-    examples: dict[str, int]
-    evaluated: tuple[str, ...]
     metric: str
-    make: Callable[[], Made]
+    evaluated: tuple[str, ...]
+    load: Callable[[], Any]
+    collator: Collate
+    rows: Mapping[str, Dataset]
+    measured: Callable[[Any, Dataset, int], Prediction]
     planted: Mapping[str, int] | None = None
     tokenizer: Any = None
     counts_items: bool = False
 
     keeps_columns = True
 
-    @cached_property
-    def _made(self) -> Made:
-        return self.make()
-
     @property
-    def rows(self) -> Mapping[str, Dataset]:  # type: ignore[override]
-        """The rows by split."""
-        return self._made.rows
-
-    @property
-    def collator(self) -> Collate:  # type: ignore[override]
-        """Makes batches of them."""
-        return self._made.collate
+    def examples(self) -> dict[str, int]:  # type: ignore[override]
+        """Numbers of examples by split."""
+        return {split: len(some) for split, some in self.rows.items()}
 
     def load_model(self) -> Any:
         """Return the base; a new one at every call."""
-        return self._made.load()
+        return self.load()
 
     def measure(self, model: Any, rows: Dataset, batch_size: int) -> Prediction:
         """Return metrics and loss over rows."""
-        return self._made.measure(model, rows, batch_size)
+        return self.measured(model, rows, batch_size)

@@ -18,7 +18,7 @@ from aroma.errors import bad_value
 
 from ..specs import TaskSpec
 from ..training.job import Prediction
-from .made import Made, MadeJob
+from .made import MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,18 +71,16 @@ def memory_job(spec: TaskSpec, seed: int) -> MadeJob:
         remedy = f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
         raise bad_value("data.width", width, remedy)
 
-    def make() -> Made:
-        from datasets import Dataset
+    from datasets import Dataset
 
-        pairs = make_pairs(count, seed)
-        labels = pairs.clone()
-        labels[:, :KEY_TOKENS] = _NOT_LEARNED
-        rows = Dataset.from_dict({"input_ids": pairs.tolist(), "labels": labels.tolist()})
-        load = partial(make_language_model, spec.layers or _LAYERS, width, seed)
-        return Made(load, _collate, dict.fromkeys(("train", PAIRS), rows), _evaluate)
-
+    pairs = make_pairs(count, seed)
+    labels = pairs.clone()
+    labels[:, :KEY_TOKENS] = _NOT_LEARNED
+    rows = Dataset.from_dict({"input_ids": pairs.tolist(), "labels": labels.tolist()})
+    load = partial(make_language_model, spec.layers or _LAYERS, width, seed)
     # What was trained on is evaluated: a pair that was held out could not be known.
-    return MadeJob(dict.fromkeys(("train", PAIRS), count), (PAIRS,), METRIC, make, counts_items=True)
+    parts = dict.fromkeys(("train", PAIRS), rows)
+    return MadeJob(METRIC, (PAIRS,), load, _collate, parts, _evaluate, counts_items=True)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from aroma.errors import bad_value
 
 from ..specs import HELD_OUT, TaskSpec
 from ..training.job import Prediction
-from .made import Collate, Made, MadeJob
+from .made import Collate, MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,9 +160,20 @@ def make_net(spec: TaskSpec, seed: int) -> NetData:
 def planted_job(spec: TaskSpec, seed: int) -> MadeJob:
     """Return the job of a planted net; ConfigError for a rank that is larger than the net is wide."""
     data = make_net(spec, seed)
-    splits = ("train", FRESH, HELD_OUT)
-    counts = {split: len(one) for split, one in zip(splits, data.inputs, strict=True)}
-    return MadeJob(counts, (HELD_OUT, FRESH), METRIC, partial(_made_net, data, splits), planted=data.ranks)
+    inputs, targets = torch.cat(data.inputs), torch.cat(data.targets)
+    with torch.no_grad():
+        errors = (PlantedNet.of(data.base)(inputs).logits - targets).double().square().sum(1).tolist()
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        chosen = [row["row"] for row in rows]
+        return {"inputs_embeds": inputs[chosen], "labels": targets[chosen]}
+
+    parts, start = {}, 0
+    for split, some in zip(("train", FRESH, HELD_OUT), data.inputs, strict=True):
+        parts[split] = rows_of(start, len(some), {"base_error": errors[start : start + len(some)]})
+        start += len(some)
+    load, measure = partial(PlantedNet.of, data.base), partial(evaluate, collate, any(data.ranks.values()))
+    return MadeJob(METRIC, (HELD_OUT, FRESH), load, collate, parts, measure, data.ranks)
 
 
 @torch.no_grad()
@@ -187,23 +198,6 @@ def relative_error(squared: float, of_base: float, count: int) -> float:
     Where nothing is planted there is nothing to divide by: the error is then 1 plus the mean of `count` squares.
     """
     return squared / of_base if of_base else 1 + squared / count
-
-
-def _made_net(data: NetData, splits: Sequence[str]) -> Made:
-    inputs, targets = torch.cat(data.inputs), torch.cat(data.targets)
-    with torch.no_grad():
-        errors = (PlantedNet.of(data.base)(inputs).logits - targets).double().square().sum(1).tolist()
-
-    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        chosen = [row["row"] for row in rows]
-        return {"inputs_embeds": inputs[chosen], "labels": targets[chosen]}
-
-    parts, start = {}, 0
-    for split, some in zip(splits, data.inputs, strict=True):
-        parts[split] = rows_of(start, len(some), {"base_error": errors[start : start + len(some)]})
-        start += len(some)
-    is_planted = any(data.ranks.values())
-    return Made(partial(PlantedNet.of, data.base), collate, parts, partial(evaluate, collate, is_planted))
 
 
 def rows_of(start: int, count: int, columns: Mapping[str, Any]) -> Dataset:
