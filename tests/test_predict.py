@@ -232,4 +232,4 @@ def test_eval_of_a_trainer_s_adapter_needs_its_columns_only(
     assert main([*arguments, "--text", "text", "--label", "score"]) == 0
     assert json.loads((tmp_path / "n.json").read_text())["metrics"]["pearson"] == pytest.approx(1.0)
     assert main(["eval", str(home / "several"), "--data", str(data), "--text", "text", "--label", "score"]) == 2
-    assert "an example has several labels; ask its model in plain PEFT" in capsys.readouterr().err
+    assert "an example has several labels or numbers; ask its model in plain PEFT" in capsys.readouterr().err
