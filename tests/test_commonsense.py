@@ -76,20 +76,6 @@ def test_a_bad_row_is_named(tmp_path, change, message):
         load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)))
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize(
-    ("name", "train", "test"), [("ARC-Easy", 2251, 2376), ("ARC-Challenge", 1119, 1172), ("openbookqa", 4957, 500)]
-)
-def test_the_shared_sets_are_read_whole(name, train, test):
-    counts = {}
-    for part in ("train", "test"):
-        loaded = load_questions("data", str(SHARED / name / f"{part}.jsonl"))
-        assert {question.lead for question in loaded} == {LEAD}
-        assert {len(question.candidates) for question in loaded} <= {3, 4, 5}
-        counts[part] = len(loaded)
-    assert counts == {"train": train, "test": test}
-
-
 # Likelihood ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,10 +30,11 @@ from aroma.saved import read_config
 from .language.data import load_examples
 from .language.encode import NOT_LEARNED, encode_rows
 from .language.gguf_source import PACKAGED
-from .language.model import language_task, load_for_inference, model_source, placed, positions_of, with_adapter
+from .language.model import language_task, load_for_inference, model_source, positions_of, with_adapter
 from .progress import Progress
 from .specs import ModelSpec
 from .tasks.data import checked_examples
+from .tasks.model import placed
 from .tasks.saved import known_by_base, open_classifier
 from .tasks.sources import fitting_columns, read_located
 from .tasks.task import TASK_FILE, Layout, Task, common_layouts, read_task, save_task

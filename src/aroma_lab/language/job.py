@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ class LanguageJob(Job):
 
     def __init__(self, spec: TaskSpec, model: ModelSpec, packing: bool = False, *, reported: bool = True) -> None:
         require_extra("language")
-        from .sft import MethodSFTTrainer, make_collator, sft_arguments
+        from trl import SFTConfig
+
+        from .sft import MethodSFTTrainer, make_collator
 
         asks, located = spec.kind == "commonsense", read_splits(spec, reported)
         made: dict[str, list[Any]] = {
@@ -52,7 +55,9 @@ class LanguageJob(Job):
         self.model, self.max_length = model, spec.max_length
         self.metric, self.evaluated = resolve_metric(spec, spec.kind or ""), tuple(self.parts)[1:]
         self.tokenizer = load_lm_tokenizer(model, spec.max_length)
-        self.trainer_class, self.arguments_class = MethodSFTTrainer, sft_arguments
+        prepared: dict[str, Any] = {"packing": False, "max_length": None}
+        prepared["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        self.trainer_class, self.arguments_class = MethodSFTTrainer, partial(SFTConfig, **prepared)
         self.collator = make_collator(self.tokenizer, packing)
         learned: dict[str, list[Example]] = self.parts
         if asks:

@@ -39,7 +39,7 @@ class MadeJob(Job):
     keeps_columns = True
 
     @property
-    def examples(self) -> dict[str, int]:  # type: ignore[override]
+    def examples(self) -> dict[str, int]:
         """Numbers of examples by split."""
         return {split: len(some) for split, some in self.rows.items()}
 
