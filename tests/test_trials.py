@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
-from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
+from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma_lab import methods
 from aroma_lab.methods import Lora, make_method
 from aroma_lab.run.run import run_trial
@@ -122,17 +122,6 @@ def test_a_finished_trial_is_not_run_again(finished: Path, material: Path) -> No
     result = run_trial(trial_of(material, "aroma", eval_steps=10), finished)
     assert result == read(finished / "result.json")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
-
-
-def test_a_folder_of_something_else_is_refused(finished: Path, material: Path, tmp_path: Path) -> None:
-    other = trial_of(material, "aroma", eval_steps=10, seed=1)
-    other = replace(other, options={**other.options, "max_inner_steps": 8})
-    with pytest.raises(ConfigError, match=r"it differs in options\.max_inner_steps, training\.seed\."):
-        run_trial(other, finished)
-    (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(OutputError, match="is not an empty folder, and nothing is overwritten"):
-        run_trial(trial_of(material), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_what_can_be_refused_is_refused_before_anything_is_written(material: Path, tmp_path: Path) -> None:

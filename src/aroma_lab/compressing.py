@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from aroma.errors import DataError, bad_value
@@ -29,7 +28,6 @@ from aroma.saved import read_config
 
 from .language.data import load_examples
 from .language.encode import NOT_LEARNED, encode_rows
-from .language.gguf_source import PACKAGED
 from .language.model import language_task, load_for_inference, model_source, positions_of, with_adapter
 from .progress import Progress
 from .specs import ModelSpec
@@ -129,13 +127,8 @@ def _speaks(folder: Path, config: Mapping[str, Any]) -> bool:
 def _base_name(name: str | None) -> str:
     if not name:
         raise bad_value("--base", name, "the adapter does not name its base model; give its folder or hub name")
-    if not Path(name).is_dir() and name != PACKAGED:
-        try:
-            hf_hub_download(name, "config.json", etag_timeout=5)
-        except (OSError, ValueError) as error:
-            said = " ".join(str(error).split())
-            remedy = f"no such folder, nor a model that the hub or its cache shows ({said:.300}); check its name"
-            raise bad_value("--base", name, remedy) from error
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise bad_value("--base", name, "no such folder; give the folder or the hub name of the base model")
     return name
 
 

@@ -145,16 +145,14 @@ def encoder_job(spec: TaskSpec, seed: int, model: str) -> MadeJob:
 
 @torch.no_grad()
 def _hidden_states(model: nn.Module, inputs: Sequence[Tensor], batch_size: int = 64) -> list[Tensor]:
-    """Return the hidden states (tokens, width) of every text, in batches of like lengths."""
-    order = sorted(range(len(inputs)), key=lambda place: len(inputs[place]))
-    found: dict[int, Tensor] = {}
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        padded = pad_sequence([inputs[place] for place in chosen], batch_first=True)
-        mask = pad_sequence([torch.ones_like(inputs[place]) for place in chosen], batch_first=True)
+    """Return the hidden states (tokens, width) of every text."""
+    found: list[Tensor] = []
+    for start in range(0, len(inputs), batch_size):
+        some = inputs[start : start + batch_size]
+        padded, mask = (pad_sequence(one, batch_first=True) for one in (some, [torch.ones_like(ids) for ids in some]))
         states = model(padded, mask).logits
-        found |= {place: row[: len(inputs[place])].clone() for place, row in zip(chosen, states, strict=True)}
-    return [found[place] for place in range(len(inputs))]
+        found += [row[: len(ids)].clone() for row, ids in zip(states, some, strict=True)]
+    return found
 
 
 def split_texts(spec: TaskSpec) -> dict[str, list[str]]:
