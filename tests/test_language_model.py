@@ -198,18 +198,9 @@ def test_bad_gguf_files_are_refused(gguf_folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_is_sane(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    from aroma_lab.language.gguf_source import packaged_gguf
-
     monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
     spec = ModelSpec("smollm2")
     model, tokenizer = load_causal_lm(spec), load_lm_tokenizer(spec, 8192)
-    file = packaged_gguf()
-    direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    state = direct.state_dict()
-    assert set(model.state_dict()) == set(state)
-    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
     assert model.num_parameters() == 134_515_008
     assert tokenizer.chat_template is not None
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1 and  22")["input_ids"]) == [
@@ -217,9 +208,8 @@ def test_smollm2_is_sane(tmp_path, monkeypatch):
     ]
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-    answers = [one.generate(**inputs, max_new_tokens=20, do_sample=False) for one in (model, direct)]
-    assert torch.equal(*answers)
-    said = tokenizer.decode(answers[0][0, inputs["input_ids"].shape[1] :])
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
+    said = tokenizer.decode(answer[inputs["input_ids"].shape[1] :])
     assert said == "The capital of France is Paris.<|im_end|>"
 
 

@@ -74,8 +74,6 @@ class Trial:
             raise bad_value("trial.name", self.name, "give a path below the folder of runs, as mrpc/lora-r8/seed-0")
         if not self.model:
             raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
-        if self.purpose not in ("report", "select"):
-            raise bad_value("trial.purpose", self.purpose, "give one of report, select")
         check_training(self.training)
 
     @classmethod

@@ -178,7 +178,7 @@ def planted_job(spec: TaskSpec, seed: int) -> MadeJob:
 
 @torch.no_grad()
 def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batch_size: int) -> Prediction:
-    """Return `error`, see `relative_error`, and `explained`, 1 − error; the loss is the mean one of an output."""
+    """Return `error`, a share of the base's, and `explained`, 1 − error; the loss is the mean one of an output."""
     from torch.utils.data import DataLoader
 
     model.eval()
@@ -188,16 +188,8 @@ def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batc
         summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
         squared, count = squared + float(summed), count + items
     of_base = math.fsum(data["base_error"]) if is_planted else 0.0
-    error = relative_error(squared, of_base, count)
+    error = squared / of_base if of_base else 1 + squared / count  # nothing is planted, and the base is right
     return Prediction({METRIC: 1 - error, "error": error}, squared / count)
-
-
-def relative_error(squared: float, of_base: float, count: int) -> float:
-    """Return a squared error over that of the base: 1 where nothing was learnt, 0 where everything was.
-
-    Where nothing is planted there is nothing to divide by: the error is then 1 plus the mean of `count` squares.
-    """
-    return squared / of_base if of_base else 1 + squared / count
 
 
 def rows_of(start: int, count: int, columns: Mapping[str, Any]) -> Dataset:
