@@ -148,7 +148,7 @@ def _hidden_states(model: nn.Module, inputs: Sequence[Tensor], batch_size: int =
     """Return the hidden states (tokens, width) of every text."""
     found: list[Tensor] = []
     for start in range(0, len(inputs), batch_size):
-        some = inputs[start : start + batch_size]
+        some = [*inputs[start : start + batch_size]]
         padded, mask = (pad_sequence(one, batch_first=True) for one in (some, [torch.ones_like(ids) for ids in some]))
         states = model(padded, mask).logits
         found += [row[: len(ids)].clone() for row, ids in zip(states, some, strict=True)]
