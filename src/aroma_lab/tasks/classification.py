@@ -90,6 +90,16 @@ def logits_of(
     return found
 
 
+def constant_metrics(kind: str, learned: NDArray[Any], expected: NDArray[Any]) -> dict[str, float]:
+    """Return the metrics, on labels `expected`, of the commonest label of `learned`, or of a regression's mean."""
+    if kind == "regression":
+        answers = np.full((len(expected), 1), learned.astype("float64").mean())
+    else:
+        counts = np.bincount(learned, minlength=int(expected.max()) + 1)
+        answers = np.tile(counts, (len(expected), 1))
+    return metrics_of(kind, answers, expected)
+
+
 class ClassifierJob(Job):
     """A classification or regression for the training loop.
 
@@ -125,11 +135,7 @@ class ClassifierJob(Job):
     def guess(self, split: str) -> dict[str, float]:
         """Return the metrics of a split for a constant answer: the training set's commonest label, or its mean."""
         learned, expected = (np.array(self.parts[name]["labels"]) for name in ("train", split))
-        if self.task.kind == "regression":
-            answers = np.full((len(expected), 1), learned.astype("float64").mean())
-        else:
-            answers = np.tile(np.bincount(learned, minlength=len(self.task.label_names or ())), (len(expected), 1))
-        return metrics_of(self.task.kind, answers, expected)
+        return constant_metrics(self.task.kind, learned, expected)
 
     def describe(self, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""
