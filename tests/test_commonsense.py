@@ -15,8 +15,9 @@ from aroma_lab.language import evaluate
 from aroma_lab.language.data import Question, load_questions
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat, encode_rows
 from aroma_lab.language.evaluate import evaluate_questions
-from aroma_lab.language.model import LanguageTask, load_for_inference
+from aroma_lab.language.model import load_for_inference
 from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks.task import Task, save_task
 from tiny_lm import learn, questions, save_tiny_lm, write_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,20 +74,6 @@ def test_a_bad_row_is_named(tmp_path, change, message):
     rows = [row_of(("answer1", "answer2")), {**row_of(("answer1", "answer2")), **change}]
     with pytest.raises(DataError, match=message):
         load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)))
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize(
-    ("name", "train", "test"), [("ARC-Easy", 2251, 2376), ("ARC-Challenge", 1119, 1172), ("openbookqa", 4957, 500)]
-)
-def test_the_shared_sets_are_read_whole(name, train, test):
-    counts = {}
-    for part in ("train", "test"):
-        loaded = load_questions("data", str(SHARED / name / f"{part}.jsonl"))
-        assert {question.lead for question in loaded} == {LEAD}
-        assert {len(question.candidates) for question in loaded} <= {3, 4, 5}
-        counts[part] = len(loaded)
-    assert counts == {"train": train, "test": test}
 
 
 # Likelihood ----------------------------------------------------------------------------------------------------------
@@ -221,7 +208,7 @@ def adapter(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     adapted.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    LanguageTask(40, ModelSpec(str(trained))).save(folder)
+    save_task(Task("causal_lm", max_length=40, model=ModelSpec(str(trained))), folder)
     return folder
 
 

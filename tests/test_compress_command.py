@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,7 +20,7 @@ import aroma_lab.compressing as compressing
 from aroma.cli import main
 from aroma.evidence.checkup import model_loss
 from aroma.evidence.checkups import compress
-from aroma_lab.tasks.task import Task, load_task, save_task
+from aroma_lab.tasks.task import Task, read_task, save_task
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 from tiny_lm import save_tiny_lm, tiny_tokenizer
 
@@ -109,17 +110,12 @@ def test_a_classifier_of_plain_peft_gets_smaller_and_no_worse(
     assert min(report[f"against_{other}"]["standard_error"] for other in ("adapter", "base")) > 0
     assert report["bytes"]["before"] == (home / "adapter" / "adapter_model.safetensors").stat().st_size
     assert report["bytes"]["after"] == (out / "adapter_model.safetensors").stat().st_size < report["bytes"]["before"]
-    assert {*report["versions"]} == {"aroma-peft", "torch", "transformers", "peft"}
-
     said = capsys.readouterr().out
     for words in ("held-out loss", f"{losses['compressed']:.4f}", "largest rank", "standard error", str(out)):
         assert words in said
-    assert (f"{report['kept_at_one_standard_error']} directions are within" in said) == (
-        report["kept_at_one_standard_error"] < ranks["after"]["total"]
-    )
     assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "tokenizer.json").read_bytes() == before["tokenizer.json"]
-    assert load_task(out) == Task("classification", ("low", "high"), "text", None, "label", 32)
+    assert read_task(out) == Task("classification", ("low", "high"), "text", None, "label", 32)
 
     base = AutoModelForSequenceClassification.from_pretrained(home / "base")
     reloaded, batch = PeftModel.from_pretrained(base, out).eval(), torch.arange(5, 25).view(2, 10)
@@ -149,7 +145,7 @@ def test_a_regression_of_plain_peft_with_a_tokenizer_of_its_base(home: Path, tmp
     assert (
         report["held_out_loss"]["compressed"] <= report["held_out_loss"]["adapter"] < report["held_out_loss"]["base"]
     )
-    assert load_task(tmp_path / "out") == Task("regression", None, "sentence", None, "score", 32)
+    assert read_task(tmp_path / "out") == Task("regression", None, "sentence", None, "score", 32)
 
 
 def test_a_saved_task_names_the_columns_and_dora_is_lora_too(home: Path, tmp_path: Path) -> None:
@@ -244,59 +240,29 @@ def test_a_language_model_learns_to_be_smaller_from_chats(
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
-def few(home: Path, folder: Path) -> list[str]:
-    data = write_json_lines(folder / "few.jsonl", sentences(7, seed=7))
-    return [str(home / "adapter"), "--data", str(data)]
-
-
-def other_labels(home: Path, folder: Path) -> list[str]:
-    data = write_json_lines(folder / "rows.jsonl", [{"text": "w1", "label": "medium"}] * 20)
-    return [str(home / "adapter"), "--data", str(data)]
-
-
-def another_method(home: Path, folder: Path) -> list[str]:
-    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
-    config = IA3Config(target_modules=["key"], feedforward_modules=[], task_type="SEQ_CLS")
-    get_peft_model(base, config).save_pretrained(folder / "ia3")
-    return [str(folder / "ia3"), "--data", str(home / "held-out.jsonl")]
-
-
-def another_task(home: Path, folder: Path) -> list[str]:
-    return [*edited(home, folder, task_type="TOKEN_CLS"), "--data", str(home / "held-out.jsonl")]
-
-
-def lost_base(home: Path, folder: Path) -> list[str]:
-    return [*edited(home, folder, base_model_name_or_path="/gone/base"), "--data", str(home / "held-out.jsonl")]
-
-
-def edited(home: Path, folder: Path, **fields: Any) -> list[str]:
-    copied = folder / "edited"
-    copied.mkdir()
-    for file in (home / "adapter").iterdir():
-        (copied / file.name).write_bytes(file.read_bytes())
-    config = json.loads((copied / "adapter_config.json").read_text()) | fields
-    (copied / "adapter_config.json").write_text(json.dumps(config))
-    return [str(copied)]
-
-
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("fields", "rows", "words"),
     [
-        (few, ("--data=", "7 examples", "8")),
-        (other_labels, ("row 1", "medium", "low, high")),
-        (another_method, ("peft_type='IA3'", "LoRA")),
-        (another_task, ("task_type='TOKEN_CLS'", "SEQ_CLS", "CAUSAL_LM")),
-        (lost_base, ("--base='/gone/base'", "no such folder")),
+        ({}, sentences(7, seed=7), ("--data=", "7 examples", "8")),
+        ({}, [{"text": "w1", "label": "medium"}] * 20, ("row 1", "medium", "low, high")),
+        ({"peft_type": "IA3"}, sentences(20, seed=7), ("peft_type='IA3'", "LoRA")),
+        ({"task_type": "TOKEN_CLS"}, sentences(20, seed=7), ("task_type='TOKEN_CLS'", "SEQ_CLS", "CAUSAL_LM")),
+        ({"base_model_name_or_path": "/gone/base"}, sentences(20, seed=7), ("--base='/gone/base'", "no such folder")),
     ],
 )
 def test_what_cannot_be_compressed_is_named(
     home: Path,
     tmp_path: Path,
-    make: Callable[[Path, Path], list[str]],
+    fields: dict[str, str],
+    rows: list[dict[str, object]],
     words: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["compress", *make(home, tmp_path), "--out", str(tmp_path / "out")]) == 2
+    adapter = shutil.copytree(home / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | fields
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    data = write_json_lines(tmp_path / "rows.jsonl", rows)
+    assert main(["compress", str(adapter), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("error:") == 1
     for word in words:
@@ -314,23 +280,8 @@ def test_nothing_is_overwritten(home: Path, tmp_path: Path, capsys: pytest.Captu
         options = ["--data", str(home / "held-out.jsonl"), "--out", str(place)]
         assert main(["compress", str(home / "adapter"), *options]) == 2
         assert f"--out={str(place)!r}" in "".join(capsys.readouterr().err.split("\n"))
-    assert main(["compress", str(tmp_path / "gone"), "--data", "x.jsonl", "--out", str(tmp_path / "out")]) == 2
-    assert "no such folder" in capsys.readouterr().err
-    gone = ["--data", str(tmp_path / "gone.jsonl"), "--out", str(tmp_path / "out")]
-    assert main(["compress", str(home / "adapter"), *gone]) == 2
-    assert "no such file" in capsys.readouterr().err
     assert contents(home) == before
     assert contents(taken) == {"note.txt": b"mine"}
-
-
-def test_a_failure_leaves_nothing_behind(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compressing, "kept_picture", broken)
-    options = ["--data", str(home / "held-out.jsonl"), "--out", str(tmp_path / "out")]
-    assert main(["compress", str(home / "adapter"), *options]) == 130
-    assert not [*tmp_path.iterdir()]
 
 
 # What is not installed ----------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     assert "gives the same answers" in " ".join(capsys.readouterr().out.split())
     weights = out / "evidence" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"adapter': plain PEFT cannot load it \(.*deserializing"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
         demo.require_same_answers(weights.parent, rows["evidence"]["accuracy"])
 
 

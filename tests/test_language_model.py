@@ -2,29 +2,28 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from aroma import AromaConfig
+from aroma.checkpoint import save_adapter
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma_lab.language import gguf_source
 from aroma_lab.language.gguf_source import resolve_gguf
 from aroma_lab.language.model import (
-    LanguageTask,
     is_language_model,
+    language_task,
     load_causal_lm,
-    load_language_task,
+    load_for_inference,
     load_lm_tokenizer,
     model_source,
 )
 from aroma_lab.specs import ModelSpec
-from aroma_lab.tasks.task import TASK_FILE
+from aroma_lab.tasks.task import TASK_FILE, Task, save_task
+from models import METHOD, set_ranks
 from tiny_classifier import save_tiny_bert
 from tiny_gguf import POSITIONS, tiny_llama, write_gguf
 from tiny_lm import save_tiny_lm, tiny_tokenizer
@@ -38,6 +37,29 @@ def llama(tmp_path_factory):
     return save_tiny_lm(tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return save_tiny_lm(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+def make_adapter(base, folder, seed=7):
+    """An adapter with a large effect, as a run leaves it."""
+    config = AromaConfig(**METHOD, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    set_ranks(model, [2, 0, 1], seed=seed)
+    save_adapter(model, folder)
+    tiny_tokenizer().save_pretrained(folder)
+    save_task(Task("causal_lm", max_length=64, model=ModelSpec(str(base))), folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    make_adapter(llama, folder)
+    return folder
+
+
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model(ids).logits.float()
@@ -46,7 +68,7 @@ def logits(model, ids=IDS):
 # Models --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_weights_are_those_of_the_file_in_the_type_asked_for(llama, dtype):
     model, exact = load_causal_lm(ModelSpec(str(llama), dtype=dtype)), LlamaForCausalLM.from_pretrained(llama)
     assert model.dtype is getattr(torch, dtype)
@@ -158,18 +180,6 @@ def test_a_file_is_converted_once_and_told_by_its_bytes(gguf_folder, tmp_path, m
     assert capsys.readouterr().err == ""
 
 
-def test_a_conversion_that_fails_leaves_nothing(gguf_folder, tmp_path, monkeypatch):
-    def fail(self, folder, **_):
-        (Path(folder) / "half").write_text("half")
-        raise RuntimeError("disk full")
-
-    monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        resolve_gguf(str(gguf_folder), "tiny.gguf")
-    assert list((tmp_path / "models").iterdir()) == []
-
-
 def test_bad_gguf_files_are_refused(gguf_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"model.gguf_file='absent.gguf': not found in"):
@@ -188,18 +198,9 @@ def test_bad_gguf_files_are_refused(gguf_folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_is_sane(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    from aroma_lab.language.gguf_source import packaged_gguf
-
     monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
     spec = ModelSpec("smollm2")
     model, tokenizer = load_causal_lm(spec), load_lm_tokenizer(spec, 8192)
-    file = packaged_gguf()
-    direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    state = direct.state_dict()
-    assert set(model.state_dict()) == set(state)
-    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
     assert model.num_parameters() == 134_515_008
     assert tokenizer.chat_template is not None
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1 and  22")["input_ids"]) == [
@@ -207,9 +208,8 @@ def test_smollm2_is_sane(tmp_path, monkeypatch):
     ]
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-    answers = [one.generate(**inputs, max_new_tokens=20, do_sample=False) for one in (model, direct)]
-    assert torch.equal(*answers)
-    said = tokenizer.decode(answers[0][0, inputs["input_ids"].shape[1] :])
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
+    said = tokenizer.decode(answer[inputs["input_ids"].shape[1] :])
     assert said == "The capital of France is Paris.<|im_end|>"
 
 
@@ -217,19 +217,78 @@ def test_smollm2_is_sane(tmp_path, monkeypatch):
 
 
 def test_a_task_is_read_as_it_was_saved_and_an_edited_one_is_refused(tmp_path):
-    task = LanguageTask(64, ModelSpec("m", "f.gguf", "bfloat16", "nf4"))
-    task.save(tmp_path)
-    assert load_language_task(tmp_path) == task
+    task = Task("causal_lm", max_length=64, model=ModelSpec("m", "f.gguf", "bfloat16", "nf4"))
+    save_task(task, tmp_path)
+    assert language_task(tmp_path) == task
     assert is_language_model(tmp_path)
     whole = json.loads((tmp_path / TASK_FILE).read_text())
     for change in ({"model": {"name": 1}}, {"model": [1]}, {"kind": "regression"}):
         (tmp_path / TASK_FILE).write_text(json.dumps(whole | change))
         with pytest.raises(CheckpointError, match=r"aroma_task.json: edited \(.*restore the file that was saved"):
-            load_language_task(tmp_path)
+            language_task(tmp_path)
 
 
 def test_an_adapter_of_another_program_names_its_model(llama, tmp_path):
     model = get_peft_model(load_causal_lm(ModelSpec(str(llama))), LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "peft")
     assert is_language_model(tmp_path / "peft")
-    assert load_language_task(tmp_path / "peft") == LanguageTask(None, ModelSpec(str(llama)))
+    assert language_task(tmp_path / "peft") == Task("causal_lm", model=ModelSpec(str(llama)))
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_opened_in_plain_peft(llama, gpt2, tmp_path):
+    trained = make_adapter(llama, tmp_path / "adapter")
+    found = load_for_inference(tmp_path / "adapter")
+    torch.testing.assert_close(logits(found.model), logits(trained), rtol=0, atol=1e-5)
+    with found.model.disable_adapter():
+        assert (logits(found.model) - logits(trained)).abs().max() > 0.1
+    assert type(found.model.base_model.model.model.layers[0].mlp.up_proj).__module__.startswith("peft.")
+    assert not found.model.training
+
+
+def test_another_base_model_is_refused(adapter, llama, gpt2, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        load_for_inference(adapter, str(gpt2))
+    assert f"base_model={str(gpt2)!r}: not the model of the adapter {adapter}" in str(refused.value)
+    assert f"trained on {llama}: it has no place for " in str(refused.value)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    settings = {**model.config.to_dict(), "layer_types": None}
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for change, reason in (
+        ({"intermediate_size": 64}, "PEFT cannot put .*size mismatch"),
+        ({"num_hidden_layers": 1}, r"it has no place for .*layers\.1\."),
+    ):
+        type(model)(type(model.config)(**{**settings, **change})).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=reason):
+            load_for_inference(adapter, str(tmp_path))
+
+
+def test_an_adapter_of_another_method_is_opened_or_refused_whole(llama, gpt2, tmp_path):
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, init_lora_weights=False
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).eval()
+    model.save_pretrained(tmp_path)
+    found = load_for_inference(tmp_path)
+    assert torch.equal(logits(found.model), logits(model))
+    with pytest.raises(ConfigError, match=r"PEFT cannot put the one into the other: Target modules .* not found"):
+        load_for_inference(tmp_path, str(gpt2))
+
+
+def test_what_is_no_language_models_adapter_is_refused(llama, adapter, tmp_path):
+    def edited(name, **changes):
+        shutil.copytree(adapter, tmp_path / name, ignore=shutil.ignore_patterns("aroma_task.json"))
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return tmp_path / name
+
+    with pytest.raises(CheckpointError, match=r"adapter='.*absent': no such folder"):
+        load_for_inference(tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"its task_type is not CAUSAL_LM"):
+        load_for_inference(edited("classifier", task_type="SEQ_CLS"))
+    nameless = edited("nameless", base_model_name_or_path=None)
+    with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):
+        load_for_inference(nameless)
+    assert isinstance(load_for_inference(nameless, str(llama)).model, PeftModel)

@@ -20,13 +20,13 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.language.data import load_examples
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat
-from aroma_lab.language.job import language_job
+from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import load_for_inference
 from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial
+from aroma_lab.run.trial import Trial
 from aroma_lab.run.work import job_of
-from aroma_lab.specs import ModelSpec, TaskSpec
-from aroma_lab.study.grid import expand, make_grid
+from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec
 from quick import slow_but
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
@@ -184,7 +184,7 @@ def test_packed_rows_learn_the_same(files: Path) -> None:
     one, other = (read(out / "result.json")["reported"]["test"]["loss"] for out in (packed, plain))
     assert one == pytest.approx(other, rel=1e-4)
     recipe = make_recipe(values_of(files, "x", **{"training.packing": True, "data.max_length": 128}))
-    assert len(job_of(trial_of(recipe)).train) == 64 / 2  # two of some 46 tokens fit into 128
+    assert len(job_of(trial_of(recipe)).rows["train"]) == 64 / 2  # two of some 46 tokens fit into 128
 
 
 def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path: Path, files: Path) -> None:
@@ -236,64 +236,33 @@ def test_adapted_output_embeddings_are_refused(files: Path) -> None:
 # In an experiment ----------------------------------------------------------------------------------------------------
 
 
-def grid_of(files: Path, out: Path, methods: dict[str, Any], **changes: Any) -> Any:
-    task = {
-        "kind": "commonsense",
-        "source": str(files),
-        "reported": {"easy": "test.jsonl"},
-        "max_length": 64,
-        "held_out": 0.25,
-        "train_examples": 50,
-    }
-    return make_grid(
-        {
-            "output": str(out),
-            "model": str(files / "model"),
-            "tasks": {"reasoning": {**task, **changes.pop("task", {})}},
-            "methods": methods,
-            "training": {
-                "max_steps": 12,
-                "batch_size": 8,
-                "warmup_steps": 2,
-                "learning_rate": 0.01,
-                "save_steps": None,
-                "threads": 1,
-            },
-            **changes,
-        }
-    )
-
-
 GROWING = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1}
 
 
 @pytest.mark.slow
 def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path) -> None:
-    methods = {
-        "adalora": {"kind": "adalora", "init_r": 3, "target_r": 2},
-        "aroma": {"kind": "aroma", **GROWING, "target_modules": ["q_proj", "v_proj"]},
-        "full": {"kind": "full"},
+    options = {"source": str(files), "reported": {"easy": "test.jsonl"}, "max_length": 64, "held_out": 0.25}
+    task = TaskSpec(name="reasoning", kind="commonsense", train_examples=50, **options)
+    loop = TrainSpec(max_steps=12, batch_size=8, warmup_steps=2, learning_rate=0.01, save_steps=None, threads=1)
+    methods: dict[str, dict[str, Any]] = {
+        "adalora": {"init_r": 3, "target_r": 2},
+        "aroma": {**GROWING, "target_modules": ["q_proj", "v_proj"]},
+        "full": {},
     }
-    trials = expand(grid_of(files, tmp_path / "grid", methods))
-    assert [trial.method for trial in trials] == list(methods)
-    for trial in trials:
-        result = run_trial(trial, tmp_path / trial.method)
+    for kind, some in methods.items():
+        trial = Trial(kind, str(files / "model"), task, kind, kind, some, loop)
+        result = run_trial(trial, tmp_path / kind)
         assert result["examples"] == {"train": 50, "held_out": 20, "easy": 23}
         hits = result["reported"]["easy"]["accuracy"] * 23
         assert hits == pytest.approx(round(hits))
         assert result["score"] == result["reported"]["easy"]["accuracy"]
         assert 0 < result["held_out_loss"] < 10
     assert set(result["reported"]["easy"]) == {"accuracy"}
-    described = read(tmp_path / "aroma" / "adapter" / "aroma_task.json")
-    assert described["kind"] == "causal_lm"
-
-
-TEXTS = {"kind": "causal_lm", "train": "train.jsonl", "reported": {"test": "test.jsonl"}}
 
 
 def texts_of(spec: dict[str, Any], files: Path, **options: Any) -> Any:
     task = TaskSpec(name="texts", **{"held_out": 0.25, "max_length": 32, **spec})
-    return language_job(task, ModelSpec(str(files / "model")), False, **options)
+    return LanguageJob(task, ModelSpec(str(files / "model")), False, **options)
 
 
 def test_a_task_of_plain_text_reads_its_column(files: Path, tmp_path: Path) -> None:
@@ -334,27 +303,3 @@ def test_whatever_a_run_leaves_is_asked_as_in_training(files: Path, tmp_path: Pa
     chat = [{"role": "system", "content": "bird"}, {"role": "user", "content": "Please choose"}]
     prompts = [one.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for one in tokenizers]
     assert prompts == ["Context:\nbird\n\nRequest:\nPlease choose\n\nReply:\n"] * 5
-
-
-@pytest.mark.parametrize("kind", ["text", "instructions"])
-def test_a_recipe_and_a_grid_describe_the_same_task_in_the_same_words(files: Path, tmp_path: Path, kind: str) -> None:
-    rows = [{"text": f"bird {noun} king {noun}"} for noun in ("apple", "cloud", "door", "eagle", "fish", "grass")]
-    write_json_lines(tmp_path / "train.jsonl", rows if kind == "text" else questions(6, seed=3))
-    write_json_lines(tmp_path / "test.jsonl", [{"text": "lamp king"}] if kind == "text" else questions(2, seed=4))
-    data = {
-        "kind": "causal_lm",
-        "source": str(tmp_path),
-        "reported": {"test": "test"},
-        "held_out": 0.3,
-        "max_length": 64,
-    }
-    training = {"max_steps": 4, "batch_size": 2, "warmup_steps": 1, "threads": 1}
-    model = str(files / "model")
-    recipe = make_recipe({"model": {"name": model}, "data": data, "training": training})
-    methods = {"aroma": {"kind": "aroma", **GROWING}}
-    grid = {"output": "o", "model": model, "tasks": {tmp_path.name: data}, "methods": methods, "training": training}
-    (cell,) = expand(make_grid(grid))
-    assert cell.task == trial_of(recipe).task
-    result = run_trial(cell, tmp_path / "run")
-    assert result["examples"] == {"train": 4, "held_out": 2, "test": 1 if kind == "text" else 2}
-    assert result["score"] == result["reported"]["test"]["token_probability"]

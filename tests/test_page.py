@@ -5,12 +5,14 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from transformers import Trainer, TrainingArguments
 
 from aroma import AromaCallback
 from aroma.report.page import measured
 from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
+from aroma_lab.tasks.classification import constant_metrics
 from made_up_facts import GROWN, KINDS, MODULES, RANKS, made_up
 from models import adapted as adapted_to
 from models import batch
@@ -192,3 +194,10 @@ def test_the_headline_of_a_language_model_is_its_perplexity(tmp_path):
     assert ["evaluation at step 4", measured(loss), measured(math.exp(loss))] in page.rows
     assert "perplexity, evaluation at step 4" in " ".join(page.text.split())
     assert "entropy" not in page.text
+
+
+def test_guessing_is_answering_with_the_commonest_label():
+    found = constant_metrics("classification", np.array([2, 2, 1, 0]), np.array([2, 0, 2, 1]))
+    assert found == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 9, "mcc": 0.0})
+    found = constant_metrics("regression", np.array([1.0, 3.0]), np.array([2.0, 4.0]))
+    assert found == {"pearson": 0.0, "spearman": 0.0, "mse": 2.0}

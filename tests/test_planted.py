@@ -89,17 +89,10 @@ def test_the_net_is_that_of_the_trials(seed: int, noise: float, planted: list[in
     torch.testing.assert_close(made.targets[1], truth)
 
 
-def test_the_same_seed_makes_the_same_and_another_makes_another() -> None:
-    spec = TaskSpec(name="net", kind="planted_net", **SMALL)
-    one, same, other = make_net(spec, 1), make_net(spec, 1), make_net(spec, 2)
-    assert torch.equal(one.teacher, same.teacher)
-    assert torch.equal(one.targets[0], same.targets[0])
-    assert not torch.equal(one.base, other.base)
-    job = job_of(net_trial(seed=2))
-    assert torch.equal(job.load_model().layers[0]["dense"].weight, other.base[0]), "the task's own seed wins"
-    trial = net_trial()
-    job = job_of(replace(trial, training=replace(LOOP, seed=2)))
-    assert torch.equal(job.load_model().layers[0]["dense"].weight, other.base[0]), "else the training's"
+def test_the_task_s_own_seed_wins_else_the_training_s() -> None:
+    other = make_net(net_trial().task, 2).base[0]
+    for trial in (net_trial(seed=2), replace(net_trial(), training=replace(LOOP, seed=2))):
+        assert torch.equal(job_of(trial).load_model().layers[0]["dense"].weight, other)
 
 
 # Metrics -------------------------------------------------------------------------------------------------------------
@@ -166,15 +159,14 @@ def test_an_encoder_learns_the_hidden_states_of_its_teacher(material: Path, tmp_
 
 def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
     job: Any = job_of(encoder_trial(material))
-    rows = [job.eval_sets["fresh"][place] for place in range(6)]
+    rows = [job.rows["fresh"][place] for place in range(6)]
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) > 1, "there is padding"
     model = job.load_model().train()  # no dropout either
-    batch = job.objective.collator(rows)
+    batch = job.collator(rows)
     with torch.no_grad():
         squares = [
-            (model(**job.objective.collator([row])).logits - job.objective.collator([row])["labels"]).square().sum()
-            for row in rows
+            (model(**job.collator([row])).logits - job.collator([row])["labels"]).square().sum() for row in rows
         ]
         loss = model(**batch).loss
     torch.testing.assert_close(loss * model.unit, sum(squares) / (sum(lengths) * batch["labels"].shape[-1]))

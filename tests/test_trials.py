@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
-from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
+from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma_lab import methods
 from aroma_lab.methods import Lora
 from aroma_lab.run.run import run_trial
@@ -57,24 +57,20 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     expected |= {"purpose": "report", "metric": "accuracy", "planned_steps": 18, "checkpoint": "last", "processes": 1}
     expected |= {"options": METHODS["aroma"][1], "examples": {"train": 96, "held_out": 24, "test": 37}}
     assert {key: result[key] for key in expected} == expected
-    resolved = {**METHODS["aroma"][1], "lora_alpha": 4, "inner_criterion": "norm_change", "prune_ratio": 0.999}
-    assert resolved.items() <= result["resolved_options"].items()
     assert set(result["reported"]) == {"test"}
     assert result["score"] == result["reported"]["test"]["accuracy"]
     assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
     assert 0 < result["held_out_loss"] < 10
     assert result["parameters"]["head"] == 16 * 2 + 2 + 16 * 17, "with the pooler"
     assert result["wall_seconds"] > result["train_seconds"] > 0
-    assert result["cpu_seconds"] > 0
     assert 50 < result["peak_memory_mib"] < 100_000
     assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
     modules = set(result["ranks"])
     assert len(modules) == 12
-    for name in ("effective_ranks", "singular_values", "states"):
+    for name in ("effective_ranks", "states"):
         assert set(result[name]) == modules
     assert result["total_rank"] == sum(result["ranks"].values()) > 0
     assert result["average_rank"] == pytest.approx(result["total_rank"] / 12)
-    assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
     assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
 
 
@@ -105,22 +101,10 @@ def test_a_finished_trial_is_not_run_again(finished: Path, material: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_of_something_else_is_refused(finished: Path, material: Path, tmp_path: Path) -> None:
-    other = trial_of(material, "aroma", eval_steps=10, seed=1)
-    other = replace(other, options={**other.options, "max_inner_steps": 8})
-    with pytest.raises(ConfigError, match=r"it differs in options\.max_inner_steps, training\.seed\."):
-        run_trial(other, finished)
-    (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(OutputError, match="is not an empty folder, and nothing is overwritten"):
-        run_trial(trial_of(material), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
 def test_what_can_be_refused_is_refused_before_anything_is_written(material: Path, tmp_path: Path) -> None:
     trial = trial_of(material)
     for broken, message in (
         (replace(trial, kind="lorra"), "kind='lorra'"),
-        (replace(trial, kind="pretrained", options={}, quantization="nf4"), "quantization='nf4'"),
         (replace(trial, model="no/model"), "'no/model'"),
         (trial_of(material, warmup_steps=18), r"training\.warmup_steps=18"),
     ):

@@ -28,14 +28,14 @@ from aroma.state import read_config
 
 from .language.data import load_examples
 from .language.encode import NOT_LEARNED, encode_rows
-from .language.model import load_for_inference, load_language_task, model_source, placed, positions_of, with_adapter
-from .preflight import require_model
+from .language.model import language_task, load_for_inference, model_source, positions_of, with_adapter
 from .progress import Progress
 from .specs import ModelSpec
 from .tasks.data import checked_examples
+from .tasks.model import placed
 from .tasks.saved import known_by_base, open_classifier
 from .tasks.sources import fitting_columns, read_located
-from .tasks.task import TASK_FILE, Layout, Task, common_layouts, load_task, save_task
+from .tasks.task import TASK_FILE, Layout, Task, common_layouts, read_task, save_task
 
 REPORT, PICTURE, WEIGHTS = "compression.json", "ranks.png", "adapter_model.safetensors"
 _TOKENS = 1024
@@ -127,7 +127,8 @@ def _speaks(folder: Path, config: Mapping[str, Any]) -> bool:
 def _base_name(name: str | None) -> str:
     if not name:
         raise bad_value("--base", name, "the adapter does not name its base model; give its folder or hub name")
-    require_model("--base", name)
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise bad_value("--base", name, "no such folder; give the folder or the hub name of the base model")
     return name
 
 
@@ -144,8 +145,7 @@ def _batches(data: str, rows: Mapping[str, Sequence[Any]], collate: Callable[[An
 def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Asked:
     name = _base_name(want.base or config.get("base_model_name_or_path"))
     layouts = common_layouts(want.text, want.text_pair, want.label)
-    if (folder / TASK_FILE).exists():
-        known = load_task(folder)
+    if known := read_task(folder):
         layouts = [Layout(want.text or known.text, want.text_pair or known.text_pair, want.label or known.label)]
     located = read_located("--data", data)
     layout = layouts[fitting_columns(located, [one.columns() for one in layouts])]
@@ -153,8 +153,6 @@ def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes
     saved = open_classifier(
         folder, adapter=adapter, base_model=want.base, max_length=want.max_length, **layout._asdict()
     )
-    if saved.is_multi_label:
-        raise bad_value("adapter", str(folder), "an example has several labels; use aroma.compress(model, batches)")
     task, tokenizer = saved.task, saved.tokenizer
     examples = checked_examples(located, task)
     texts, pairs, labels = ([one.get(key) for one in examples] for key in ("text", "pair", "labels"))
@@ -166,8 +164,8 @@ def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes
 
 
 def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Asked:
-    task = load_language_task(folder)
-    spec = task.model if want.base is None else ModelSpec(want.base)
+    task = language_task(folder)
+    spec = task.model if want.base is None and task.model is not None else ModelSpec(want.base)
     _base_name(spec.name)
     examples = load_examples("--data", data, want.text)
     known = AutoConfig.from_pretrained(model_source(spec))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from rich.console import Console
+from rich.table import Table
 
 from aroma.errors import CheckpointError
 from aroma.files import write_json
@@ -18,9 +17,11 @@ from aroma.pictures import MatrixRank, draw_ranks, save_picture
 
 from .run.run import run_trial
 from .run.trial import Trial
-from .specs import TaskSpec, TrainSpec, check_training
-from .tasks.articles import BBC_NEWS, SOURCE, load_articles, split_articles
+from .specs import TaskSpec, TrainSpec
+from .tasks.articles import BBC_NEWS, SOURCE
+from .tasks.data import checked_examples, source_of
 from .tasks.model import ENCODER_SOURCE, packaged_encoder
+from .tasks.saved import open_classifier
 
 TASK = TaskSpec(name="bbc-news", source=BBC_NEWS, max_length=16)
 """The first 16 tokens of an article, hardly more than its headline: with more of them a head alone does as well."""
@@ -45,58 +46,55 @@ ROWS: dict[str, tuple[str, str, dict[str, Any], float]] = {
 are the same. Rates are those that results/lab/minilm-six chose on more tokens, or next to them."""
 
 
-def run_demo(
-    out: str | os.PathLike[str],
-    training: TrainSpec = TRAINING,
-    on_run: Callable[[str], None] = lambda title: None,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Train every row of the demo, and leave adapters, a picture and the result in a folder.
-
-    Args:
-        out: The folder; must be new or empty.
-        training: The loop; rows have learning rates of their own.
-        on_run: Called with the title of each run before it begins.
-        progress: Whether a run shows a bar.
-
-    Returns:
-        The content of `result.json`.
+def run_demo(out: str, training: TrainSpec) -> None:
+    """Train every row of the demo, and leave adapters, a picture and `result.json` in a new or empty folder.
 
     Raises:
-        AromaError: A number of the loop is out of range, `out` cannot be used, a package of the demo is missing, or
-            an adapter does not predict the same in plain PEFT.
+        AromaError: `out` cannot be used, a package of the demo is missing, or an adapter does not predict the same in
+            plain PEFT.
     """
-    began = time.monotonic()
-    check_training(training)
+    began, console = time.monotonic(), Console()
     packaged_encoder()  # says what is missing
     folder = new_folder("--out", out, "give another folder with --out")
-    results = {}
+    console.print(f"Five short trainings in {out}, about two minutes on two idle cores.")
+    results: dict[str, dict[str, Any]] = {}
     for name, (title, kind, options, rate) in ROWS.items():
-        on_run(title)
+        console.print(f"· {title}", highlight=False)
         trial = Trial(name, "minilm", TASK, name, kind, options, replace(training, learning_rate=rate))
-        results[name] = run_trial(trial, folder / name, progress=progress)
+        results[name] = run_trial(trial, folder / name, progress=True)
+    panels = {}
     for name in ("evidence", "aroma"):
-        on_run(f"{ROWS[name][0]}, in plain PEFT")
+        console.print(f"· {ROWS[name][0]}, in plain PEFT", highlight=False)
         require_same_answers(folder / name / "adapter", results[name]["score"])
-    panels = {
-        ROWS[name][0]: [MatrixRank(matrix, rank, one["effective_ranks"][matrix]) for matrix, rank in ranks.items()]
-        for name, one, ranks in ((name, results[name], results[name]["ranks"]) for name in ("evidence", "aroma"))
-    }
+        ranks, effective = results[name]["ranks"], results[name]["effective_ranks"]
+        panels[ROWS[name][0]] = [MatrixRank(matrix, rank, effective[matrix]) for matrix, rank in ranks.items()]
     save_picture(draw_ranks(panels), folder / PICTURE)
-    record = {
-        "rows": [row_of(name, one) for name, one in results.items()],
-        "test_articles": results["head"]["examples"]["test"],
-        "wall_seconds": time.monotonic() - began,
-        "source": {"model": ENCODER_SOURCE, "data": SOURCE},
-    }
+    rows = [row_of(name, one) for name, one in results.items()]
+    seconds, source = time.monotonic() - began, {"model": ENCODER_SOURCE, "data": SOURCE}
+    articles = results["head"]["examples"]["test"]
+    record = {"rows": rows, "test_articles": articles, "wall_seconds": seconds, "source": source}
     write_json(folder / "result.json", record)
-    return record
+    table = Table("method", title=f"{articles} test articles, first 16 tokens of each", title_justify="left")
+    for title in ("accuracy", "total rank", "largest", "parameters", "optimizer", "training"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        sizes = [str(row["total_rank"]), str(row["largest_rank"]), f"{row['adapter_parameters']:,}"]
+        cost = [f"{row['optimizer_mb']:.1f} MB", f"{row['seconds']:.0f} s"]
+        table.add_row(row["method"], f"{row['accuracy']:.1%}", *sizes, *cost)
+    console.print(table)
+    for line in (
+        "All rows train the same head and pooler. One seed: a demonstration, no comparison of methods.",
+        "Plain PEFT loads both adapters and gives the same answers.",
+        f"Left in {out}: {'/, '.join(ROWS)}/, {PICTURE}, result.json ({seconds:.0f} s).",
+        f"To look at: aroma report {out}/evidence",
+        f"Data: {SOURCE}.",
+    ):
+        console.print(line, highlight=False)
 
 
 def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """Return what the table shows of a run's result: score, seconds, sizes, and memory of the optimizer in MB."""
-    ranks = [*result["ranks"].values()]
-    parameters = result["parameters"]
+    ranks, parameters = [*result["ranks"].values()], result["parameters"]
     return {
         "name": name,
         "method": ROWS[name][0],
@@ -111,23 +109,9 @@ def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 def require_same_answers(adapter: Path, accuracy: float) -> None:
     """Raise CheckpointError unless plain PEFT loads the adapter and gets as many test articles right."""
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-
-    articles = split_articles(load_articles())[1]
-    labels = sorted({article.topic for article in articles})
-    base = AutoModelForSequenceClassification.from_pretrained(packaged_encoder(), num_labels=len(labels))
-    try:
-        model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"adapter={str(adapter)!r}: plain PEFT cannot load it ({error})") from error
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    ask = pipeline("text-classification", model, tokenizer=tokenizer, truncation=True, max_length=TASK.max_length)
-    answers = ask([article.text for article in articles], batch_size=16)
-    right = sum(
-        labels[base.config.label2id[answer["label"]]] == article.topic
-        for answer, article in zip(answers, articles, strict=True)
-    )
+    saved = open_classifier(adapter)
+    articles = checked_examples(source_of(TASK).read("reported.test", "test"), saved.task)
+    right = sum(saved.answer(articles).argmax(-1) == [article["labels"] for article in articles])
     if right != round(accuracy * len(articles)):
         said = f"plain PEFT gets {right} of {len(articles)} articles right, and the trained model {accuracy:.2%}"
         raise CheckpointError(f"adapter={str(adapter)!r}: {said}; this is a defect of AROMA, please report it")

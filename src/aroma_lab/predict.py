@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from aroma.errors import NonFiniteError, bad_value
+from aroma.errors import DataError, NonFiniteError, bad_value
 from aroma.files import replacing
 
 from .tasks.data import checked_texts
@@ -43,7 +44,7 @@ def classify(
         AromaError: The adapter or its base model cannot be loaded; see `open_classifier`.
     """
     from numpy import isfinite
-    from scipy.special import expit, softmax
+    from scipy.special import softmax
 
     saved = open_classifier(
         folder, base_model=base_model, text=text, text_pair=text_pair, max_length=max_length, needs_label=False
@@ -54,13 +55,8 @@ def classify(
         raise NonFiniteError(f"data (row {number + 1}): the model's answer is NaN or infinite; check the model")
     if task.label_names is None:
         return [{PREDICTION: value} for value in logits[:, 0].tolist()]
-    shares = (expit(logits) if saved.is_multi_label else softmax(logits, axis=-1)).tolist()
-    named = [dict(zip(task.label_names, row, strict=True)) for row in shares]
-    if saved.is_multi_label:
-        chosen: list[Any] = [[name for name, share in row.items() if share >= 0.5] for row in named]
-    else:
-        chosen = [task.label_names[index] for index in logits.argmax(-1)]
-    return [{PREDICTION: one, PROBABILITIES: row} for one, row in zip(chosen, named, strict=True)]
+    named = [dict(zip(task.label_names, row, strict=True)) for row in softmax(logits, axis=-1).tolist()]
+    return [{PREDICTION: max(row, key=lambda name: row[name]), PROBABILITIES: row} for row in named]
 
 
 def respond(
@@ -73,7 +69,7 @@ def respond(
     batch_size: int = 8,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Row]:
-    """Return what a language model writes after the prompt of every row, and whether it `finished` before the limit.
+    """Return the greedy text of a language model to the prompt of every row, and whether it `finished` by itself.
 
     Args:
         folder: The adapter, or a whole model.
@@ -84,17 +80,35 @@ def respond(
         AromaError: The adapter or its base model cannot be loaded.
     """
     from .language.data import messages_of
-    from .language.generate import generate_batch
-    from .language.model import load_for_inference
+    from .language.encode import encode_chat, stop_ids
+    from .language.model import load_for_inference, positions_of
 
     if max_new_tokens < 1:
         raise bad_value("--max-new-tokens", max_new_tokens, "give 1 or more")
     if text is not None:
         rows = [{"prompt": row["text"]} for row in checked_texts(_located(rows), Layout(text, None, ""))]
-    chats = [messages_of(where, row) for where, row in _located(rows)]
-    loaded = load_for_inference(folder, base_model)
-    found = generate_batch(loaded, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, on_batch=on_batch)
-    return [{PREDICTION: answer.text, FINISHED: answer.finished} for answer in found]
+    chats = [(where, messages_of(where, row)) for where, row in _located(rows)]
+    model, tokenizer = load_for_inference(folder, base_model)
+    stops, most = stop_ids(tokenizer), positions_of(model.config)
+    prompts = [encode_chat(tokenizer, chat, where)[0] for where, chat in chats]
+    for (where, _), prompt in zip(chats, prompts, strict=True):
+        if most is not None and len(prompt) + max_new_tokens > most:
+            remedy = (
+                f"{max_new_tokens} are to follow, and the model takes {most} in all; shorten it, or let fewer follow"
+            )
+            raise bad_value(where, f"{len(prompt)} tokens", remedy, DataError)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stops}
+    answers: list[Row] = []
+    for start in range(0, len(prompts), batch_size):
+        some = {"input_ids": prompts[start : start + batch_size]}
+        batch = tokenizer.pad(some, padding_side="left", return_tensors="pt").to(model.device)
+        written = model.generate(**batch, **options, pad_token_id=tokenizer.pad_token_id)
+        for ids in written[:, batch["input_ids"].shape[1] :].tolist():
+            said = [*takewhile(lambda token: token not in stops, ids)]
+            answer = tokenizer.decode(said, skip_special_tokens=True).strip()
+            answers.append({PREDICTION: answer, FINISHED: len(said) < len(ids)})
+        on_batch(len(written))
+    return answers
 
 
 def write_answers(path: Path, rows: Sequence[Row], answers: Sequence[Row]) -> None:

@@ -41,35 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
     # Before PyTorch is loaded.
     loop = {"seed": arguments.seed, "threads": arguments.threads, "max_steps": arguments.steps}
     check_training(TrainSpec(**loop))
-    out = arguments.out
-    new_folder("--out", out, "give another folder with --out")
+    new_folder("--out", arguments.out, "give another folder with --out")
     from aroma.cli.quiet import quiet
 
     quiet()
-    from rich.console import Console
-    from rich.table import Table
+    from ..demo import TRAINING, run_demo
 
-    from ..demo import PICTURE, ROWS, TRAINING, run_demo
-    from ..tasks.articles import SOURCE
-
-    console = Console()
-    console.print(f"Five short trainings in {out}, about two minutes on two idle cores.")
-    training = replace(TRAINING, **loop)
-    record = run_demo(out, training, on_run=lambda title: console.print(f"· {title}", highlight=False), progress=True)
-    articles = record["test_articles"]
-    table = Table("method", title=f"{articles} test articles, first 16 tokens of each", title_justify="left")
-    for title in ("accuracy", "total rank", "largest", "parameters", "optimizer", "training"):
-        table.add_column(title, justify="right")
-    for row in record["rows"]:
-        sizes = [str(row["total_rank"]), str(row["largest_rank"]), f"{row['adapter_parameters']:,}"]
-        cost = [f"{row['optimizer_mb']:.1f} MB", f"{row['seconds']:.0f} s"]
-        table.add_row(row["method"], f"{row['accuracy']:.1%}", *sizes, *cost)
-    console.print(table)
-    for line in (
-        "All rows train the same head and pooler. One seed: a demonstration, no comparison of methods.",
-        "Plain PEFT loads both adapters and gives the same answers.",
-        f"Left in {out}: {'/, '.join(ROWS)}/, {PICTURE}, result.json ({record['wall_seconds']:.0f} s).",
-        f"To look at: aroma report {out}/evidence",
-        f"Data: {SOURCE}.",
-    ):
-        console.print(line, highlight=False)
+    run_demo(arguments.out, replace(TRAINING, **loop))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
     require_extra("lab")
+    from aroma.files import write_json, write_text
     from aroma.outputs import new_file
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -71,69 +71,62 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
+    from rich.console import Console
+
     from ..language.model import is_language_model
 
-    (_run_language if is_language_model(arguments.adapter) else _run_classifier)(arguments, files)
+    evaluate = _ask_language_model if is_language_model(arguments.adapter) else _classify
+    told, answers, table = evaluate(arguments)
+    # Written before anything is printed, so that a failing terminal loses nothing.
+    if "predictions" in files:
+        write_text(files["predictions"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+    if "json" in files:
+        write_json(files["json"], told)
+    Console().print(table)
 
 
-def _run_classifier(arguments: argparse.Namespace, files: Mapping[str, Path]) -> None:
-    from rich.console import Console
+def _classify(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
+    """Return what is written of a classifier or regression, no answers, and a table."""
     from rich.table import Table
-
-    from aroma.files import write_json
 
     from ..tasks.saved import evaluate_adapter
 
-    if len(arguments.data) > 1:
-        raise bad_value("data", arguments.data, "give one file; only a language model answers several")
+    if len(arguments.data) > 1 or arguments.predictions:
+        raise bad_value("--data", arguments.data, "only a language model takes several files, or --predictions")
     names = ("base_model", "max_length", "batch_size", "text", "text_pair", "label")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    data = arguments.data[0]
-    result = evaluate_adapter(arguments.adapter, data, progress=progress_bar, **given)
-    table = Table("metric", "value", title=f"all {result.examples} examples of {data}")
+    result = evaluate_adapter(arguments.adapter, arguments.data[0], progress=progress_bar, **given)
+    table = Table("metric", "value", title=f"all {result.examples} examples of {arguments.data[0]}")
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
-    if "json" in files:
-        write_json(files["json"], {"data": data, "examples": result.examples, "metrics": result.metrics})
+    return {"data": arguments.data[0], **result._asdict()}, [], table
 
 
-def _run_language(arguments: argparse.Namespace, files: Mapping[str, Path]) -> None:
-    """Ask all questions of all files, which are read before the model is."""
-    from rich.console import Console
+def _ask_language_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
+    """Return what is written of a language model's answers to all questions of all files, them, and a table."""
     from rich.table import Table
-
-    from aroma.files import write_json, write_text
 
     require_extra("language")
     from ..language.data import load_questions
     from ..language.evaluate import evaluate_questions
-    from ..language.model import load_for_inference, load_language_task
+    from ..language.model import language_task, load_for_inference
 
     named = {text if Path(text).exists() else text.partition("=")[0]: text for text in arguments.data}
     named = {name: text.removeprefix(f"{name}=") for name, text in named.items()}
-    sets = {name: load_questions("data", path) for name, path in named.items()}
+    sets = {name: load_questions("data", path) for name, path in named.items()}  # before the model
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
-    options: dict[str, Any] = {
-        "batch_size": arguments.batch_size or 8,
-        "max_length": arguments.max_length or load_language_task(arguments.adapter).max_length,
-    }
-    found = {name: evaluate_questions(loaded, asked, progress=True, **options) for name, asked in sets.items()}
-    average = sum(one.accuracy for one in found.values()) / len(found)  # sets have equal weight, as in Table 3
-    # Written before anything is printed, so that a failing terminal loses nothing.
-    if "predictions" in files:
-        rows = [{"set": name, **row} for name, one in found.items() for row in one.predictions]
-        write_text(files["predictions"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if "json" in files:
-        told = {
-            name: {"data": path, "examples": len(sets[name]), "metrics": {"accuracy": found[name].accuracy}}
-            | {"loss": found[name].loss}
-            for name, path in named.items()
-        }
-        write_json(files["json"], {"sets": told, "average": {"accuracy": average}})
-    table = Table("set", "questions", "accuracy")
-    for name, one in found.items():
-        table.add_row(name, str(len(sets[name])), f"{one.accuracy:.4f}")
-    if len(found) > 1:
+    length = arguments.max_length or language_task(arguments.adapter).max_length
+    told, answers, table = {}, [], Table("set", "questions", "accuracy")
+    for name, asked in sets.items():
+        size = arguments.batch_size or 8
+        found = evaluate_questions(loaded, asked, batch_size=size, max_length=length, progress=True)
+        told[name] = {"data": named[name], "examples": len(asked), "metrics": {"accuracy": found.accuracy}}
+        told[name]["loss"] = found.loss
+        answers += [{"set": name, **row} for row in found.predictions]
+        table.add_row(name, str(len(asked)), f"{found.accuracy:.4f}")
+    average = sum(one["metrics"]["accuracy"] for one in told.values()) / len(
+        told
+    )  # sets weigh the same, as in Table 3
+    if len(told) > 1:
         table.add_row("average of sets", "", f"{average:.4f}")
-    Console().print(table)
+    return {"sets": told, "average": {"accuracy": average}}, answers, table

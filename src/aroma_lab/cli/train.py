@@ -10,43 +10,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
-from aroma.errors import ConfigError, bad_value
+from aroma.cli.texts import add_command
 
 from ..run.trial import REPORT, TrialFiles
 
 if TYPE_CHECKING:
     from ..specs import Recipe
 
-_EXAMPLES = examples(
-    "aroma train examples/recipes/mrpc.yaml",
-    "aroma train examples/recipes/mrpc.yaml training.seed=1 output=runs/mrpc-1",
-    "aroma train examples/recipes/mrpc.yaml --resume",
-    "aroma train examples/recipes/smollm2-commonsense.yaml",
-    "torchrun --nproc-per-node 2 -m aroma train examples/recipes/mrpc.yaml     # on two GPUs",
-)
-
 
 class _Keys(argparse.Action):
     """Prints all keys of a recipe, or those of a section; they are collected only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, section: Any, option: str | None = None) -> None:
-        try:
-            print(_describe_keys(section))
-        except ConfigError as error:
-            parser.error(str(error))
+        print(_describe_keys(section))
         parser.exit()
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "train",
-        help="train a classifier, a regression or a language model from a recipe",
-        description="Train what a recipe says, from files or the hub: a sequence classifier, a regression, or a\n"
+        "train a classifier, a regression or a language model from a recipe",
+        "Train what a recipe says, from files or the hub: a sequence classifier, a regression, or a\n"
         "causal language model on instructions, chats or plain text.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma train examples/recipes/mrpc.yaml",
+        "aroma train examples/recipes/mrpc.yaml training.seed=1 output=runs/mrpc-1",
+        "aroma train examples/recipes/mrpc.yaml --resume",
+        "aroma train examples/recipes/smollm2-commonsense.yaml",
+        "torchrun --nproc-per-node 2 -m aroma train examples/recipes/mrpc.yaml     # on two GPUs",
     )
     parser.add_argument(
         "--keys", metavar="SECTION", nargs="?", action=_Keys, help="show all keys of a recipe, and end"
@@ -131,12 +123,8 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
 def _describe_keys(section: str | None) -> str:
     from ..run.recipe import recipe_help
 
-    keys = [*recipe_help()]
-    sections = {key.partition(".")[0]: None for key, _, _ in keys}
-    if section not in (None, *sections):
-        raise bad_value("--keys", section, f"a recipe has the sections {', '.join(sections)}")
     lines = ["keys of a recipe, with their defaults:"]
-    for key, default, meaning in keys:
+    for key, default, meaning in recipe_help():
         if section in (None, key.partition(".")[0]):
             lines.append(f"  {key}: {json.dumps(default)}")
             lines += textwrap.wrap(meaning, width=96, initial_indent="      ", subsequent_indent="      ")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,146 +11,100 @@ from aroma.cli.extras import require_extra
 from ..specs import HELD_OUT, ModelSpec, TaskSpec
 from ..tasks.data import held_apart, read_splits
 from ..tasks.metrics import resolve_metric
-from ..training.job import Job, Objective, Prediction
+from ..tasks.task import Task, save_task
+from ..training.job import Job, Prediction
 from .data import Example, Question, example_of, question_of
-from .encode import Encoded, encode_rows
-from .model import LanguageTask, LoadedModel, load_causal_lm, load_lm_tokenizer
+from .encode import encode_rows
+from .model import LoadedModel, load_causal_lm, load_lm_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def language_job(spec: TaskSpec, model: ModelSpec, packing: bool = False, *, reported: bool = True) -> LanguageJob:
-    """Return the job of a task of kind `causal_lm` or `commonsense`.
+class LanguageJob(Job):
+    """A task of kind `causal_lm` or `commonsense`.
+
+    Of `commonsense`, the loss of the held-out examples is measured during training; at the end, the labels of the
+    held-out questions and of each set that is reported are ranked.
 
     Args:
+        packing: Whether a row has several examples.
         reported: Whether the reported splits are read.
 
     Raises:
-        ConfigError: See `LanguageJob`.
+        ConfigError: The model has no tokenizer that the examples can be written with, or TRL is not installed.
         DataError: Examples that cannot be used.
     """
-    asks, rows = spec.kind == "commonsense", read_splits(spec, reported)
-    made: dict[str, list[Any]] = {
-        split: [question_of(*row) if asks else example_of(*row, spec.text) for row in some]
-        for split, some in rows.items()
-    }
-    parts, metric = held_apart(spec, made), resolve_metric(spec, spec.kind or "")
-    if not asks:
-        return LanguageJob(model, metric, spec.max_length, parts, packing)
-    learned = {split: [one.example for one in parts[split]] for split in ("train", HELD_OUT)}
-    questions = {split: part for split, part in parts.items() if split != "train"}
-    return LanguageJob(model, metric, spec.max_length, learned, packing, questions)
 
+    chosen_by = "loss"
+    counts_items = True
 
-@dataclass
-class LanguageJob(Job):
-    """A task for a language model.
-
-    Args:
-        metric: Name of the metric that is the score.
-        max_length: Most tokens of an example, and of a packed row.
-        parts: Examples by split: `train`, held out, reported.
-        packing: Whether a row has several examples.
-        questions: Of a task of kind `commonsense`, questions by split: the held-out ones, then each set that is
-            reported. During training the loss of the held-out examples is measured; answers are ranked at the end.
-
-    Raises:
-        ConfigError: The model has no tokenizer that the examples can be written with, or TRL is not installed.
-    """
-
-    model: ModelSpec
-    metric: str
-    max_length: int
-    parts: Mapping[str, Sequence[Example]]
-    packing: bool = False
-    questions: Mapping[str, Sequence[Question]] = field(default_factory=dict)
-
-    tokenizer: Any = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, spec: TaskSpec, model: ModelSpec, packing: bool = False, *, reported: bool = True) -> None:
         require_extra("language")
-        self.tokenizer = load_lm_tokenizer(self.model, self.max_length)
+        from trl import SFTConfig
 
-    @cached_property
-    def objective(self) -> Objective:
-        """What the Trainer makes of the encoded examples: the mean loss of the learned tokens of a step."""
-        from .sft import MethodSFTTrainer, make_collator, sft_arguments, token_loss
+        from .sft import MethodSFTTrainer, make_collator
 
-        collator = make_collator(self.tokenizer, self.packing)
-        return Objective(
-            collator,
-            self.tokenizer,
-            None,
-            f"{HELD_OUT}_loss",
-            higher_is_better=False,
-            counts_items=True,
-            evaluate=lambda model, data, batch_size: token_loss(model, data, collator, batch_size),
-            trainer_class=MethodSFTTrainer,
-            arguments_class=sft_arguments,
-        )
-
-    @cached_property
-    def train(self) -> Dataset:
-        """The training rows."""
-        return self._rows("train")
-
-    @cached_property
-    def eval_sets(self) -> dict[str, Dataset]:
-        """The rows of all other splits."""
-        return {split: self._rows(split) for split in self.parts if split != "train"}
-
-    @property
-    def evaluated(self) -> tuple[str, ...]:
-        """All splits but that of training."""
-        return tuple(self.questions or self.eval_sets)
-
-    @property
-    def examples(self) -> dict[str, int]:
-        """Numbers of examples by split, without what was left out."""
-        kept = {split: encoded.kept for split, encoded in self._encoded.items()}
-        return {**kept, **{split: len(part) for split, part in self.questions.items()}}
-
-    @property
-    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What was cut or left out, by split."""
-        return tuple(f"{split}: {encoded.note}" for split, encoded in self._encoded.items())
+        asks, located = spec.kind == "commonsense", read_splits(spec, reported)
+        made: dict[str, list[Any]] = {
+            split: [question_of(*row) if asks else example_of(*row, spec.text) for row in some]
+            for split, some in located.items()
+        }
+        self.parts = held_apart(spec, made)
+        self.questions: dict[str, list[Question]] = self.parts if asks else {}
+        self.model, self.max_length = model, spec.max_length
+        self.metric, self.evaluated = resolve_metric(spec, spec.kind or ""), tuple(self.parts)[1:]
+        self.tokenizer = load_lm_tokenizer(model, spec.max_length)
+        prepared: dict[str, Any] = {"packing": False, "max_length": None}
+        prepared["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        self.trainer_class, self.arguments_class = MethodSFTTrainer, partial(SFTConfig, **prepared)
+        self.collator = make_collator(self.tokenizer, packing)
+        learned: dict[str, list[Example]] = self.parts
+        if asks:
+            learned = {split: [one.example for one in self.parts[split]] for split in ("train", HELD_OUT)}
+        encoded = {
+            split: encode_rows(part, self.tokenizer, spec.max_length, f"data.{split}")
+            for split, part in learned.items()
+        }
+        self.rows = {split: _as_data(one.rows, spec.max_length if packing else None) for split, one in encoded.items()}
+        self.notes = tuple(f"{split}: {one.note}" for split, one in encoded.items())
+        self.examples = {split: len(part) for split, part in self.parts.items()}
+        self.examples |= {split: one.kept for split, one in encoded.items() if split == "train" or not asks}
 
     def load_model(self) -> Any:
         """Return the pretrained model; ConfigError if it cannot be loaded."""
         return load_causal_lm(self.model)
 
-    def predict(self, trainer: Any, split: str) -> Prediction:
+    def measure(self, model: Any, rows: Dataset, batch_size: int) -> Prediction:
+        """Return loss and perplexity of the learned tokens of rows."""
+        from .sft import token_loss
+
+        measured = token_loss(model, rows, self.collator, batch_size)
+        return Prediction(measured, measured["loss"])
+
+    def predict(self, model: Any, split: str, batch_size: int) -> Prediction:
         """Return loss and perplexity of the learned tokens of a split, or the accuracy of its questions."""
-        batch_size = trainer.args.per_device_eval_batch_size
         if not self.questions:
-            assert self.objective.evaluate is not None
-            measured = self.objective.evaluate(trainer.model, self.eval_sets[split], batch_size)
-            return Prediction(measured, measured["loss"])
+            return super().predict(model, split, batch_size)
         from .evaluate import evaluate_questions
 
-        loaded, asked = LoadedModel(trainer.model, self.tokenizer), self.questions[split]
+        loaded, asked = LoadedModel(model, self.tokenizer), self.questions[split]
         ranked = evaluate_questions(loaded, asked, batch_size=batch_size, max_length=self.max_length)
         return Prediction({"accuracy": ranked.accuracy}, ranked.loss)
 
-    def describe(self, model: Any, adapter: Path) -> None:
+    def describe(self, adapter: Path) -> None:
         """Write task and tokenizer, with the chat template of the training, into the folder of an adapter."""
         self.tokenizer.save_pretrained(adapter)
-        LanguageTask(self.max_length, self.model).save(adapter)
+        save_task(Task("causal_lm", max_length=self.max_length, model=self.model), adapter)
 
-    @cached_property
-    def _encoded(self) -> dict[str, Encoded]:
-        return {
-            split: encode_rows(part, self.tokenizer, self.max_length, f"data.{split}")
-            for split, part in self.parts.items()
-        }
 
-    def _rows(self, split: str) -> Dataset:
-        from datasets import Dataset
+def _as_data(rows: dict[str, list[list[int]]], most: int | None) -> Dataset:
+    """Return rows for the Trainer, several in one of at most `most` tokens where that is given."""
+    from datasets import Dataset
 
-        rows = Dataset.from_dict(self._encoded[split].rows)
-        if self.packing:
-            from trl import pack_dataset
+    data = Dataset.from_dict(rows)
+    if most is None:
+        return data
+    from trl import pack_dataset
 
-            return pack_dataset(rows, self.max_length, "bfd", {"batch_size": len(rows)})
-        return rows
+    return pack_dataset(data, most, "bfd", {"batch_size": len(data)})

@@ -7,26 +7,21 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from aroma.errors import CheckpointError, bad_value
+from aroma.errors import bad_value
 from aroma.export import put_into
-from aroma.files import read_json, require_adapter_folder, write_json
+from aroma.files import require_adapter_folder
 from aroma.saved import is_plain, read_adapter
 from aroma.state import read_config
 
 from ..specs import ModelSpec
-from ..tasks.model import loading_options
-from ..tasks.task import TASK_FILE
+from ..tasks.model import loading_options, placed
+from ..tasks.task import Task, read_task
 from .encode import PLAIN_TEMPLATE, begins_with
 from .gguf_source import PACKAGED, packaged_gguf, resolve_gguf
-
-LANGUAGE_KIND = "causal_lm"
-"""Kind of task that aroma_task.json tells of a language model."""
 
 
 def load_causal_lm(spec: ModelSpec) -> Any:
@@ -115,38 +110,18 @@ def _loading(spec: ModelSpec, what: str = "") -> Iterator[None]:
         raise bad_value("model.name", spec.name, remedy) from error
 
 
-@dataclass(frozen=True)
-class LanguageTask:
-    """How an adapter's examples were cut, and which model it belongs to."""
-
-    max_length: int | None
-    """Most tokens of an example in training; None: not known."""
-    model: ModelSpec
-    """The pretrained model, loaded as in training."""
-
-    def save(self, adapter: str | os.PathLike[str]) -> None:
-        """Write the task into the folder of an adapter."""
-        write_json(Path(adapter) / TASK_FILE, {"kind": LANGUAGE_KIND, **asdict(self)})
-
-
-def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
-    """Read the task of a language model's adapter, or of a whole model: a merged export has that of its adapter.
+def language_task(folder: str | os.PathLike[str]) -> Task:
+    """Return the task of a language model's adapter, or of a whole model: a merged export has that of its adapter.
 
     Raises:
-        CheckpointError: The folder is no adapter, or the task is another kind's, or was edited.
+        CheckpointError: The folder is no adapter, or the task was edited.
     """
-    path, whole = Path(folder) / TASK_FILE, _is_whole_model(folder)
-    if not path.exists():
-        name = str(folder) if whole else read_config(folder).get("base_model_name_or_path")
-        return LanguageTask(None, ModelSpec(name))
-    content = read_json(path)
-    try:
-        task = LanguageTask(content["max_length"], ModelSpec(**content["model"]))
-        if content["kind"] != LANGUAGE_KIND or not isinstance(task.model.name, str):
-            raise TypeError("it is no language model's")
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error
-    return replace(task, model=ModelSpec(str(folder))) if whole else task
+    is_whole = _is_whole_model(folder)
+    task = read_task(folder)
+    if task is None:
+        name = str(folder) if is_whole else read_config(folder).get("base_model_name_or_path")
+        return Task("causal_lm", model=ModelSpec(name))
+    return replace(task, model=ModelSpec(str(folder))) if is_whole else task
 
 
 def is_language_model(folder: str | os.PathLike[str]) -> bool:
@@ -155,9 +130,8 @@ def is_language_model(folder: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointError: It is no adapter.
     """
-    if (path := Path(folder) / TASK_FILE).exists():
-        content = read_json(path)
-        return isinstance(content, dict) and content.get("kind") == LANGUAGE_KIND
+    if (task := read_task(folder)) is not None:
+        return task.kind == "causal_lm"
     return _is_whole_model(folder) or read_config(folder).get("task_type") == "CAUSAL_LM"
 
 
@@ -171,9 +145,8 @@ def base_model_of(adapter: str, name: str | None) -> str | None:
     """
     if name is not None:
         return model_source(ModelSpec(name))
-    if (Path(adapter) / TASK_FILE).exists() and is_language_model(adapter):
-        return model_source(load_language_task(adapter).model)
-    return None
+    task = read_task(adapter)
+    return None if task is None or task.model is None else model_source(task.model)
 
 
 def _is_whole_model(folder: str | os.PathLike[str]) -> bool:
@@ -209,13 +182,13 @@ def load_for_inference(
         ConfigError: It is not a language model's, or its base model cannot be loaded or does not fit it.
     """
     if _is_whole_model(folder):
-        spec = load_language_task(folder).model
+        spec = ModelSpec(str(folder))
         return LoadedModel(placed(load_causal_lm(spec)), load_lm_tokenizer(spec, None))
     path = require_adapter_folder(folder)
     if read_config(path).get("task_type") != "CAUSAL_LM":
         remedy = "its task_type is not CAUSAL_LM; give a language model's adapter"
         raise bad_value("adapter", str(path), remedy)
-    spec = load_language_task(path).model
+    spec = language_task(path).model or ModelSpec()
     if base_model is not None:
         spec = replace(spec, name=base_model, gguf_file=None)
     if dtype is not None:
@@ -244,10 +217,3 @@ def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
         reason = " ".join(str(error).split())[:300]
         remedy = f"not the model of the adapter {path}: PEFT cannot put the one into the other: {reason}; give that"
         raise bad_value("base_model", spec.name, remedy) from error
-
-
-def placed(model: Any) -> Any:
-    """Return a model on the accelerator, if there is one; it is moved in place."""
-    if getattr(model, "quantization_method", None) is not None or not torch.accelerator.is_available():
-        return model  # quantized weights are where they were loaded
-    return model.to(torch.accelerator.current_accelerator())

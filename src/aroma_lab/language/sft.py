@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aroma.errors import bad_value
@@ -81,11 +81,6 @@ def token_loss(model: Any, data: Dataset, collator: Any, batch_size: int) -> dic
     loss = total / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": loss, "perplexity": perplexity, "token_probability": 1 / perplexity}
-
-
-def sft_arguments(**options: Any) -> SFTConfig:
-    """Return TRL's arguments with the Trainer's `options`; the data are encoded and packed already."""
-    return SFTConfig(**options, packing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
 
 
 def make_collator(tokenizer: Any, packing: bool) -> DataCollatorForLanguageModeling:

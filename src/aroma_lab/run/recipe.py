@@ -49,15 +49,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 
 def recipe_help() -> Iterator[tuple[str, Any, str]]:
-    """Yield key, default and meaning of every field of a recipe, in the order of the file."""
-    for key, default, meaning in describe(Recipe):
-        if key == "data.name":
-            continue
-        if key != "adapter":
-            yield key, default, meaning
-            continue
-        for name, entry in adapter_keys().items():
-            yield f"adapter.{name}", entry.default, entry.meaning
+    """Yield key, default and meaning of every field of a recipe."""
+    yield from (entry for entry in describe(Recipe) if entry[0] not in ("data.name", "adapter"))
+    yield from ((f"adapter.{name}", entry.default, entry.meaning) for name, entry in adapter_keys().items())
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:

@@ -14,10 +14,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from aroma.checkpoint import record_save
 from aroma.errors import CheckpointError, NonFiniteError
 from aroma.events import Event
 from aroma.files import write_text
-from aroma.integrations.reporting import EVALUATION_COSTS
 
 from ..methods import Method
 from .machine import peak_bytes
@@ -60,37 +60,36 @@ class Curve:
 
 
 class Recorder(TrainerCallback, ExportableState):
-    """Records the curve and the cost of a run, across resumes.
+    """Records the curve and the cost of a run, across resumes, and the files of its checkpoints.
 
-    It is called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
+    It is called after the method's own callbacks: what they do is part of a step, and its outcome is recorded. In
+    checkpoints it keeps the loss since the last log, too; else a resumed Trainer would log the mean of fewer steps.
 
     Attributes:
+        trainer: What trains, or None.
         method: The method that trains.
         curve: Its ranks and parameters.
         train_seconds: Time of all optimizer steps. Evaluations, checkpoints and recording do not count.
     """
 
     method: Method
+    trainer: Any = None
 
     def __init__(self) -> None:
         self.curve, self.train_seconds = Curve(), 0.0
-        self._wall, self._cpu, self._since = time.monotonic(), time.process_time(), 0.0
-        self._earlier = dict.fromkeys(("wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
+        self._wall, self._since = time.monotonic(), 0.0
+        self._earlier = dict.fromkeys(("wall_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
 
     def note(self, step: int, model: Any) -> None:
         """Record ranks and parameters after optimizer step `step`."""
         self.curve.note(step, self.method.active_parameters(model), self.method.ranks(model))
 
     def cost(self) -> dict[str, float]:
-        """Return the cost so far, of earlier attempts up to their last checkpoint too.
-
-        CPU seconds are those of all threads, GPU memory is what PyTorch allocated.
-        """
+        """Return the cost so far, of earlier attempts up to their last checkpoint too."""
         earlier = self._earlier
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return {
             "wall_seconds": earlier["wall_seconds"] + time.monotonic() - self._wall,
-            "cpu_seconds": earlier["cpu_seconds"] + time.process_time() - self._cpu,
             "peak_memory_mib": max(earlier["peak_memory_mib"], peak_bytes() / 2**20),
             "peak_gpu_memory_mib": max(earlier["peak_gpu_memory_mib"], gpu / 2**20),
         }
@@ -105,6 +104,8 @@ class Recorder(TrainerCallback, ExportableState):
             attributes = saved["attributes"]
             vars(self.curve).update(attributes["curve"], ranks=dict(attributes["curve"]["ranks"]))
             self.train_seconds, self._earlier = attributes["train_seconds"], attributes["cost"]
+            self.trainer._tr_loss = torch.tensor(attributes["loss"], device=args.device)
+            self.trainer._globalstep_last_logged = attributes["logged"]
         self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -119,7 +120,10 @@ class Recorder(TrainerCallback, ExportableState):
         """Exclude the evaluation from the training time."""
         self._begin()
 
-    on_save = on_evaluate
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the record of the checkpoint."""
+        self._record(is_complete=True)
+        self._begin()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raise NonFiniteError at a loss or gradient that is not finite: the model would still be scored."""
@@ -132,8 +136,22 @@ class Recorder(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer stores in a checkpoint, where it sorts keys: modules keep their order in a list."""
-        curve = {**vars(self.curve), "ranks": [*self.curve.ranks.items()]}
-        return {"args": {}, "attributes": {"curve": curve, "train_seconds": self.train_seconds, "cost": self.cost()}}
+        self._record(is_complete=False)  # it asks when all files are there but its last
+        return {
+            "args": {},
+            "attributes": {
+                "curve": {**vars(self.curve), "ranks": [*self.curve.ranks.items()]},
+                "train_seconds": self.train_seconds,
+                "cost": self.cost(),
+                "loss": float(getattr(self.trainer, "_tr_loss", 0.0)),
+                "logged": getattr(self.trainer, "_globalstep_last_logged", 0),
+            },
+        }
+
+    def _record(self, is_complete: bool) -> None:
+        """Record a checkpoint's files, so that only whole ones are gone on from; AromaCallback does it by itself."""
+        if self.curve.parameters and self.trainer is not None and self.trainer.has_hooks:
+            record_save(self.trainer.args, self.trainer.state, is_complete)
 
     def _begin(self) -> None:
         if torch.cuda.is_available():
@@ -169,8 +187,7 @@ def history_of(log: Iterable[dict[str, Any]], split: str) -> dict[str, Any]:
             if name in entry:
                 history[name].append([entry["step"], entry[name]])
         # Sorted, because they are in the checkpoint that a resumed run goes on from.
-        found = {key.removeprefix(f"eval_{split}_"): entry[key] for key in sorted(entry) if f"eval_{split}_" in key}
-        metrics = {name: value for name, value in found.items() if name not in EVALUATION_COSTS}
+        metrics = {key.removeprefix(f"eval_{split}_"): entry[key] for key in sorted(entry) if f"eval_{split}_" in key}
         if metrics:
             history["evaluations"].append({"step": entry["step"], "split": split, **metrics})
     return history

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import Trainer
 
 from aroma.errors import NonFiniteError, bad_value
 from aroma.integrations.callback import AromaCallback
@@ -23,23 +22,23 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+def result_of(run: Run, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
     """Return the content of `result.json`.
 
     Args:
-        trainer: It has trained if the method does.
         predictions: By split: the held-out and, if the trial reports, the reported examples.
     """
     trial, method, job, recorder = run.trial, run.method, run.job, run.recorder
-    curve, model = recorder.curve, trainer.model
-    steps, ranks, components = trainer.state.global_step, method.ranks(model), method.components(model)
+    curve, model, trainer = recorder.curve, run.model, recorder.trainer
+    steps, callbacks = (trainer.state.global_step, trainer.callback_handler.callbacks) if trainer else (0, [])
+    ranks, components = method.ranks(model), method.components(model)
     held_out = predictions[job.evaluated[0]]
     reported = {split: one.metrics for split, one in predictions.items() if one is not held_out}
     # Made tasks are always evaluated on fresh examples too. A recipe may have none but those that validate.
     is_reported = bool(reported) and trial.purpose == "report"
-    events = run.files.events.read_text(encoding="utf-8").splitlines()
+    events = run.files.events.read_text(encoding="utf-8").splitlines() if trainer else []
     of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
-    growth = next((one for one in trainer.callback_handler.callbacks if isinstance(one, AromaCallback)), None)
+    growth = next((one for one in callbacks if isinstance(one, AromaCallback)), None)
     average = curve.average_parameters(run.steps)
     result: dict[str, Any] = {
         "name": trial.name,
@@ -47,7 +46,6 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
         "method": trial.method,
         "kind": trial.kind,
         "options": trial.options,
-        "resolved_options": method.resolved_options(),
         "seed": trial.training.seed,
         "purpose": trial.purpose,
         "metric": job.metric,
@@ -70,7 +68,6 @@ def result_of(run: Run, trainer: Trainer, predictions: Mapping[str, Prediction])
             "head": count_trainable(model)["head"],
         },
         "head_modules": [*head_of(model).modules],
-        # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
         **spectra_of(components),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
@@ -104,7 +101,7 @@ def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any
     """Return the spectra of a model's updates by module name, JSON-able, and their means (None without modules).
 
     `ranks` counts the columns of B and rows of A whose product is not zero, at most min(m, n): two components in one
-    direction count twice, as in the paper. `effective_ranks` are those of Appendix C, and `singular_values` descend.
+    direction count twice, as in the paper. `effective_ranks` are those of Appendix C.
 
     Args:
         components: B (m, R) and A (R, n) of the whole update, the scale folded in; R = 0 of a module at rank 0.
@@ -117,15 +114,13 @@ def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any
             if not matrix.isfinite().all():
                 remedy = "its update holds NaN or infinity: training has diverged; lower the learning rate"
                 raise bad_value(f"{name}.{factor}", "not finite", remedy, NonFiniteError)
-    values = {name: singular_values(B, A) for name, (B, A) in components.items()}
     ranks = {name: _rank(B, A) for name, (B, A) in components.items()}
-    effective_ranks = {name: effective_rank(sigma) for name, sigma in values.items()}
+    effective_ranks = {name: effective_rank(singular_values(B, A)) for name, (B, A) in components.items()}
     return {
         "average_rank": _mean(ranks),
         "effective_rank": _mean(effective_ranks),
         "ranks": ranks,
         "effective_ranks": effective_ranks,
-        "singular_values": {name: sigma.tolist() for name, sigma in values.items()},
     }
 
 

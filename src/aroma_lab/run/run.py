@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, set_seed
+from transformers import ProgressCallback, set_seed
 
 from aroma.checkpoint import verify_checkpoint
 from aroma.distributed import processes_of_node, refuse_together
@@ -27,8 +27,9 @@ from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
+from ..tasks.model import placed
 from ..training.job import Job
-from ..training.trainer import logits_alone, make_trainer, training_arguments
+from ..training.trainer import make_trainer
 from .machine import provenance
 from .recorder import EventLog, Recorder, history_of
 from .result import result_of
@@ -174,14 +175,11 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     if checkpoint is not None:
         require_as_many(checkpoint)
     method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
-    if not method.trains and trial.quantization is not None:
-        remedy = f"the Trainer takes no quantised model without an adapter, as {trial.kind}; use `aroma eval`"
-        raise bad_value("quantization", trial.quantization, remedy)
     job = job_of(trial)
     if method.needs_data and (processes.num_processes > 1 or not isinstance(job, ClassifierJob)):
         remedy = "one process computes it from texts of a classification or regression; leave it out"
         raise bad_value("options.init", trial.options["init"], remedy)
-    train, held_out = method.hold_out(job.train)
+    train, held_out = method.hold_out(job.rows["train"])
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
         if training.warmup_steps >= steps:
@@ -196,7 +194,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     if method.needs_data:
         model.to(processes.device)
         # Drawn without repetition, with the run's seed.
-        order, collator = torch.Generator().manual_seed(training.seed), job.objective.collator
+        order, collator = torch.Generator().manual_seed(training.seed), job.collator
         loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
         batches = [batch.to(processes.device) for batch in islice(loader, INITIALIZATION_BATCHES)]
         method.initialize(model, batches)
@@ -222,72 +220,56 @@ def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int
 
 
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
-    trainer = _train(run, progress) if run.method.trains else _untrained(run)
-    first = run.processes.is_main_process
+    first, training = run.processes.is_main_process, run.trial.training
+    if run.method.trains:
+        _train(run, progress)
+    else:
+        placed(run.model)
+        if training.bf16:  # as accelerate has it for the models that are trained beside it
+            run.model.forward = torch.autocast(run.processes.device.type, torch.bfloat16)(run.model.forward)
+        run.recorder.note(0, run.model)
     if first:  # what was trained is kept before an evaluation may fail
-        _leave(run, trainer)
-    predictions = {split: run.job.predict(trainer, split) for split in run.job.evaluated}
-    found = [result_of(run, trainer, predictions) if first else {}]
+        _leave(run)
+    predictions = {split: run.job.predict(run.model, split, training.batch_size) for split in run.job.evaluated}
+    found = [result_of(run, predictions) if first else {}]
     if run.processes.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
 
 
-def _train(run: Run, progress: bool) -> Trainer:
-    job, training, first = run.job, run.trial.training, run.processes.is_main_process
-    held_out = job.evaluated[0]
+def _train(run: Run, progress: bool) -> None:
+    first = run.processes.is_main_process
     at = 0 if run.checkpoint is None else int(run.checkpoint.name.partition("-")[2])
     trainer = make_trainer(
         run.method,
         run.model,
-        job.objective,
-        training,
+        run.job,
+        run.trial.training,
         run.files.checkpoints,
         run.train,
-        {held_out: job.eval_sets[held_out]} if training.eval_steps is not None else None,
         held_out=run.held_out,
         callbacks=[run.recorder],
         on_event=EventLog(run.files.events, upto=at) if first else None,
         progress=progress and first,
-        describe=job.describe,
     )
+    run.recorder.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     finally:
         for one in trainer.callback_handler.callbacks:
             if isinstance(one, ProgressCallback) and one.training_bar is not None:
                 one.training_bar.close()  # after an error or Ctrl-C; else the message would stand in the bar's line
-    return trainer
 
 
-def _untrained(run: Run) -> Trainer:
-    """Return what evaluates a model that nothing trains, in the precision of those that are trained beside it."""
-    objective = replace(run.job.objective, arguments_class=None)
-    loop = replace(run.trial.training, eval_steps=None, save_steps=None, checkpoint="last")
-    trainer = Trainer(
-        model=run.model,
-        args=training_arguments(loop, objective, run.files.checkpoints),
-        data_collator=objective.collator,
-        processing_class=objective.processor,
-        compute_metrics=objective.metrics,
-        preprocess_logits_for_metrics=logits_alone,
-    )
-    trainer.accelerator.prepare_model(run.model, evaluation_mode=True)
-    run.recorder.note(0, run.model)
-    if run.processes.is_main_process:
-        EventLog(run.files.events, upto=0)
-    return trainer
-
-
-def _leave(run: Run, trainer: Trainer) -> None:
+def _leave(run: Run) -> None:
     """Write all but the result; on one line, for a curve has thousands of pairs of numbers."""
-    files, model = run.files, trainer.model
+    files, trainer = run.files, run.recorder.trainer
     curve = {"planned_steps": run.steps, **vars(run.recorder.curve)}
-    history = history_of(trainer.state.log_history, run.job.evaluated[0])
+    history = history_of(trainer.state.log_history if trainer else [], run.job.evaluated[0])
     for path, value in ((files.curve, curve), (files.history, history)):
         write_text(path, json.dumps(value, allow_nan=False) + "\n")
     if run.trial.purpose == "report" and run.method.trains:
         shutil.rmtree(files.adapter, ignore_errors=True)  # of an attempt that was killed right here
         files.adapter.mkdir()
-        run.method.save(model, files.adapter)
-        run.job.describe(model, files.adapter)
+        run.method.save(run.model, files.adapter)
+        run.job.describe(files.adapter)

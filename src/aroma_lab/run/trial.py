@@ -74,20 +74,12 @@ class Trial:
             raise bad_value("trial.name", self.name, "give a path below the folder of runs, as mrpc/lora-r8/seed-0")
         if not self.model:
             raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
-        if self.purpose not in ("report", "select"):
-            raise bad_value("trial.purpose", self.purpose, "give one of report, select")
         check_training(self.training)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
         """Return the trial of a dict as `asdict` makes it; KeyError or TypeError for an unknown or missing key."""
-        if values.get("data", {}) is None:  # a record from before recipes and grids said it in one way
-            values = {key: value for key, value in values.items() if key != "data"}
-        sections: dict[str, Any] = {
-            "task": TaskSpec(**values["task"]),
-            # A record from before there was the choice: the pooler that the checkpoint had was frozen.
-            "training": TrainSpec(**{"train_pooler": False, **values["training"]}),
-        }
+        sections = {"task": TaskSpec(**values["task"]), "training": TrainSpec(**values["training"])}
         return cls(**{**values, **sections})
 
 

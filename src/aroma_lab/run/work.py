@@ -26,10 +26,10 @@ def job_of(trial: Trial) -> Job:
     if trial.task.kind in MADE_KINDS:
         return _made_job(trial, name)
     if trial.task.kind in LANGUAGE_KINDS:
-        from ..language.job import language_job
+        from ..language.job import LanguageJob
 
-        return language_job(trial.task, model, trial.training.packing, reported=reported)
-    return ClassifierJob.of(trial.task, model, trial.training.train_pooler, reported=reported)
+        return LanguageJob(trial.task, model, trial.training.packing, reported=reported)
+    return ClassifierJob(trial.task, model, trial.training.train_pooler, reported=reported)
 
 
 def _made_job(trial: Trial, encoder: str) -> Job:

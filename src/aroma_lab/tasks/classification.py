@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from aroma.errors import bad_value
 
 from ..methods.head import TrainPooler
-from ..specs import HELD_OUT, ModelSpec, TaskSpec
-from ..training.job import Job, Objective, Prediction
+from ..specs import ModelSpec, TaskSpec
+from ..training.job import Job, Prediction
 from .data import load_task
 from .metrics import loss_of, metrics_of
 from .model import load_classifier
-from .task import Task, save_task
+from .task import save_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from numpy.typing import NDArray
 
 
 def load_tokenizer(name: str, max_length: int) -> Any:
@@ -65,88 +66,78 @@ def encode(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     return examples.map(tokenize, batched=True, remove_columns=texts, keep_in_memory=True, load_from_cache_file=False)
 
 
-@dataclass(frozen=True)
+@torch.no_grad()
+def logits_of(
+    model: Any, rows: Dataset, collate: Any, batch_size: int, on_batch: Callable[[int], None] = lambda done: None
+) -> NDArray[Any]:
+    """Return the logits, shape (examples, outputs), of encoded rows; those of similar lengths are batched together.
+
+    Args:
+        model: It runs where it is, and is left in its mode.
+        on_batch: Called after each batch with its number of examples.
+    """
+    lengths, was_training = [len(ids) for ids in rows["input_ids"]], model.training
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    model.eval()
+    logits = []
+    for batch in DataLoader(rows, batch_size, sampler=order, collate_fn=collate):
+        batch.pop("labels", None)
+        logits.append(model(**batch.to(model.device)).logits.float().cpu())
+        on_batch(len(logits[-1]))
+    model.train(was_training)
+    found = torch.cat(logits).numpy()
+    found[order] = found.copy()
+    return found
+
+
+def constant_metrics(kind: str, learned: NDArray[Any], expected: NDArray[Any]) -> dict[str, float]:
+    """Return the metrics, on labels `expected`, of the commonest label of `learned`, or of a regression's mean."""
+    if kind == "regression":
+        answers = np.full((len(expected), 1), learned.astype("float64").mean())
+    else:
+        counts = np.bincount(learned, minlength=int(expected.max()) + 1)
+        answers = np.tile(counts, (len(expected), 1))
+    return metrics_of(kind, answers, expected)
+
+
 class ClassifierJob(Job):
     """A classification or regression for the training loop.
 
     Args:
-        task: What the outputs mean.
-        metric: Name of the metric that is the score.
-        parts: Examples by split: `train`, held out, reported.
-        tokenizer: The model's.
         train_pooler: Whether the encoder's pooler trains with the head; see `TrainSpec`.
+        reported: Whether the reported splits are read.
+
+    Raises:
+        AromaError: Examples that cannot be used, or a model that takes fewer tokens.
     """
 
-    model: ModelSpec
-    task: Task
-    metric: str
-    parts: Mapping[str, Dataset]
-    tokenizer: Any
-    train_pooler: TrainPooler = "auto"
-
-    @classmethod
-    def of(
-        cls, spec: TaskSpec, model: ModelSpec, train_pooler: TrainPooler = "auto", *, reported: bool = True
-    ) -> ClassifierJob:
-        """Return the job of a task; AromaError if its examples cannot be used, or the model takes fewer tokens."""
-        assert model.name is not None, "Recipe and Trial check it"
-        data = load_task(spec, reported=reported)
-        tokenizer = load_tokenizer(model.name, spec.max_length)
-        check_positions(model.name, spec.max_length)
-        return cls(model, *data, tokenizer, train_pooler)
-
-    @cached_property
-    def objective(self) -> Objective:
-        """Batches, loss and metrics for the Trainer."""
-
-        def metrics(prediction: Any) -> dict[str, float]:
-            return metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
-
-        return Objective(DataCollatorWithPadding(self.tokenizer), self.tokenizer, metrics, f"{HELD_OUT}_{self.metric}")
-
-    @cached_property
-    def train(self) -> Dataset:
-        """The encoded training examples."""
-        return self._encode("train")
-
-    @cached_property
-    def eval_sets(self) -> dict[str, Dataset]:
-        """All other splits, encoded."""
-        return {split: self._encode(split) for split in self.evaluated}
-
-    @property
-    def evaluated(self) -> tuple[str, ...]:
-        """All splits but that of training."""
-        return tuple(split for split in self.parts if split != "train")
-
-    @property
-    def examples(self) -> dict[str, int]:
-        """Numbers of examples by split."""
-        return {split: len(part) for split, part in self.parts.items()}
+    def __init__(
+        self, spec: TaskSpec, model: ModelSpec, train_pooler: TrainPooler = "auto", *, reported: bool = True
+    ) -> None:
+        self.model, self.train_pooler = model, train_pooler
+        self.task, self.metric, self.parts = load_task(spec, reported=reported)
+        self.tokenizer = load_tokenizer(str(model.name), spec.max_length)
+        check_positions(str(model.name), spec.max_length)
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+        self.rows = {split: encode(part, self.tokenizer, spec.max_length) for split, part in self.parts.items()}
+        self.evaluated = tuple(split for split in self.parts if split != "train")
+        self.examples = {split: len(part) for split, part in self.parts.items()}
 
     def load_model(self) -> Any:
         """Return the pretrained model with a fresh head."""
         return load_classifier(self.model, self.task.label_names, self.tokenizer.pad_token_id, self.train_pooler)
 
-    def predict(self, trainer: Any, split: str) -> Prediction:
-        """Return the metrics of a whole split, computed in one call, and its loss."""
-        prediction = trainer.predict(self.eval_sets[split])
-        values = (self.task.kind, prediction.predictions, prediction.label_ids)
-        return Prediction(metrics_of(*values), loss_of(*values))
+    def measure(self, model: Any, rows: Dataset, batch_size: int) -> Prediction:
+        """Return the metrics of whole examples, computed in one call, and the mean loss of the task alone."""
+        logits, labels = logits_of(model, rows, self.collator, batch_size), np.array(rows["labels"])
+        return Prediction(metrics_of(self.task.kind, logits, labels), loss_of(self.task.kind, logits, labels))
 
     def guess(self, split: str) -> dict[str, float]:
         """Return the metrics of a split for a constant answer: the training set's commonest label, or its mean."""
         learned, expected = (np.array(self.parts[name]["labels"]) for name in ("train", split))
-        if self.task.kind == "regression":
-            answers = np.full((len(expected), 1), learned.astype("float64").mean())
-        else:
-            answers = np.tile(np.bincount(learned, minlength=len(self.task.label_names or ())), (len(expected), 1))
-        return metrics_of(self.task.kind, answers, expected)
+        return constant_metrics(self.task.kind, learned, expected)
 
-    def describe(self, model: Any, adapter: Path) -> None:
+    def describe(self, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""
         self.tokenizer.save_pretrained(adapter)
         save_task(self.task, adapter)
-
-    def _encode(self, split: str) -> Dataset:
-        return encode(self.parts[split], self.tokenizer, self.task.max_length)

@@ -18,7 +18,8 @@ from torch import Tensor
 from aroma.errors import bad_value
 
 from ..specs import TaskSpec
-from .made import Made, MadeJob
+from ..training.job import Prediction
+from .made import MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,33 +96,31 @@ def memory_job(spec: TaskSpec, seed: int) -> MadeJob:
         remedy = f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
         raise bad_value("data.width", width, remedy)
 
-    def make() -> Made:
-        from datasets import Dataset
+    from datasets import Dataset
 
-        def rows(tokens: Tensor) -> Dataset:
-            labels = tokens.clone()
-            labels[:, :-VALUE_TOKENS] = _NOT_LEARNED
-            return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+    def rows(tokens: Tensor) -> Dataset:
+        labels = tokens.clone()
+        labels[:, :-VALUE_TOKENS] = _NOT_LEARNED
+        return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
 
-        pairs = make_pairs(count, seed)
-        trained, evaluated = (pairs, pairs) if templates == 1 else make_facts(pairs, templates)
-        vocabulary = VOCABULARY + (templates if templates > 1 else 0)
-        load = partial(make_language_model, spec.layers or _LAYERS, width, seed, vocabulary)
-        return Made(load, _collate, {"train": rows(trained), split: rows(evaluated)}, _evaluate)
-
+    pairs = make_pairs(count, seed)
     # A pair that was never trained on could not be known.
     split = PAIRS if templates == 1 else PARAPHRASES
-    sizes = {"train": count * max(templates - 1, 1), split: count}
-    return MadeJob(sizes, (split,), METRIC, make, counts_items=True)
+    trained, evaluated = (pairs, pairs) if templates == 1 else make_facts(pairs, templates)
+    vocabulary = VOCABULARY + (templates if templates > 1 else 0)
+    load = partial(make_language_model, spec.layers or _LAYERS, width, seed, vocabulary)
+    parts = {"train": rows(trained), split: rows(evaluated)}
+    return MadeJob(METRIC, (split,), load, _collate, parts, _evaluate, counts_items=True)
 
 
 @torch.no_grad()
-def _evaluate(model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
+def _evaluate(model: Any, data: Dataset, batch_size: int) -> Prediction:
     model.eval()
     tokens = torch.tensor(data["input_ids"])
     logits = [model(input_ids=part.to(model.device)).logits.float().cpu() for part in tokens.split(batch_size)]
     # The token before gives the logits of the next.
-    return recall(torch.cat(logits)[:, -VALUE_TOKENS - 1 : -1], tokens[:, -VALUE_TOKENS:])
+    found = recall(torch.cat(logits)[:, -VALUE_TOKENS - 1 : -1], tokens[:, -VALUE_TOKENS:])
+    return Prediction(found, found.pop("loss"))
 
 
 def recall(logits: Tensor, values: Tensor) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aroma.errors import DataError, NonFiniteError, bad_value
+from aroma.errors import NonFiniteError, bad_value
 
 from ..specs import TaskSpec
 
@@ -62,7 +62,6 @@ def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[st
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    _require_examples(labels)
     if damaged := int((~np.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum()):
         where = f"{damaged} of {len(logits)} examples"
         raise NonFiniteError(f"logits: NaN or infinite in {where}; lower the learning rate, or check the model")
@@ -94,13 +93,7 @@ def loss_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> float:
     """
     from scipy.special import log_softmax
 
-    _require_examples(labels)
     if task == "regression":
         return float(((logits.reshape(-1).astype("float64") - labels) ** 2).mean())
     log_probabilities = log_softmax(logits.astype("float64"), axis=-1)
     return float(-log_probabilities[range(len(labels)), labels].mean())
-
-
-def _require_examples(labels: NDArray[Any]) -> None:
-    if len(labels) == 0:
-        raise DataError("examples=0: a metric of no examples does not exist; give at least one")

@@ -89,6 +89,13 @@ def loading_options(spec: ModelSpec) -> dict[str, Any]:
     return options
 
 
+def placed(model: Any) -> Any:
+    """Return a model on the accelerator, if there is one; it is moved in place."""
+    if getattr(model, "quantization_method", None) is not None or not torch.accelerator.is_available():
+        return model  # quantized weights are where they were loaded
+    return model.to(torch.accelerator.current_accelerator())
+
+
 def count_trainable(model: Any) -> dict[str, int]:
     """Return the numbers of trainable parameters: `adapter`, `head`."""
     head, counts = head_of(model), {"adapter": 0, "head": 0}

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from aroma.errors import bad_value
 
 from ..specs import HELD_OUT, TaskSpec
-from .made import Collate, Made, MadeJob
+from ..training.job import Prediction
+from .made import Collate, MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -159,36 +160,6 @@ def make_net(spec: TaskSpec, seed: int) -> NetData:
 def planted_job(spec: TaskSpec, seed: int) -> MadeJob:
     """Return the job of a planted net; ConfigError for a rank that is larger than the net is wide."""
     data = make_net(spec, seed)
-    splits = ("train", FRESH, HELD_OUT)
-    counts = {split: len(one) for split, one in zip(splits, data.inputs, strict=True)}
-    return MadeJob(counts, (HELD_OUT, FRESH), METRIC, partial(_made_net, data, splits), planted=data.ranks)
-
-
-@torch.no_grad()
-def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
-    """Return `error`, see `relative_error`, `explained`, 1 − error, and the mean loss of an output."""
-    from torch.utils.data import DataLoader
-
-    model.eval()
-    squared, count = 0.0, 0
-    for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
-        squared, count = squared + float(summed), count + items
-    of_base = math.fsum(data["base_error"]) if is_planted else 0.0
-    error, loss = relative_error(squared, of_base, count), squared / count
-    return {METRIC: 1 - error, "error": error, "loss": loss}
-
-
-def relative_error(squared: float, of_base: float, count: int) -> float:
-    """Return a squared error over that of the base: 1 where nothing was learnt, 0 where everything was.
-
-    Where nothing is planted there is nothing to divide by: the error is then 1 plus the mean of `count` squares.
-    """
-    return squared / of_base if of_base else 1 + squared / count
-
-
-def _made_net(data: NetData, splits: Sequence[str]) -> Made:
     inputs, targets = torch.cat(data.inputs), torch.cat(data.targets)
     with torch.no_grad():
         errors = (PlantedNet.of(data.base)(inputs).logits - targets).double().square().sum(1).tolist()
@@ -198,11 +169,27 @@ def _made_net(data: NetData, splits: Sequence[str]) -> Made:
         return {"inputs_embeds": inputs[chosen], "labels": targets[chosen]}
 
     parts, start = {}, 0
-    for split, some in zip(splits, data.inputs, strict=True):
+    for split, some in zip(("train", FRESH, HELD_OUT), data.inputs, strict=True):
         parts[split] = rows_of(start, len(some), {"base_error": errors[start : start + len(some)]})
         start += len(some)
-    is_planted = any(data.ranks.values())
-    return Made(partial(PlantedNet.of, data.base), collate, parts, partial(evaluate, collate, is_planted))
+    load, measure = partial(PlantedNet.of, data.base), partial(evaluate, collate, any(data.ranks.values()))
+    return MadeJob(METRIC, (HELD_OUT, FRESH), load, collate, parts, measure, data.ranks)
+
+
+@torch.no_grad()
+def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batch_size: int) -> Prediction:
+    """Return `error`, a share of the base's, and `explained`, 1 − error; the loss is the mean one of an output."""
+    from torch.utils.data import DataLoader
+
+    model.eval()
+    squared, count = 0.0, 0
+    for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
+        squared, count = squared + float(summed), count + items
+    of_base = math.fsum(data["base_error"]) if is_planted else 0.0
+    error = squared / of_base if of_base else 1 + squared / count  # nothing is planted, and the base is right
+    return Prediction({METRIC: 1 - error, "error": error}, squared / count)
 
 
 def rows_of(start: int, count: int, columns: Mapping[str, Any]) -> Dataset:

@@ -19,7 +19,7 @@ from ..methods.head import encoder_linears
 from ..specs import HELD_OUT, TaskSpec
 from .classification import check_positions, load_tokenizer
 from .data import source_of
-from .made import Made, MadeJob
+from .made import MadeJob
 from .planted import FRESH, METRIC, GivenModel, deal_ranks, evaluate, planted_update, rows_of, squared_error
 
 _STRENGTH = 0.5
@@ -55,8 +55,8 @@ class HiddenStates(GivenModel):
         return SequenceClassifierOutput(loss=squared / count / self.unit, logits=h)
 
 
-def load_encoder(name: str, unit: float = 1.0, *, meta: bool = False) -> HiddenStates:
-    """Return a pretrained encoder in float32 without dropout, whose loss is in this unit; `meta`: its shapes alone.
+def load_encoder(name: str, unit: float = 1.0) -> HiddenStates:
+    """Return a pretrained encoder in float32 without dropout, whose loss is in this unit.
 
     Dropout would move the hidden states further than the planted updates do.
 
@@ -70,10 +70,7 @@ def load_encoder(name: str, unit: float = 1.0, *, meta: bool = False) -> HiddenS
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        if not meta:
-            return HiddenStates(AutoModel.from_pretrained(name, config=config, dtype=torch.float32), unit)
-        with torch.device("meta"):
-            return HiddenStates(AutoModel.from_config(config))
+        return HiddenStates(AutoModel.from_pretrained(name, config=config, dtype=torch.float32), unit)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value("model.name", name, f"cannot be loaded as an encoder ({reason}); check the name") from error
@@ -113,23 +110,9 @@ def encoder_job(spec: TaskSpec, seed: int, model: str) -> MadeJob:
     check_positions(model, spec.max_length)
     tokenizer.padding_side = "right"  # as the hidden states are padded
     generator = torch.Generator().manual_seed(seed)
-    empty = load_encoder(model, meta=True)
-    shapes = {name: empty.get_submodule(name).weight.shape for name in encoder_linears(empty)}
+    base = load_encoder(model).eval()
+    shapes = {name: base.get_submodule(name).weight.shape for name in encoder_linears(base)}
     ranks = deal_ranks(spec, shapes, generator)
-    make = partial(_made_encoder, spec, model, ranks, generator, texts, tokenizer)
-    counts = {split: len(some) for split, some in texts.items()}
-    return MadeJob(counts, (HELD_OUT, FRESH), METRIC, make, planted=ranks, tokenizer=tokenizer)
-
-
-def _made_encoder(
-    spec: TaskSpec,
-    name: str,
-    ranks: Mapping[str, int],
-    generator: torch.Generator,
-    texts: Mapping[str, list[str]],
-    tokenizer: Any,
-) -> Made:
-    base = load_encoder(name).eval()
     teacher = plant(base, ranks, _STRENGTH if spec.strength is None else spec.strength, generator).eval()
     targets: list[Tensor] = []
     parts, squared, count = {}, 0.0, 0
@@ -156,22 +139,20 @@ def _made_encoder(
         )
         return {**batch, "labels": pad_sequence([targets[row["row"]] for row in rows], batch_first=True)}
 
-    measure = partial(evaluate, collate, any(ranks.values()))
-    return Made(partial(load_encoder, name, unit), collate, parts, measure)
+    load, measure = partial(load_encoder, model, unit), partial(evaluate, collate, any(ranks.values()))
+    return MadeJob(METRIC, (HELD_OUT, FRESH), load, collate, parts, measure, ranks, tokenizer)
 
 
 @torch.no_grad()
 def _hidden_states(model: nn.Module, inputs: Sequence[Tensor], batch_size: int = 64) -> list[Tensor]:
-    """Return the hidden states (tokens, width) of every text, in batches of like lengths."""
-    order = sorted(range(len(inputs)), key=lambda place: len(inputs[place]))
-    found: dict[int, Tensor] = {}
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        padded = pad_sequence([inputs[place] for place in chosen], batch_first=True)
-        mask = pad_sequence([torch.ones_like(inputs[place]) for place in chosen], batch_first=True)
+    """Return the hidden states (tokens, width) of every text."""
+    found: list[Tensor] = []
+    for start in range(0, len(inputs), batch_size):
+        some = [*inputs[start : start + batch_size]]
+        padded, mask = (pad_sequence(one, batch_first=True) for one in (some, [torch.ones_like(ids) for ids in some]))
         states = model(padded, mask).logits
-        found |= {place: row[: len(inputs[place])].clone() for place, row in zip(chosen, states, strict=True)}
-    return [found[place] for place in range(len(inputs))]
+        found += [row[: len(ids)].clone() for row, ids in zip(states, some, strict=True)]
+    return found
 
 
 def split_texts(spec: TaskSpec) -> dict[str, list[str]]:

@@ -13,30 +13,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, DataCollatorWithPadding
 
 from aroma.about import unnamed
 from aroma.errors import CheckpointError, bad_value
 from aroma.export import about_of, base_name_of, load_with_adapter
 from aroma.files import own_file, read_json, read_tensors
+from aroma.outputs import TOKENIZER_FILES
 from aroma.saved import AdapterWeights, read_adapter
 from aroma.state import STATE_FILE, read_config
 
 from ..progress import Progress, no_progress
-from .classification import encode, load_tokenizer
+from .classification import encode, load_tokenizer, logits_of
 from .data import checked_examples
 from .metrics import metrics_of
+from .model import placed
 from .sources import Row, fitting_columns, read_located
-from .task import TASK_FILE, Task, load_task
+from .task import TASK_FILE, Task, read_task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LONGEST = 512
 """Tokens of an example, where neither task nor model says it."""
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 class Evaluation(NamedTuple):
@@ -53,13 +52,11 @@ class SavedClassifier:
     Args:
         task: How its examples are read, and what its outputs mean. `label_names` of one without names are numbers.
         base_model: Folder or hub name of the base model; None for the adapter's own.
-        is_multi_label: Whether an example has any number of labels.
     """
 
     folder: str
     task: Task
     base_model: str | None
-    is_multi_label: bool
     tokenizer: Any
 
     def answer(
@@ -76,22 +73,12 @@ class SavedClassifier:
         """
         from datasets import Dataset
 
-        # Those of similar lengths are answered together, so that there is little padding.
         texts = [{key: one[key] for key in ("text", "pair") if key in one} for one in examples]
-        order = sorted(range(len(texts)), key=lambda number: -sum(map(len, texts[number].values())))
-        encoded = encode(Dataset.from_list([texts[number] for number in order]), self.tokenizer, self.task.max_length)
-        model = load_with_adapter(self.folder, self.base_model)
+        encoded = encode(Dataset.from_list(texts), self.tokenizer, self.task.max_length or _LONGEST)
+        model = placed(load_with_adapter(self.folder, self.base_model))
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        logits = []
-        for batch in DataLoader(encoded, batch_size=batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer)):
-            with torch.no_grad():
-                logits.append(model(**batch.to(model.device)).logits.float().cpu())
-            on_batch(len(logits[-1]))
-        found = torch.cat(logits).numpy()
-        found[order] = found.copy()
-        return found
+        return logits_of(model, encoded, DataCollatorWithPadding(self.tokenizer), batch_size, on_batch)
 
 
 def open_classifier(
@@ -119,19 +106,20 @@ def open_classifier(
         CheckpointError: The adapter is missing, damaged, or no classifier's; or nothing names its columns.
         ConfigError: There is no tokenizer, or the model takes fewer tokens than `max_length`.
     """
-    if max_length is not None and max_length < 3:
-        raise bad_value("--max-length", max_length, "give 3 or more")
     adapter = adapter or read_adapter(folder)
-    has_task = (Path(folder) / TASK_FILE).exists()
-    task = load_task(folder) if has_task else _task_of_head(adapter, text, label, needs_label)
+    task = read_task(folder) or _task_of_head(adapter)
     given = {"text": text, "text_pair": text_pair, "label": label, "max_length": max_length}
     task = replace(task, **{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(_tokenizer_source(adapter, base_model), task.max_length)
-    if task.max_length == 0:
-        known = tokenizer.model_max_length
-        task = replace(task, max_length=known if known < 2**20 else _LONGEST)
-    is_multi_label = about_of(adapter)["problem_type"] == "multi_label_classification"
-    return SavedClassifier(str(folder), task, base_model, is_multi_label, tokenizer)
+    if not task.text or (needs_label and not task.label):
+        missing = " and ".join(
+            option for option, column in (("--text", task.text), ("--label", task.label)) if not column
+        )
+        remedy = f"it has no {TASK_FILE}, as adapters that `aroma train` saves, so its columns are not known; name"
+        raise bad_value("adapter", str(folder), f"{remedy} them with {missing}", CheckpointError)
+    tokenizer = load_tokenizer(_tokenizer_source(adapter, base_model), task.max_length or 0)
+    known = tokenizer.model_max_length
+    task = replace(task, max_length=task.max_length or (known if known < 2**20 else _LONGEST))
+    return SavedClassifier(str(folder), task, base_model, tokenizer)
 
 
 def evaluate_adapter(
@@ -154,16 +142,13 @@ def evaluate_adapter(
         AromaError: The adapter, its base model or the file cannot be used.
     """
     saved = open_classifier(folder, **options)
-    if saved.is_multi_label:
-        raise bad_value("adapter", str(folder), "an example has several labels, which no metric here counts")
     rows = read_located("data", data)
     fitting_columns(rows, [saved.task.layout.columns()])
     examples = checked_examples(rows, saved.task)
     with progress("evaluate", len(examples)) as advance:
         logits = saved.answer(examples, batch_size, advance)
-    return Evaluation(
-        len(examples), metrics_of(saved.task.kind, logits, np.array([one["labels"] for one in examples]))
-    )
+    labels = np.array([one["labels"] for one in examples])
+    return Evaluation(len(examples), metrics_of(saved.task.kind, logits, labels))
 
 
 def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
@@ -186,34 +171,23 @@ def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
     return replace(adapter, state={**state, "about": found})
 
 
-def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, needs_label: bool) -> Task:
-    """Return the task of an adapter without `aroma_task.json`; a `max_length` of 0 is not known."""
-    where, kind = str(adapter.folder), adapter.config.get("task_type")
+def _task_of_head(adapter: AdapterWeights) -> Task:
+    """Return the task of an adapter without `aroma_task.json`, but for its columns."""
+    where, kind, about = str(adapter.folder), adapter.config.get("task_type"), about_of(adapter)
     named = str((adapter.config.get("auto_mapping") or {}).get("base_model_class"))
+    outputs, problem = about["num_labels"], about["problem_type"]
     if kind != "SEQ_CLS" and not (kind is None and named.endswith("ForSequenceClassification")):
-        remedy = (
-            f"its task_type is {kind}; give an adapter of a sequence classifier "
-            "(SEQ_CLS), of a regression, or of a language model (CAUSAL_LM)"
-        )
-        raise bad_value("adapter", where, remedy, CheckpointError)
-    given = {"--text": text, **({"--label": label} if needs_label else {})}
-    if missing := [option for option, column in given.items() if column is None]:
-        remedy = (
-            f"it has no {TASK_FILE}, as adapters that `aroma train` saves, so its columns are not known; name them "
-            f"with {' and '.join(missing)}"
-        )
-        raise bad_value("adapter", where, remedy, CheckpointError)
-    about = about_of(adapter)
-    outputs = about["num_labels"]
+        remedy = f"its task_type is {kind}; give an adapter of a classifier or regression (SEQ_CLS), or of a language"
+        raise bad_value("adapter", where, f"{remedy} model (CAUSAL_LM)", CheckpointError)
     if outputs is None:
         raise bad_value("adapter", where, "it holds no trained head, so its labels are not known", CheckpointError)
-    if about["problem_type"] == "regression" or (outputs == 1 and about["problem_type"] is None):
-        if outputs != 1:
-            remedy = f"a regression of {outputs} numbers; only those of one number can be evaluated"
-            raise bad_value("adapter", where, remedy, CheckpointError)
-        return Task("regression", None, text or "", None, label or "", 0)
-    names = tuple(about["labels"] or map(str, range(outputs)))
-    return Task("classification", names, text or "", None, label or "", 0)
+    is_regression = problem == "regression" or (outputs == 1 and problem is None)
+    if problem == "multi_label_classification" or (is_regression and outputs != 1):
+        remedy = "an example has several labels or numbers; ask its model in plain PEFT"
+        raise bad_value("adapter", where, remedy, CheckpointError)
+    if is_regression:
+        return Task("regression")
+    return Task("classification", tuple(about["labels"] or map(str, range(outputs))))
 
 
 def _tokenizer_source(adapter: AdapterWeights, base_model: str | None) -> str:
@@ -222,10 +196,11 @@ def _tokenizer_source(adapter: AdapterWeights, base_model: str | None) -> str:
     Raises:
         ConfigError: The base model's folder holds none: transformers would make an empty one.
     """
-    if any((adapter.folder / name).exists() for name in _TOKENIZERS):
-        return str(adapter.folder)
     base = base_model or adapter.config.get("base_model_name_or_path") or ""
-    if not base or (os.path.isdir(base) and not any((Path(base) / name).exists() for name in _TOKENIZERS)):
+    for folder in (adapter.folder, Path(base or adapter.folder)):
+        if any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+            return str(folder)
+    if not base or os.path.isdir(base):
         remedy = f"neither it nor its base model {base!r} has a tokenizer; tokenizer.save_pretrained(folder) adds it"
         raise bad_value("adapter", str(adapter.folder), remedy)
     return base

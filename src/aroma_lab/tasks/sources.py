@@ -165,8 +165,5 @@ def _read_json(file: Path) -> list[Row]:
 def _read_parquet(file: Path) -> list[Row]:
     from pyarrow.parquet import read_table
 
-    try:
-        rows: list[Row] = read_table(file).to_pylist()
-    except ValueError as error:
-        raise ValueError(f"not a whole Parquet file ({error})") from error
+    rows: list[Row] = read_table(file).to_pylist()
     return rows

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from aroma.errors import CheckpointError, bad_value
+from aroma.errors import CheckpointError
 from aroma.files import read_json, write_json
+
+from ..specs import ModelSpec
 
 TASK_FILE = "aroma_task.json"
 
@@ -38,14 +40,22 @@ def common_layouts(text: str | None, text_pair: str | None, label: str | None) -
 
 @dataclass(frozen=True)
 class Task:
-    """How an adapter's task was read from its data: kind, class names by index, columns, and tokens of an example."""
+    """What an adapter was trained for, so that others read their examples in the same way.
 
-    kind: Literal["classification", "regression"]
-    label_names: tuple[str, ...] | None
-    text: str
-    text_pair: str | None
-    label: str
-    max_length: int
+    Args:
+        label_names: Names of the classes by index; None of a regression.
+        text, text_pair, label: Columns of a classification or regression.
+        max_length: Most tokens of an example; None: not known.
+        model: Of a language model, the pretrained model as it was loaded.
+    """
+
+    kind: Literal["classification", "regression", "causal_lm"]
+    label_names: tuple[str, ...] | None = None
+    text: str = ""
+    text_pair: str | None = None
+    label: str = ""
+    max_length: int | None = None
+    model: ModelSpec | None = None
 
     @property
     def layout(self) -> Layout:
@@ -58,19 +68,23 @@ def save_task(task: Task, adapter: str | os.PathLike[str]) -> None:
     write_json(Path(adapter) / TASK_FILE, asdict(task))
 
 
-def load_task(adapter: str | os.PathLike[str]) -> Task:
-    """Read the task of an adapter.
+def read_task(adapter: str | os.PathLike[str]) -> Task | None:
+    """Read the task of an adapter; None where it has none, as one that `aroma train` did not save.
 
     Raises:
-        CheckpointError: The folder has none, or it is damaged.
+        CheckpointError: It is damaged.
     """
     path = Path(adapter) / TASK_FILE
     if not path.exists():
-        remedy = f"it has no {TASK_FILE}; give an adapter that `aroma train` or `aroma demo` saved"
-        raise bad_value("adapter", str(adapter), remedy, CheckpointError)
+        return None
     content = read_json(path)
     try:
-        names = content.pop("label_names")
-        return Task(label_names=None if names is None else tuple(names), **content)
+        names, model = content.get("label_names"), content.get("model")
+        content |= {"label_names": names and tuple(names), "model": model and ModelSpec(**model)}
+        task = Task(**content)
+        speaks = task.kind == "causal_lm"
+        if speaks != (task.model is not None and isinstance(task.model.name, str)) or speaks == bool(task.text):
+            raise TypeError(f"a {task.kind} has other keys")
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error
+    return task

@@ -1,44 +1,13 @@
-"""What is to be trained, apart from how: encoded examples, and what a Trainer makes of them."""
+"""What is to be trained, apart from how: encoded examples, their batches, and what is measured on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import TrainingArguments
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What differs between kinds of tasks inside the one training loop.
-
-    Args:
-        collator: Makes batches of encoded examples.
-        processor: The tokenizer, which goes into the checkpoints.
-        metrics: The Trainer's `compute_metrics`; None where the loss is all that is measured during training.
-        choice: Metric that a checkpoint is chosen by, where one is, as the Trainer calls it without `eval_`.
-        higher_is_better: Whether higher values of it are better.
-        counts_items: Whether the loss of a step is the mean over all items of its micro-batches, as it is over the
-            tokens of a language model; False: the mean of the micro-batches' means.
-        evaluate: Evaluates a set in place of the Trainer: called with the model, the encoded examples and the batch
-            size, it returns metrics by name, `loss` among them. None: the Trainer evaluates.
-        trainer_class: A Trainer with `training.trainer.ExactResume` mixed in; None for transformers' own.
-        arguments_class: Makes its arguments from those of `TrainingArguments`; None for `TrainingArguments`.
-    """
-
-    collator: Any
-    processor: Any
-    metrics: Callable[[Any], dict[str, float]] | None
-    choice: str
-    higher_is_better: bool = True
-    counts_items: bool = False
-    evaluate: Callable[[Any, Dataset, int], dict[str, float]] | None = None
-    trainer_class: type[Any] | None = None
-    arguments_class: Callable[..., TrainingArguments] | None = None
 
 
 class Prediction(NamedTuple):
@@ -53,35 +22,50 @@ class Job:
 
     Attributes:
         metric: Name of the metric that is the score.
-        planted: Ranks of the right answer by module; None where it is unknown.
-        notes: What a user should know of the examples: how many were cut or left out, and why.
-        objective: What the Trainer makes of the encoded examples.
-        train: The encoded training examples.
-        eval_sets: The encoded examples of the other splits, the held-out ones first.
+        tokenizer: The model's, if it has one; it goes into the checkpoints.
+        rows: Encoded examples by split, those of training as `train`.
+        collator: Makes batches of them.
         evaluated: The splits that are evaluated at the end. The first is the held-out one, evaluated on the way, too.
         examples: Numbers of examples by split, of training too.
+        chosen_by: Metric of the held-out examples that a checkpoint is chosen by, where one is; None: the score's.
+        counts_items: Whether the loss of a step is the mean over all items of its micro-batches, as it is over the
+            tokens of a language model; False: the mean of the micro-batches' means.
+        trainer_class: A Trainer with `training.trainer.ExactResume` mixed in; None for transformers' own.
+        arguments_class: Makes its arguments from those of `TrainingArguments`; None for `TrainingArguments`.
+        keeps_columns: Whether the collator takes columns that are no arguments of the model.
+        planted: Ranks of the right answer by module; None where it is unknown.
+        notes: What a user should know of the examples: how many were cut or left out, and why.
     """
 
-    metric: str
-    planted: Mapping[str, int] | None = None
-    notes: tuple[str, ...] = ()
-    objective: Any
-    train: Any
-    eval_sets: Any
+    metric: Any
+    tokenizer: Any = None
+    rows: Any
+    collator: Any
     evaluated: Any
     examples: Any
+    chosen_by: str | None = None
+    counts_items: Any = False
+    trainer_class: Any = None
+    arguments_class: Any = None
+    keeps_columns = False
+    planted: Mapping[str, int] | None = None
+    notes: tuple[str, ...] = ()
 
     def load_model(self) -> Any:
         """Return the pretrained model; its head, if it has one, is drawn from the global random numbers."""
         raise NotImplementedError
 
-    def predict(self, trainer: Any, split: str) -> Prediction:
-        """Return metrics and loss over the whole of a split."""
+    def measure(self, model: Any, rows: Dataset, batch_size: int) -> Prediction:
+        """Return metrics and loss over whole encoded examples; the model is left in its mode."""
         raise NotImplementedError
+
+    def predict(self, model: Any, split: str, batch_size: int) -> Prediction:
+        """Return metrics and loss over the whole of a split, when the training is over."""
+        return self.measure(model, self.rows[split], batch_size)
 
     def guess(self, split: str) -> dict[str, float]:
         """Return the metrics of a split for a constant answer; empty where there is none."""
         return {}
 
-    def describe(self, model: Any, adapter: Path) -> None:
-        """Write the tokenizer, and what the outputs of `model` mean, into the folder of its adapter."""
+    def describe(self, adapter: Path) -> None:
+        """Write the tokenizer, and what the model's outputs mean, into the folder of its adapter."""

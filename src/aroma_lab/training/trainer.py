@@ -1,4 +1,4 @@
-"""The one training loop: transformers' Trainer for every method, resumed to the bit."""
+"""transformers' Trainer for every method, resumed to the bit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
 
-from aroma.checkpoint import record_save
 from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
@@ -24,13 +21,15 @@ from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, trained_tensors
 from ..methods.head import head_of
 from ..specs import TrainSpec
-from .job import Objective
+from .job import Job
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 HOOKS_FILE = "hooks.safetensors"
 """File of a checkpoint with the state of the method's hooks."""
+_MOST_EPOCHS = 10**6
+"""accelerate orders an epoch by the sum of data seed and epoch: seeds side by side would share all orders but one."""
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -47,45 +46,38 @@ class _Bar(ProgressCallback):
 def make_trainer(
     method: Method,
     model: Any,
-    objective: Objective,
+    job: Job,
     training: TrainSpec,
     folder: str | os.PathLike[str],
     train: Dataset,
-    validation: dict[str, Dataset] | None = None,
     *,
     held_out: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_event: Callable[[Event], None] | None = None,
     progress: bool = True,
-    describe: Callable[[Any, Path], None] | None = None,
 ) -> Trainer:
     """Return a Trainer of `model`; only callbacks and trained parameters differ between methods.
 
     Args:
         folder: Where checkpoints go.
-        validation: Sets that are evaluated on the way, by name.
+        train: The examples that are trained on.
         held_out: Examples that the method asks and that are not trained on; see `Method.hold_out`.
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
-        describe: Called with the model and the folder of every checkpoint; writes tokenizer and task there.
 
     Raises:
         ConfigError: The method cannot train the model.
     """
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
-    trainer: Trainer = (objective.trainer_class or MethodTrainer)(
+    trainer: Trainer = (job.trainer_class or MethodTrainer)(
+        job=job,
         hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
-        counts_items=objective.counts_items,
-        evaluate=objective.evaluate,
-        describe=describe,
         model=model,
-        args=training_arguments(training, objective, folder),
-        data_collator=objective.collator,
+        args=training_arguments(training, job, folder),
+        data_collator=job.collator,
         train_dataset=train,
-        eval_dataset=validation,
-        processing_class=objective.processor,
-        compute_metrics=objective.metrics,
-        preprocess_logits_for_metrics=logits_alone,
+        eval_dataset=job.rows[job.evaluated[0]] if training.eval_steps is not None else None,
+        processing_class=job.tokenizer,
         callbacks=[*own, *callbacks, *([_Bar()] if progress else [])],
         optimizers=(make_optimizer(model, training, method), None),
     )
@@ -93,10 +85,9 @@ def make_trainer(
     return trainer
 
 
-def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
-    """Return AdamW over adapter or backbone, and over the head. Without a method, all that has a gradient trains."""
-    trained = [p for p in model.parameters() if p.requires_grad] if method is None else method.parameters(model)
-    chosen = {id(parameter) for parameter in trained}
+def make_optimizer(model: nn.Module, training: TrainSpec, method: Method) -> torch.optim.AdamW:
+    """Return AdamW over adapter or backbone, and over the head."""
+    chosen = {id(parameter) for parameter in method.parameters(model)}
     named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
     head = head_of(model)
     adapter = [parameter for name, parameter in named.items() if not head.holds(name)]
@@ -106,7 +97,7 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
     return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
 
 
-def training_arguments(training: TrainSpec, objective: Objective, folder: str | os.PathLike[str]) -> TrainingArguments:
+def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[str]) -> TrainingArguments:
     """Return the Trainer's arguments for a training section; all counts are of optimizer steps."""
     further: dict[str, Any] = {"save_strategy": "no"}
     if training.save_steps is not None:
@@ -115,7 +106,7 @@ def training_arguments(training: TrainSpec, objective: Objective, folder: str | 
         further["train_sampling_strategy"] = "group_by_length"
     if training.scheduler == "cosine_with_min_lr":
         further["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_lr_ratio}
-    return (objective.arguments_class or TrainingArguments)(
+    return (job.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         max_steps=-1 if training.max_steps is None else training.max_steps,
@@ -134,8 +125,9 @@ def training_arguments(training: TrainSpec, objective: Objective, folder: str | 
         **further,
         save_total_limit=training.keep_checkpoints,
         load_best_model_at_end=training.checkpoint == "best",
-        metric_for_best_model=objective.choice,
-        greater_is_better=objective.higher_is_better,
+        metric_for_best_model=f"{job.evaluated[0]}_{job.chosen_by or job.metric}",
+        greater_is_better=job.chosen_by != "loss",
+        remove_unused_columns=not job.keeps_columns,
         seed=training.seed,
         data_seed=training.seed * _MOST_EPOCHS,
         bf16=training.bf16,
@@ -148,16 +140,6 @@ def training_arguments(training: TrainSpec, objective: Objective, folder: str | 
     )
 
 
-_MOST_EPOCHS = 10**6
-"""accelerate orders an epoch by the sum of data seed and epoch: seeds side by side would share all orders but one."""
-
-
-def logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Return the logits of outputs that hold more, as T5's encoder states."""
-    logits: torch.Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
-    return logits
-
-
 # Exact resume --------------------------------------------------------------------------------------------------------
 
 
@@ -168,36 +150,31 @@ class ExactResume:
     do: of AdaLoRA they lack the triplets that are masked for now.
 
     Args:
+        job: Measures the held-out examples, and describes the adapter of every checkpoint.
         hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
-        counts_items, evaluate: See `Objective`.
-        describe: Called with the model and the folder of every checkpoint; None for nothing.
         **options: Of the Trainer.
     """
 
     # Of the Trainer that it is mixed into.
-    add_callback: Any
     args: Any
-    data_collator: Any
+    callback_handler: Any
+    control: Any
+    log: Any
     model: Any
-    optimizer: Any
     state: Any
 
-    def __init__(
-        self,
-        *,
-        hooks: Hooks | None,
-        counts_items: bool = False,
-        evaluate: Callable[[Any, Dataset, int], dict[str, float]] | None = None,
-        describe: Callable[[Any, Path], None] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, job: Job, hooks: Hooks | None, **options: Any) -> None:
         super().__init__(**options)
-        self._hooks, self._evaluate_set, self._describe = hooks, evaluate, describe
-        self.add_callback(CheckpointState(self, records=hooks is not None))
-        if not counts_items:
+        self._job, self._hooks = job, hooks
+        if not job.counts_items:
             # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
             # mean over their micro-batch, and would be summed up.
             self.model_accepts_loss_kwargs = False
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether its checkpoints are of its own files, and not AROMA's."""
+        return self._hooks is not None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
@@ -205,16 +182,14 @@ class ExactResume:
             return EpochLengthSampler(sampler, self.args.seed)
         return sampler
 
-    def evaluation_loop(self, dataloader: Any, *options: Any, metric_key_prefix: str = "eval", **further: Any) -> Any:
-        """Evaluate a set, by `evaluate` where it is given."""
-        if self._evaluate_set is None:
-            return super().evaluation_loop(  # type: ignore[misc]
-                dataloader, *options, metric_key_prefix=metric_key_prefix, **further
-            )
-        data = dataloader.dataset
-        metrics = self._evaluate_set(self.model, data, self.args.per_device_eval_batch_size)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(data))
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure all held-out examples, as at the end; every process does."""
+        split = self._job.evaluated[0]
+        metrics, loss = self._job.measure(self.model, self._job.rows[split], self.args.per_device_eval_batch_size)
+        named = {f"eval_{split}_{name}": value for name, value in {**metrics, "loss": loss}.items()}
+        self.log(dict(named))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
 
     def _save_checkpoint(self, *options: Any) -> None:
         with told_of(self.args.output_dir):
@@ -222,8 +197,7 @@ class ExactResume:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        if self._describe is not None:
-            self._describe(self.model, folder)
+        self._job.describe(folder)
         if self._hooks is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
@@ -239,8 +213,8 @@ class ExactResume:
     def _load_best_model(self) -> None:
         if self._hooks is None:
             super()._load_best_model()  # type: ignore[misc]
-            return
-        self._restore(Path(self.state.best_model_checkpoint), self._hooks)
+        else:
+            self._restore(Path(self.state.best_model_checkpoint), self._hooks)
 
     def _restore(self, checkpoint: Path, hooks: Hooks) -> None:
         load_trained(self.model, checkpoint / TRAINED_FILE)
@@ -283,41 +257,3 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator.manual_seed(int.from_bytes(digest[:7], "big"))
         order: Iterator[int] = super().__iter__()
         return order
-
-
-class CheckpointState(TrainerCallback, ExportableState):
-    """Keeps the loss since the last log in checkpoints; else a resumed Trainer would log the mean of fewer steps.
-
-    Args:
-        records: Whether it records the files of every checkpoint, too, so that only whole ones are gone on from;
-            AromaCallback does it by itself.
-    """
-
-    def __init__(self, trainer: Any, records: bool) -> None:
-        self._trainer, self._records = trainer, records
-        self._training: tuple[TrainingArguments, TrainerState] | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """On resume, go on with the sum of the checkpoint."""
-        self._training = (args, state)
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step > 0 and saved is not None:
-            window = saved["attributes"]
-            self._trainer._tr_loss = torch.tensor(window["loss"], device=args.device)
-            self._trainer._globalstep_last_logged = window["logged"]
-
-    def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint; it asks when all files are there but its last."""
-        if self._records and self._training is not None:  # it asks before the training begins, too
-            record_save(*self._training, is_complete=False)
-        loss, logged = getattr(self._trainer, "_tr_loss", 0.0), getattr(self._trainer, "_globalstep_last_logged", 0)
-        return {"args": {}, "attributes": {"loss": float(loss), "logged": logged}}
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the record."""
-        if self._records:
-            record_save(args, state, is_complete=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End with a training."""
-        self._training = None
