@@ -62,6 +62,7 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     assert rows["lora-r16"]["total_rank"] == 16 * 36, "the pooler trains whole, with the head"
     assert 36 < rows["aroma"]["total_rank"] <= 3 * 36
     assert 0 < rows["evidence"]["total_rank"] < 16 * 36 / 2
+    assert rows["evidence"]["adapter_parameters"] < rows["lora-r16"]["adapter_parameters"] / 2
     assert "gives the same answers" in " ".join(capsys.readouterr().out.split())
     weights = out / "evidence" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -14,6 +14,7 @@ from aroma.errors import CheckpointError
 from aroma.files import write_json
 from aroma.outputs import new_folder
 from aroma.pictures import MatrixRank, draw_ranks, save_picture
+from aroma.ranks import rank_table
 
 from .run.run import run_trial
 from .run.trial import Trial
@@ -69,13 +70,14 @@ def run_demo(out: str, training: TrainSpec) -> None:
         ranks, effective = results[name]["ranks"], results[name]["effective_ranks"]
         panels[ROWS[name][0]] = [MatrixRank(matrix, rank, effective[matrix]) for matrix, rank in ranks.items()]
     save_picture(draw_ranks(panels), folder / PICTURE)
-    rows = [row_of(name, one) for name, one in results.items()]
+    rows = [row_of(name, one, folder / name / "adapter") for name, one in results.items()]
     seconds, source = time.monotonic() - began, {"model": ENCODER_SOURCE, "data": SOURCE}
     articles = results["head"]["examples"]["test"]
     record = {"rows": rows, "test_articles": articles, "wall_seconds": seconds, "source": source}
     write_json(folder / "result.json", record)
-    table = Table("method", title=f"{articles} test articles, first 16 tokens of each", title_justify="left")
-    for title in ("accuracy", "total rank", "largest", "parameters", "optimizer", "training"):
+    console.print(f"\n{articles} test articles, first 16 tokens of each; rank: of all matrices together")
+    table = Table("method", box=None, pad_edge=False)
+    for title in ("accuracy", "rank", "largest", "parameters", "optimizer", "training"):
         table.add_column(title, justify="right")
     for row in rows:
         sizes = [str(row["total_rank"]), str(row["largest_rank"]), f"{row['adapter_parameters']:,}"]
@@ -92,8 +94,8 @@ def run_demo(out: str, training: TrainSpec) -> None:
         console.print(line, highlight=False)
 
 
-def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Return what the table shows of a run's result: score, seconds, sizes, and memory of the optimizer in MB."""
+def row_of(name: str, result: dict[str, Any], adapter: Path) -> dict[str, Any]:
+    """Return what the table shows of a run: score, seconds, sizes, and memory of the optimizer in MB."""
     ranks, parameters = [*result["ranks"].values()], result["parameters"]
     return {
         "name": name,
@@ -101,7 +103,7 @@ def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "accuracy": result["score"],
         "total_rank": sum(ranks),
         "largest_rank": max(ranks, default=0),
-        "adapter_parameters": parameters["final"],
+        "adapter_parameters": sum(row.rank * sum(row.shape) for row in rank_table(adapter)) if ranks else 0,
         "optimizer_mb": 8 * (parameters["initial"] + parameters["head"]) / 1e6,  # two moments in float32
         "seconds": result["train_seconds"],
     }
