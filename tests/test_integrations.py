@@ -81,7 +81,6 @@ def test_options_of_trl(tmp_path: Path) -> None:
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     printed = run(str(EXAMPLES / "trl_sft.py"), *words, path=[])
-    assert "self_attn.q_proj" in printed
-    assert int(re.findall(r"^all +14 +\d+(?: to \d+)? +(\d+)", printed, flags=re.MULTILINE)[0]) > 0
-    assert verify_adapter(tmp_path / "out")
+    assert "of 14 matrices have finished" in printed
+    assert sum(entry["rank"] for entry in verify_adapter(tmp_path / "out")["modules"].values()) > 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].peft_type == "LORA"
