@@ -57,7 +57,7 @@ def run_demo(out: str, training: TrainSpec) -> None:
     began, console = time.monotonic(), Console()
     packaged_encoder()  # says what is missing
     folder = new_folder("--out", out, "give another folder with --out")
-    console.print(f"Five short trainings in {out}, about two minutes on two idle cores.")
+    console.print(f"Five short trainings in {out}, about four minutes on two idle cores.")
     results: dict[str, dict[str, Any]] = {}
     for name, (title, kind, options, rate) in ROWS.items():
         console.print(f"· {title}", highlight=False)
