@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import CheckpointError, bad_value
 from .files import own_file, read_arrays, require_adapter_folder
-from .state import CONFIG_NAME, PEFT_PREFIX, STATE_FILE, WEIGHTS_NAME, read_config, read_state
+from .state import CONFIG_NAME, PEFT_PREFIX, STATE_FILE, WEIGHTS_NAME, factors, read_config, read_state
 
 if TYPE_CHECKING:
     import numpy as np
-
-_FACTOR_A = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<ending>(\.weight)?)")
 
 
 class RankRow(NamedTuple):
@@ -43,14 +40,12 @@ def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
     found = {name: RankRow(name, 0, 0.0, (m, n)) for name, (m, n) in shapes.items()}
     file = own_file(path, WEIGHTS_NAME)
     arrays = read_arrays(file)
-    for name in sorted(arrays, key=in_order):
-        if part := _FACTOR_A.fullmatch(name):
-            name_of_B = f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}"
-            module = part["module"].removeprefix(PEFT_PREFIX)
-            try:
-                found[module] = _row(module, arrays[name_of_B], arrays[name])
-            except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{file}: {module} has no whole factors A and B ({error})") from error
+    for part, name_of_B in factors(sorted(arrays, key=in_order)):
+        module = part["module"].removeprefix(PEFT_PREFIX)
+        try:
+            found[module] = _row(module, arrays[name_of_B], arrays[part.string])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: {module} has no whole factors A and B ({error})") from error
     if not found:
         raise CheckpointError(f"{file}: it holds no lora_A and lora_B; use another checkpoint")
     return [*found.values()]

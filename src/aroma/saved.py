@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import CheckpointError, bad_value
 from .files import own_file, read_tensors, require_adapter_folder
 from .ranks import in_order
-from .state import CONFIG_NAME, PEFT_PREFIX, STATE_FILE, WEIGHTS_NAME, read_config, read_state
+from .state import CONFIG_NAME, PEFT_PREFIX, STATE_FILE, WEIGHTS_NAME, factors, read_config, read_state
 from .tuner.layout import padded
 
 _OFF: tuple[str, ...] = (
@@ -33,8 +33,6 @@ _OFF: tuple[str, ...] = (
 
 _CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "mica", "lora_ga")
 """Beginnings of values of init_lora_weights by which PEFT changes the base weights, too, when it loads an adapter."""
-
-_COMPONENT_A = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<ending>(\.weight)?)")
 
 
 @dataclass(frozen=True)
@@ -141,14 +139,11 @@ def _variant(config: Mapping[str, Any]) -> str | None:
 def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
     """Take the updates of modules out of `tensors` (any shapes); `is_folded`: B has the scale in it, as in AROMA's."""
     found: dict[str, Update] = {}
-    for name, tensor in [*tensors.items()]:
+    for name, tensor in tensors.items():
         if not tensor.numel() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
             raise ValueError(f"{name} is empty, or has NaN or infinity in it")
-        part = _COMPONENT_A.fullmatch(name)
-        if part is None:
-            continue
-        module, name_of_B = part["module"], f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}"
-        B = tensors.get(name_of_B)
+    for part, name_of_B in factors([*tensors]):
+        module, tensor, B = part["module"], tensors[part.string], tensors.get(name_of_B)
         if B is None or not 2 <= tensor.ndim == B.ndim or B.flatten(1).shape[1] != len(tensor):
             raise ValueError(f"{module} has an A of rank {len(tensor)} and no fitting B")
         if not (tensor.is_floating_point() and B.is_floating_point()):
@@ -157,7 +152,7 @@ def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_fold
         scale = 1.0 if is_folded else _scale(module, len(tensor), config)
         kernel, is_embedding = tuple(tensor.shape[1:]) if tensor.ndim > 2 else (), bool(part["embedding"])
         found[module] = Update(B.float().flatten(1) * scale, tensor.float().flatten(1), kernel, is_embedding)
-        del tensors[name], tensors[name_of_B]
+        del tensors[part.string], tensors[name_of_B]
     if not found:
         raise ValueError("it holds no lora_A and lora_B")
     return dict(sorted(found.items(), key=lambda item: in_order(item[0])))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ PEFT_PREFIX = "base_model.model."
 STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
 STATE_FORMAT = 2
+
+_FACTOR_A = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<ending>(\.weight)?)")
 
 _FREE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type"}
 """Fields that may be edited: the place and class of the base model, and others that no computation reads."""
@@ -120,6 +123,13 @@ def module_name(key: str) -> str:
 def is_component(name: str) -> bool:
     """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
     return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
+
+
+def factors(names: Iterable[str]) -> Iterator[tuple[re.Match[str], str]]:
+    """Yield a match, with the groups `module` and `embedding`, for each name of an A, and the name of its B."""
+    for name in names:
+        if part := _FACTOR_A.fullmatch(name):
+            yield part, f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}"
 
 
 def components_digest(saved: Mapping[str, Tensor]) -> str:

@@ -140,13 +140,12 @@ class Updates:
 
     def losses(self, losses: Losses, kept: Tensor) -> Tensor:
         """Return the loss of each batch with the directions `kept` (d,) only, (batches,), the mean over processes."""
-        before = self._pairs
         try:
             self._write(self._only(kept))
             with _evaluating(self.model), torch.no_grad(), _eagerly():
                 found = torch.stack([_number(loss()) for loss in losses])
         finally:
-            self._write(before)
+            self._write(self._pairs)
         return self._mean_of_ranks(found)
 
     def ranks(self) -> dict[str, list[int]]:

@@ -184,9 +184,8 @@ class AromaCallback(TrainingCallback):
         return state.global_step >= state.max_steps or (self.early_stop and self._running().finished)
 
     def _guard_checkpoint(self, control: TrainerControl) -> None:
-        if (
-            self._growth is not None and self._growth.was_over
-        ):  # the step changed nothing, and for its checkpoint an older one would go
+        # A step after the end changes nothing, and for its checkpoint an older one would go.
+        if self._growth is not None and self._growth.was_over:
             control.should_save = control.should_evaluate = control.should_log = False
         if control.should_save or control.should_evaluate:
             self._running().require_finite()
