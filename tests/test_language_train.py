@@ -267,14 +267,21 @@ def texts_of(spec: dict[str, Any], files: Path, **options: Any) -> Any:
 
 def test_a_task_of_plain_text_reads_its_column(files: Path, tmp_path: Path) -> None:
     texts = [f"bird {number} sings" for number in range(8)]
-    for split, some in (("train", texts), ("test", ["fish swim"])):
+    for split, some in (("train", texts), ("test", ["fish swím"])):
         rows = [{"instruction": "no", "output": "no", "body": text} for text in some]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     spec = {"kind": "causal_lm", "source": str(tmp_path), "text": "body", "train_examples": 5, "held_out_examples": 1}
     job = texts_of(spec, files)
     assert {split: len(part) for split, part in job.parts.items()} == {"train": 5, "held_out": 1, "test": 1}
-    assert job.parts["test"][0].content == "fish swim"
+    assert job.parts["test"][0].content == "fish swím"
     assert not {one.content for one in job.parts["train"]} & {one.content for one in job.parts["held_out"]}
+    model = job.load_model().eval()
+    (row,) = job.rows["test"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+    nats = float(cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]), reduction="sum"))
+    found = job.predict(model, "test", 4).metrics["bits_per_byte"]
+    assert found == pytest.approx(nats / math.log(2) / len("fish swím".encode()), rel=1e-5)
     assert set(texts_of(spec, files, reported=False).parts) == {"train", "held_out"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ..tasks.metrics import resolve_metric
 from ..tasks.task import Task, save_task
 from ..training.job import Job, Prediction
 from .data import Example, Question, example_of, question_of
-from .encode import encode_rows
+from .encode import NOT_LEARNED, encode_rows
 from .model import LoadedModel, load_causal_lm, load_lm_tokenizer
 
 if TYPE_CHECKING:
@@ -83,9 +84,18 @@ class LanguageJob(Job):
         return Prediction(measured, measured["loss"])
 
     def predict(self, model: Any, split: str, batch_size: int) -> Prediction:
-        """Return loss and perplexity of the learned tokens of a split, or the accuracy of its questions."""
+        """Return loss and perplexity of the learned tokens of a split, or the accuracy of its questions.
+
+        Of plain texts also `bits_per_byte`, which tokenizers have in common: -log2 p of all learned tokens over the
+        bytes of the texts in UTF-8.
+        """
         if not self.questions:
-            return super().predict(model, split, batch_size)
+            metrics, loss = super().predict(model, split, batch_size)
+            texts = [one.content for one in self.parts[split] if isinstance(one.content, str)]
+            if len(texts) == len(self.parts[split]):
+                learned = sum(label != NOT_LEARNED for row in self.rows[split]["labels"] for label in row)
+                metrics["bits_per_byte"] = loss * learned / math.log(2) / len("".join(texts).encode())
+            return Prediction(metrics, loss)
         from .evaluate import evaluate_questions
 
         loaded, asked = LoadedModel(model, self.tokenizer), self.questions[split]
