@@ -30,7 +30,6 @@ TRAINING = TrainSpec(
     max_steps=150,  # each article once and a half
     batch_size=16,
     head_learning_rate=2e-3,
-    warmup_steps=15,
     save_steps=None,
     early_stop=False,
 )
