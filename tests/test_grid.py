@@ -84,13 +84,14 @@ def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
         "processes=2",
     ]
     grid = load_grid(path, overrides, processes=3, data=None)
-    assert (grid.seeds, grid.training.learning_rate, grid.training.max_steps) == ((3,), 1e-4, 10)
+    trial = expand(grid)[0]
+    assert (grid.seeds, trial.training.learning_rate, trial.training.max_steps) == ([3], 1e-4, 10)
     assert grid.methods == {"lora-0.5": {"kind": "lora", "r": 4}, "lora": {"kind": "lora", "alpha": 10.0}}
-    assert grid.tasks["mrpc"].max_length == 64
+    assert trial.task.max_length == 64
     assert grid.select.over == {RATE: [1e-3]}
     assert grid.processes == 3
-    assert grid.training.threads == 1, "unless the grid says otherwise"
-    assert whole_grid(training={"threads": None}).training.threads is None
+    assert trial.training.threads == 1, "unless the grid says otherwise"
+    assert expand(whole_grid(training={"threads": None}))[0].training.threads is None
 
 
 @pytest.mark.parametrize(
@@ -100,11 +101,12 @@ def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
         ({"tasks": {"mr/pc": {}}}, "tasks.mr/pc.name='mr/pc': it names folders"),
         ({"methods": {"lora": {"r": 8}}}, "methods.lora.kind=None: give a text"),
         ({"training": {"batchsize": 8}}, "training.batchsize=8: a grid has no such key; the nearest is 'training.bat"),
-        ({"training": {"seed": 8}}, "training.seed=8: seeds are given by `seeds`"),
+        ({"training": {"seed": 8}}, "training.seed=8: a grid has no such key"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: give at least one, 0 or more, each once"),
         ({"overrides": [{"task": "rt"}]}, "overrides[0].task='rt': the grid has no such task; it has mrpc, rte"),
         ({"select": {}}, "select.over=None: name what to try"),
-        ({"select": {"over": {RATE: [1, "x"]}}}, f"select.over.{RATE}=[1.0, 'x']: give a list of numbers or null"),
+        ({"overrides": [{"task": "rte", RATE: "x"}]}, f"{RATE}='x': give a number"),
+        ({"select": {"over": {RATE: 1}}}, f"select.over={{'{RATE}': 1}}: name what to try"),
     ],
     ids=str,
 )

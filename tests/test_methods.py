@@ -254,11 +254,7 @@ def test_a_saved_adapter_gives_the_same_answers_in_plain_peft(method, tmp_path):
 def test_options_by_name():
     assert make_method("lora", {"r": 4, "alpha": 8, "dropout": 0.1}) == Lora(r=4, alpha=8.0, dropout=0.1)
     given = {"target_modules": ["key"], "lora_alpha": 2, "outer_tolerance": None}
-    method = make_method("aroma", given)
-    assert method == Aroma(given)
-    resolved = method.resolved_options()
-    assert json.loads(json.dumps(resolved)) == resolved
-    assert resolved.items() >= given.items()
+    assert make_method("aroma", given) == Aroma(given)
     assert all(type(make_method(kind, {})) is made for kind, made in METHODS.items())
 
 

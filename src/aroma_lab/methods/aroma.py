@@ -44,19 +44,12 @@ class Aroma(PeftAdapter):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return {name: key.type for name, key in adapter_keys().items() if name not in cls.without}
+        return {name: kind for name, (kind, _) in adapter_keys().items() if name not in cls.without}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Return the method with `options`; see `Method.from_options`."""
         return cls(dict(options))
-
-    def resolved_options(self) -> dict[str, Any]:
-        """Return the value of every field of `AromaConfig`; see `Method.resolved_options`."""
-        config = self.config(None)
-        # PEFT turns lists of modules into sets.
-        modules = {name: self.options.get(name) for name in ("target_modules", "exclude_modules")}
-        return {name: getattr(config, name) for name in adapter_keys()} | modules
 
     @property
     def target_modules(self) -> list[str] | str | None:

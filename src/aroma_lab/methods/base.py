@@ -97,10 +97,6 @@ class Method(ABC):
         """Return the method with `options`, whose names and types are those of `option_types`."""
         return cls(**options)
 
-    def resolved_options(self) -> dict[str, Any]:
-        """Return the value of every option, defaults included."""
-        return {name: getattr(self, name) for name in self.option_types()}
-
     @abstractmethod
     def build(self, model: Any, planned_steps: int) -> Any:
         """Adapt a transformers model in place, or wrap it, and freeze what does not train; its head trains.

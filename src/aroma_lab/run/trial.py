@@ -11,7 +11,7 @@ from typing import Any, Literal
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from ..specs import TaskSpec, TrainSpec, check_training
+from ..specs import TaskSpec, TrainSpec
 
 RUNS = "runs"
 """Folder, in the output of a grid, of the trials' folders."""
@@ -74,7 +74,6 @@ class Trial:
             raise bad_value("trial.name", self.name, "give a path below the folder of runs, as mrpc/lora-r8/seed-0")
         if not self.model:
             raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
-        check_training(self.training)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:

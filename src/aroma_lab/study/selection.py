@@ -7,17 +7,14 @@ tables ask for and a selection with `widen` tries by itself, as it tries all val
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from aroma.errors import AromaError
-from aroma.files import write_text
 
 from ..run.trial import Trial
 from .grid import Grid, Selection, Settings, make_trial, overridden
@@ -60,7 +57,7 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
     """
     rule = grid.select
     assert rule is not None, "its callers check it"
-    over = {**rule.over, **overridden(rule.overrides, task, method, "over")}
+    over = rule.over | overridden(rule.overrides, task, method)["over"]
     listed = {key: values for key, values in over.items() if values is not None}
     points = [dict(zip(listed, point, strict=True)) for point in itertools.product(*listed.values())]
     tried = _candidates(grid, task, method, points)
@@ -99,10 +96,7 @@ def _labels(points: Sequence[Settings]) -> list[str]:
     last = [key.rpartition(".")[2] for key in keys]
     names = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
     texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point.values()] for point in points]
-    labels = [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
-    if len(set(labels)) < len(labels):  # values that differ only in characters that a folder name cannot have
-        labels = [f"{index}-{label}" for index, label in enumerate(labels)]
-    return labels
+    return [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
 
 
 def _means(tried: Sequence[Candidate], ended: Callable[[str], Ended | None]) -> list[tuple[Settings, Ended | None]]:
@@ -184,12 +178,3 @@ def _numbers(tried: Sequence[Settings], key: str) -> list[Any]:
     values: list[Any] = [one.get(key) for one in tried]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     return sorted({*values}) if numbers else []
-
-
-def write_selection(path: Path, selection: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write entries by task and method to `path` as JSON, atomically, with a line for each."""
-    tasks = []
-    for task, methods in selection.items():
-        lines = [f"  {json.dumps(method)}: {json.dumps(entry, allow_nan=False)}" for method, entry in methods.items()]
-        tasks.append(f" {json.dumps(task)}: {{\n" + ",\n".join(lines) + "\n }")
-    write_text(path, "{\n" + ",\n".join(tasks) + "\n}\n")
