@@ -92,11 +92,6 @@ class Method(ABC):
         hints = get_type_hints(cls)
         return {field.name: hints[field.name] for field in fields(cls)}
 
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Return the method with `options`, whose names and types are those of `option_types`."""
-        return cls(**options)
-
     @abstractmethod
     def build(self, model: Any, planned_steps: int) -> Any:
         """Adapt a transformers model in place, or wrap it, and freeze what does not train; its head trains.

@@ -75,12 +75,6 @@ class Trial:
         if not self.model:
             raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Trial:
-        """Return the trial of a dict as `asdict` makes it; KeyError or TypeError for an unknown or missing key."""
-        sections = {"task": TaskSpec(**values["task"]), "training": TrainSpec(**values["training"])}
-        return cls(**{**values, **sections})
-
 
 def save_trial(trial: Trial, path: str | os.PathLike[str]) -> None:
     """Write a trial as JSON, atomically."""
@@ -96,7 +90,8 @@ def load_trial(path: str | os.PathLike[str]) -> Trial:
     """
     content = read_json(path)
     try:
-        return Trial.from_dict(content)
+        sections = {"task": TaskSpec(**content["task"]), "training": TrainSpec(**content["training"])}
+        return Trial(**{**content, **sections})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: edited, no trial ({error}); restore the file that was written") from error
 

@@ -100,11 +100,6 @@ def run_grid(
     ends = {name: runs.ended(name) or Ended(failure="its files were removed") for name in due()}
     failed = {name: end.failure for name, end in ends.items() if end.failure is not None}
     finished = [name for name in ends if name not in failed]
-    for (task, method), selected in selection_of(part, runs).items():
-        if selected.chosen is None:
-            cause = next(failed[one.trial.name] for one in selected.tried if one.trial.name in failed)
-            why = f"not run, because no setting of its selection finished with every seed ({cause})"
-            failed |= {f"{task}/{method}/seed-{seed}": why for seed in grid.seeds}
     earlier = [name for name in finished if name not in ran]
     return Outcome([name for name in finished if name in ran], failed, earlier)
 
