@@ -265,7 +265,7 @@ def test_options_by_name():
         ("lora", {"rank": 8}, r"options\.rank=8: the method 'lora' has no such key; the nearest is 'options\.r'"),
         ("aroma", {"resett": "zero"}, r"options\.resett='zero': .* the nearest is 'options\.reset'"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
-        ("lora", {"init": "pissa"}, r"options\.init='pissa': give one of kaiming, eva, lora_ga"),
+        ("lora", {"init": "pissa"}, r"options\.init='pissa': give a value of type Literal"),
         ("lora", {"dropout": 1}, r"dropout=1\.0: give a probability in \[0, 1\)"),
         ("adalora", {"target_r": 12}, "target_r=12: give 1 or more, and less than init_r=12"),
     ],

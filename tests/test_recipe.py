@@ -40,9 +40,9 @@ def test_a_recipe_is_a_delta_on_the_defaults_and_overrides_are_stronger(recipe_f
     [
         ("batch_size=3", "the nearest is 'training.batch_size'"),
         ("adapter.outer_tolerence=3", "the nearest is 'adapter.outer_tolerance'"),
-        ("training.batch_size=1.5", "training.batch_size=1.5: give a whole number"),
-        ("training.scheduler=linaer", "give one of cosine_with_min_lr, cosine, linear"),
-        ("adapter.target_modules={a: 1}", "adapter.target_modules={'a': 1}: give a list of texts or a text"),
+        ("training.batch_size=1.5", "training.batch_size=1.5: give a value of type int"),
+        ("training.scheduler=linaer", "give a value of type Literal['cosine_with_min_lr', 'cosine', 'linear'"),
+        ("adapter.target_modules={a: 1}", "adapter.target_modules={'a': 1}: give a value of type "),
         ("training.batch_size.x=3", "'batch_size' holds 8, which has no keys; give it as a whole"),
         ("training.a.b=3", "training.a={'b': 3}: a recipe has no such key; the nearest is 'training."),
         ("resume", "override='resume': write KEY=VALUE"),

@@ -54,7 +54,8 @@ def typed(key: str, value: Any, kind: Any) -> Any:
             return _parser(kind).parse_object({"value": value})["value"]
     except ArgumentError:
         pass
-    raise bad_value(key, value, f"give {_type_name(kind)}")
+    name = kind.__name__ if type(kind) is type else str(kind).replace("typing.", "")
+    raise bad_value(key, value, f"give a value of type {name}")
 
 
 @cache
@@ -62,18 +63,6 @@ def _parser(kind: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     return parser
-
-
-_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_TYPE_NAMES |= {NoneType: "null", list: "a list", dict: "a mapping"}
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if get_origin(kind) is list:
-        return f"a list of {_TYPE_NAMES.get(get_args(kind)[0], 'a value').removeprefix('a ')}s"
-    return _TYPE_NAMES.get(get_origin(kind) or kind) or " or ".join(map(_type_name, get_args(kind)))
 
 
 # Files and overrides -------------------------------------------------------------------------------------------------
