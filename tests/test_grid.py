@@ -116,14 +116,6 @@ def test_a_value_that_cannot_work_is_refused_by_key_value_and_remedy(changes, me
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize(("method", "named"), [({"kind": "lora", "rr": 8}, "rr"), ({"kind": "lorra"}, "lorra")])
-def test_a_wrong_option_or_kind_is_refused_under_its_label_before_anything_is_written(tmp_path, method, named):
-    grid = fake_grid(tmp_path / "out", methods={"mine": method}, select={"over": {"options.dropout": [0.0, 0.1]}})
-    with pytest.raises(ConfigError, match=rf"^methods\.mine: .*{named}"):
-        run_grid(grid)
-    assert not (tmp_path / "out").exists()
-
-
 # From a grid to trials ----------------------------------------------------------------------------------------------
 
 
@@ -218,7 +210,7 @@ def test_a_trial_that_failed_is_run_anew_when_the_grid_changes(out):
     assert trial_json(out, "mrpc/bad/seed-0")["options"] == {}
 
 
-# Tasks that cannot be loaded ----------------------------------------------------------------------------------------
+# What cannot work ---------------------------------------------------------------------------------------------------
 
 
 MESSAGES = {
@@ -231,18 +223,22 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize(
-    ("task", "error", "message"),
+    ("task", "method", "error", "message"),
     [
-        ({"source": "/nope"}, DataError, "tasks.messages.source='/nope': no such folder"),
-        ({"reported": {"test": "nope.jsonl"}}, DataError, "tasks.messages.reported.test='nope.jsonl'"),
-        ({"max_length": 9999}, ConfigError, "tasks.messages.max_length=9999"),
+        ({"source": "/nope"}, {}, DataError, "tasks.messages.source='/nope': no such folder"),
+        ({"reported": {"test": "nope.jsonl"}}, {}, DataError, "tasks.messages.reported.test='nope.jsonl'"),
+        ({"max_length": 9999}, {}, ConfigError, "tasks.messages.max_length=9999"),
+        ({}, {"kind": "lora", "rr": 8}, ConfigError, "methods.mine: options.rr=8"),
+        ({}, {"kind": "lorra"}, ConfigError, "methods.mine: kind='lorra'"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("select", [None, {"over": {RATE: [1e-3, 2e-3]}}], ids=["", "select"])
-def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_run(tmp_path, task, error, message, select):
-    head = {"head": {"kind": "head_only"}}
-    grid = fake_grid(tmp_path / "out", tasks={"messages": {**MESSAGES, **task}}, methods=head, select=select)
+def test_what_cannot_work_is_refused_under_its_label_before_anything_is_written(
+    tmp_path, task, method, error, message, select
+):
+    methods = {"mine": method or {"kind": "head_only"}}
+    grid = fake_grid(tmp_path / "out", tasks={"messages": {**MESSAGES, **task}}, methods=methods, select=select)
     with pytest.raises(error) as caught:
         run_grid(grid)
     assert str(caught.value).startswith(message)
