@@ -57,7 +57,6 @@ def test_curve_history_and_result_agree(finished: Path) -> None:
         assert changes[0] == [0, 0]
         assert changes[-1][1] == result["ranks"][name]
         assert all(one[0] < two[0] and one[1] != two[1] for one, two in pairwise(changes))
-    assert curve["total_rank"][-1][1] == result["total_rank"]
     assert curve["parameters"][0] == [0, result["parameters"]["initial"]]
     assert curve["parameters"][-1][1] == result["parameters"]["final"]
     for name in ("loss", "learning_rate"):

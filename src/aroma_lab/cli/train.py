@@ -45,7 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
     from ..specs import LANGUAGE_KINDS
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Here, too: before PyTorch is loaded.
     check_output(recipe, arguments.resume)
     check_sources(recipe)
     if recipe.data.kind in LANGUAGE_KINDS:
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     processes = join()
     console = Console(markup=False, soft_wrap=True)
     try:
-        result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
+        result = run_recipe(recipe, on_note=console.print)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_how_to_go_on(arguments, recipe)) from interrupt
     if processes.is_main_process:

@@ -100,25 +100,20 @@ def check_output(recipe: Recipe, resume: bool) -> None:
 
 
 def run_recipe(
-    recipe: Recipe, *, resume: bool = False, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+    recipe: Recipe, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
 ) -> dict[str, Any]:
     """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
 
-    Under torchrun every process calls this; see `run_trial`, also for what is returned and raised.
+    A run that was interrupted there goes on. Under torchrun every process calls this; see `run_trial`, also for what
+    is returned and raised.
 
     Args:
-        resume: Go on from the last whole checkpoint in the folder.
         progress: Whether a progress bar is shown.
         on_note: Called, before the training, with what became of examples that did not fit.
     """
-    from aroma.distributed import refuse_together
-
-    from .run import join, run_trial
+    from .run import run_trial
 
     files = TrialFiles(Path(recipe.output))
-    join()
-    with refuse_together():
-        check_output(recipe, resume)
 
     def start(job: Any) -> None:
         if not files.recipe.exists():
