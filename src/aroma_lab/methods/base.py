@@ -63,15 +63,9 @@ class Hooks(TrainerCallback):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`."""
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """On resuming a run of which all steps are taken, the Trainer takes one more: let it change nothing."""
-        if state.global_step >= state.max_steps:
-            kwargs["optimizer"].zero_grad(set_to_none=True)
-
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Call `after_step`."""
-        if state.global_step < state.max_steps:
-            self.after_step(state.global_step + 1)
+        self.after_step(state.global_step + 1)
 
 
 @dataclass(frozen=True)
