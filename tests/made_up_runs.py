@@ -21,7 +21,7 @@ PARTS = (
 MODULES = [f"bert.encoder.layer.{layer}.{part}" for layer in range(4) for part in PARTS]
 PROVENANCE = {"versions": {}, "git_revision": None, "platform": "p", "device": "cpu", "cpu_count": 2, "threads": 1}
 NO_RANKS: dict[str, Any] = {
-    "curve": {"planned_steps": 100, "parameters": [[0, 30]], "total_rank": [], "ranks": {}},
+    "curve": {"planned_steps": 100, "parameters": [[0, 30]], "ranks": {}},
     "ranks": {},
 }
 
@@ -62,7 +62,7 @@ def write_run(output: Path, task: str, method: str, seed: int, **changes: Any) -
         **changes,
     }
     by_module = {module: [[0, rank]] for module, rank in ranks.items()}
-    default = {"parameters": [[0, 1000]], "total_rank": [[0, sum(ranks.values())]], "ranks": by_module}
+    default = {"parameters": [[0, 1000]], "ranks": by_module}
     folder = output / "runs" / str(trial["name"])
     write_json(folder / "trial.json", {**trial, "task": of_task, "training": {"seed": seed}})
     write_json(folder / "result.json", result)

@@ -87,7 +87,7 @@ def test_ranks_events_parameters_and_adapter_agree(run):
         assert rank - merged.count(name) in (0, 1)
         if rank:
             assert tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
-    assert read(run / "curve.json")["total_rank"][-1][1] == result["total_rank"] == sum(result["ranks"].values()) > 0
+    assert result["total_rank"] == sum(result["ranks"].values()) > 0
     pairs = 2 * (4 * (16 + 16) + (16 + 32) + (32 + 16))  # two layers
     head = (16 * 16 + 16) + (16 * 2 + 2)  # the pooler, which was never pretrained, and the classifier
     assert (result["parameters"]["initial"], result["parameters"]["head"]) == (pairs, head)

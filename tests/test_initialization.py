@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from aroma.errors import ConfigError
 from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import Lora, find_targets
 from aroma_lab.methods.lora import layers_of, pair_of
-from aroma_lab.run import run as runner
 from aroma_lab.run.run import run_trial
 from aroma_lab.specs import TaskSpec
 from trial_runs import save_material, trial_of
@@ -121,9 +119,6 @@ def test_lora_ga_starts_in_the_singular_directions_of_the_gradient_and_computes_
 @pytest.mark.parametrize("init", INITS)
 def test_a_start_is_refused_where_there_are_no_data_for_it(init: Any, material: Path, tmp_path: Path) -> None:
     trial = replace(trial_of(material), options={"init": init})
-    two: Any = SimpleNamespace(num_processes=2)
-    with pytest.raises(ConfigError, match=f"options.init='{init}': one process computes it"):
-        runner._prepare(trial, runner.TrialFiles(tmp_path / "run"), two, runner.Recorder())
     planted = TaskSpec(name="net", kind="planted_net", layers=2, width=8, examples=24)
     elsewhere = replace(trial, model="made", task=planted, training=replace(trial.training, group_by_length=False))
     with pytest.raises(ConfigError, match=f"options.init='{init}': one process computes it"):

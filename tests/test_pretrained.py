@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aroma.errors import ConfigError
 from aroma_lab.language.data import load_questions
@@ -99,22 +98,6 @@ def test_it_is_where_training_begins_and_scored_in_the_precision_of_those_beside
     assert result["held_out_loss"] == pytest.approx(trained["held_out_loss"], rel=1e-6)
     expected = metrics_by_hand(files, autocast=bf16)
     assert result["reported"]["easy"] == {name: value for name, value in expected.items() if name != "loss"}
-
-
-def test_a_classifier_with_its_head_is_scored(words: Path, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    tuned = BertForSequenceClassification.from_pretrained(words / "model", num_labels=2)
-    tuned.save_pretrained(words / "tuned")
-    AutoTokenizer.from_pretrained(words / "model").save_pretrained(words / "tuned")
-    result = run_trial(classify(words, "tuned"), tmp_path / "run")
-    assert result["parameters"]["head"] == 0
-    tokenizer, hits = AutoTokenizer.from_pretrained(words / "tuned"), 0
-    rows = [json.loads(line) for line in (words / "test.jsonl").read_text().splitlines()]
-    for row in rows:
-        with torch.no_grad():
-            logits = tuned.eval()(**tokenizer(row["text"], return_tensors="pt")).logits
-        hits += ("high", "low")[int(logits.argmax())] == row["label"]
-    assert result["score"] == pytest.approx(hits / len(rows))
 
 
 # What cannot work ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Recipes: deltas on defaults, every way to get one wrong, and the trial that each of them is."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +8,8 @@ import yaml
 
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
-from aroma_lab.run.recipe import load_recipe, make_recipe, recipe_help, save_recipe, trial_of
-from aroma_lab.run.trial import Trial
-from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec, adapter_keys
+from aroma_lab.run.recipe import load_recipe, make_recipe, save_recipe, trial_of
+from aroma_lab.specs import TaskSpec, TrainSpec
 from aroma_lab.study.grid import expand, make_grid
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
@@ -41,9 +40,9 @@ def test_a_recipe_is_a_delta_on_the_defaults_and_overrides_are_stronger(recipe_f
     [
         ("batch_size=3", "the nearest is 'training.batch_size'"),
         ("adapter.outer_tolerence=3", "the nearest is 'adapter.outer_tolerance'"),
-        ("training.batch_size=1.5", "training.batch_size=1.5: give a whole number"),
-        ("training.scheduler=linaer", "give one of cosine_with_min_lr, cosine, linear"),
-        ("adapter.target_modules={a: 1}", "adapter.target_modules={'a': 1}: give a list of texts or a text"),
+        ("training.batch_size=1.5", "training.batch_size=1.5: give a value of type int"),
+        ("training.scheduler=linaer", "give a value of type Literal['cosine_with_min_lr', 'cosine', 'linear'"),
+        ("adapter.target_modules={a: 1}", "adapter.target_modules={'a': 1}: give a value of type "),
         ("training.batch_size.x=3", "'batch_size' holds 8, which has no keys; give it as a whole"),
         ("training.a.b=3", "training.a={'b': 3}: a recipe has no such key; the nearest is 'training."),
         ("resume", "override='resume': write KEY=VALUE"),
@@ -91,22 +90,13 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
         load_recipe(path)
 
 
-def test_every_key_is_documented():
-    helped = {key: meaning for key, _, meaning in recipe_help()}
-    sections = {"model": ModelSpec, "data": TaskSpec, "training": TrainSpec}
-    keys = {f"{section}.{name}" for section, kind in sections.items() for name in kind.__dataclass_fields__}
-    keys.remove("data.name")
-    assert set(helped) == keys | {f"adapter.{name}" for name in adapter_keys()} | {"output"}
-    assert all(helped.values())
-
-
 def test_a_resolved_recipe_and_its_trial_come_back_equal(tmp_path):
     values = {"data.kind": "causal_lm", "training.packing": True, "model.gguf_file": "m.gguf"}
     values |= {"adapter.target_modules": ["query"], "data.source": "org/chats", "training.seed": 3}
     recipe = make_recipe({**MINIMAL, **values})
     save_recipe(recipe, tmp_path / "recipe.yaml")
     trial = trial_of(recipe)
-    assert trial_of(load_recipe(tmp_path / "recipe.yaml")) == trial == Trial.from_dict(asdict(trial))
+    assert trial_of(load_recipe(tmp_path / "recipe.yaml")) == trial
     assert (trial.name, trial.gguf_file, trial.options["component_seed"]) == ("chats/aroma/seed-3", "m.gguf", 3)
     written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     assert (written["training"]["warmup_steps"], written["adapter"]["r"]) == (0.06, 1)  # defaults are written out

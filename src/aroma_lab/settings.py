@@ -1,16 +1,15 @@
-"""Settings on disk: YAML files and KEY=VALUE overrides become dataclasses, each value typed by jsonargparse."""
+"""Settings on disk: YAML files and KEY=VALUE overrides become values by dotted key, each typed by jsonargparse."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -18,20 +17,22 @@ from jsonargparse import ArgumentError, ArgumentParser
 from aroma.errors import ConfigError, bad_value
 
 
-def typed_fields(
-    kind: type[Any] | Mapping[str, Any], values: Mapping[str, Any], where: str = "", whole: str = "a grid"
-) -> dict[str, Any]:
-    """Return the values of a dataclass's fields, each of its type.
+def types_of(kind: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name, with `prefix`."""
+    return {f"{prefix}{name}": hint for name, hint in get_type_hints(kind).items()}
+
+
+def typed_fields(types: Mapping[str, Any], values: Mapping[str, Any], whole: str, prefix: str = "") -> dict[str, Any]:
+    """Return `values`, each of its type.
 
     Args:
-        kind: The dataclass, or types by name.
-        where: Stands before every key in errors, as `"training"` or `"tasks.mrpc"`.
+        types: By key.
         whole: What an unknown key does not belong to, as `"a grid"`.
+        prefix: Stands before every key in errors, as `"options."`.
 
     Raises:
         ConfigError: An unknown key (the nearest is named), or a value of a wrong type.
     """
-    types, prefix = get_type_hints(kind) if isinstance(kind, type) else kind, f"{where}." if where else ""
     for key, value in values.items():
         if key not in types:
             # A key of the right name in the wrong section is nearer than one that is merely spelled alike.
@@ -44,14 +45,17 @@ def typed_fields(
 
 def typed(key: str, value: Any, kind: Any) -> Any:
     """Return one `value` as `kind` ("1e-4" is a float, 1.5 is no int); ConfigError under `key` if it is none."""
-    if kind is Any or (value is None and NoneType in get_args(kind)):
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    literals = [text for one in kinds if get_origin(one) is Literal for text in get_args(one)]
+    if kind is Any or type(value) in kinds or value in literals:  # a parser takes ten times as long
         return value
     try:
         if value is not None:
             return _parser(kind).parse_object({"value": value})["value"]
     except ArgumentError:
         pass
-    raise bad_value(key, value, f"give {_type_name(kind)}")
+    name = kind.__name__ if type(kind) is type else str(kind).replace("typing.", "")
+    raise bad_value(key, value, f"give a value of type {name}")
 
 
 @cache
@@ -59,33 +63,6 @@ def _parser(kind: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     return parser
-
-
-_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_TYPE_NAMES |= {NoneType: "null", list: "a list", dict: "a mapping"}
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if get_origin(kind) is list:
-        return f"a list of {_TYPE_NAMES.get(get_args(kind)[0], 'a value').removeprefix('a ')}s"
-    return _TYPE_NAMES.get(get_origin(kind) or kind) or " or ".join(map(_type_name, get_args(kind)))
-
-
-def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
-    """Yield dotted key, default and meaning (the text below the field) of every field of a dataclass, in order."""
-    from docstring_parser import parse_from_object
-
-    docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(kind).params}
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        if is_dataclass(hints[field.name]):
-            for key, default, meaning in describe(hints[field.name]):
-                yield f"{field.name}.{key}", default, meaning
-        else:
-            default = field.default_factory() if field.default_factory is not MISSING else field.default
-            yield field.name, default, " ".join(docs.get(field.name, "").split())
 
 
 # Files and overrides -------------------------------------------------------------------------------------------------
@@ -103,12 +80,11 @@ def load_values(field: str, path: str | os.PathLike[str], overrides: Iterable[st
         ConfigError: The file cannot be read, or holds no mapping; or an override is none.
     """
     try:
-        values = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        values = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path)) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise bad_value(field, str(path), f"cannot be read ({error}); give a YAML file") from error
-    if not isinstance(values, dict | None):
+    if not isinstance(values, dict):
         raise bad_value(field, str(path), f"it holds a {type(values).__name__}; a {field} is a mapping of keys")
-    values = values or {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -131,15 +107,12 @@ def _put(values: dict[str, Any], key: str, value: Any, whole: str) -> None:
     _put(values[name], rest, value, whole)
 
 
-def flatten(values: Mapping[str, Any], sections: Iterable[str], prefix: str = "") -> dict[str, Any]:
-    """Return `values` by dotted key; only mappings called `sections` (dotted) are taken apart. Null has no keys."""
+def flatten(values: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """Return `values` by dotted key; only mappings called `sections` are taken apart. Null has no keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        if name in sections and isinstance(value, dict | NoneType):
-            flat |= flatten(value or {}, sections, f"{name}.")
-        else:
-            flat[name] = value
+        is_section = key in sections and isinstance(value, dict | NoneType)
+        flat |= {f"{key}.{name}": one for name, one in (value or {}).items()} if is_section else {key: value}
     return flat
 
 

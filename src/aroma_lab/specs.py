@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from aroma.errors import bad_value
 
@@ -115,9 +115,7 @@ class TaskSpec:
     def __post_init__(self) -> None:
         least = {"max_length": 3, "train_examples": 1, "held_out_examples": 1, "split_seed": 0, "seed": 0}
         least |= {"noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1, "templates": 2}
-        for key, smallest in least.items():
-            if (value := getattr(self, key)) is not None and not value >= smallest:
-                raise bad_value(f"data.{key}", value, f"give {smallest} or more")
+        _require_least(self, "data", least)
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             remedy = "it names folders; write it with letters, digits, '-', '_' and '.'"
             raise bad_value("data.name", self.name, remedy)
@@ -186,31 +184,42 @@ class TrainSpec:
     packing: bool = False
     """Of a language model: several examples a row of `data.max_length` tokens, each attending to itself only."""
 
-
-class AdapterKey(NamedTuple):
-    """One key of the section `adapter`."""
-
-    type: Any
-    default: Any
-    meaning: str
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0)
+        counts = (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "max_steps",
+            "eval_steps",
+            "save_steps",
+        )
+        _require_least(self, "training", least | dict.fromkeys((*counts, "keep_checkpoints", "threads"), 1))
+        for name in ("learning_rate", "head_learning_rate", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise bad_value(f"training.{name}", value, "give a positive number")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise bad_value("training.min_lr_ratio", self.min_lr_ratio, "give a share of the peak, in [0, 1]")
+        if self.checkpoint == "best":
+            if self.eval_steps is None:
+                remedy = "training.checkpoint='best' needs evaluations to choose from"
+                raise bad_value("training.eval_steps", None, remedy)
+            if self.save_steps is None or self.save_steps % self.eval_steps:
+                remedy = f"training.checkpoint='best' needs a multiple of eval_steps={self.eval_steps}"
+                raise bad_value("training.save_steps", self.save_steps, remedy)
 
 
 @cache
-def adapter_keys() -> dict[str, AdapterKey]:
-    """Return the keys of the section `adapter`: the fields of `AromaConfig` that a user may set. Loads PyTorch."""
+def adapter_keys() -> dict[str, tuple[Any, Any]]:
+    """Return type and default of the keys of `adapter`: fields of `AromaConfig` that a user may set. Loads PyTorch."""
     from aroma.tuner.config import AromaConfig
 
     hints = get_type_hints(AromaConfig)
     # All fields of its own; of LoraConfig's, two.
     chosen = {*AromaConfig.__annotations__, "lora_dropout", "exclude_modules"}
-    keys = {}
-    for one in sorted(fields(AromaConfig), key=lambda field: not field.name.endswith("modules")):
-        if one.name in chosen:
-            said = re.search(rf"^ +{one.name}: (.+?\.)(?:\s|$)", AromaConfig.__doc__ or "", re.S | re.M)
-            meaning = said[1] if said else str(one.metadata.get("help", ""))
-            meaning = re.sub(r"\bNone\b", "null", " ".join(meaning.replace("`", "").split()))
-            keys[one.name] = AdapterKey(hints[one.name], None if one.default is MISSING else one.default, meaning)
-    return keys
+    found = [one for one in fields(AromaConfig) if one.name in chosen]
+    return {one.name: (hints[one.name], None if one.default is MISSING else one.default) for one in found}
 
 
 @dataclass(frozen=True)
@@ -235,29 +244,9 @@ class Recipe:
         if data.source is None and data.train is None and data.kind not in MADE_KINDS:
             remedy = "give a CSV, TSV, JSONL or Parquet file, or data.source, a folder or a hub data set"
             raise bad_value("data.train", None, remedy)
-        check_training(self.training)
 
 
-_LEAST = dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0)
-_LEAST |= dict.fromkeys(("batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps", "eval_steps"), 1)
-_LEAST |= dict.fromkeys(("save_steps", "keep_checkpoints", "threads"), 1)
-
-
-def check_training(training: TrainSpec) -> None:
-    """Raise ConfigError for the first value out of range."""
-    for name, least in _LEAST.items():
-        value = getattr(training, name)
-        if value is not None and not value >= least:
-            raise bad_value(f"training.{name}", value, f"give {least} or more")
-    for name in ("learning_rate", "head_learning_rate", "epochs"):
-        value = getattr(training, name)
-        if value is not None and not 0 < value < math.inf:
-            raise bad_value(f"training.{name}", value, "give a positive number")
-    if not 0 <= training.min_lr_ratio <= 1:
-        raise bad_value("training.min_lr_ratio", training.min_lr_ratio, "give a share of the peak, in [0, 1]")
-    if training.checkpoint == "best":
-        if training.eval_steps is None:
-            raise bad_value("training.eval_steps", None, "training.checkpoint='best' needs evaluations to choose from")
-        if training.save_steps is None or training.save_steps % training.eval_steps:
-            remedy = f"training.checkpoint='best' needs a multiple of eval_steps={training.eval_steps}"
-            raise bad_value("training.save_steps", training.save_steps, remedy)
+def _require_least(spec: TaskSpec | TrainSpec, section: str, least: dict[str, int]) -> None:
+    for key, smallest in least.items():
+        if (value := getattr(spec, key)) is not None and not value >= smallest:
+            raise bad_value(f"{section}.{key}", value, f"give {smallest} or more")

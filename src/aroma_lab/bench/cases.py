@@ -118,10 +118,10 @@ def all_cases() -> list[Case]:
         cases += [Case(f"lora-r{r}{suffix}", Lora(r=r, dropout=dropout)) for r in (1, 8, 16)]
     cases += [Case("adalora", AdaLora()), Case("full", Full())]
     for dropout, suffix, stages in ((0.0, "", (0, 4, 8, 16, 64)), (0.1, "-dropout", (0, 8, 64))):
-        aroma = Aroma({"lora_dropout": dropout, **_NEVER_ENDS})
+        aroma = Aroma(lora_dropout=dropout, **_NEVER_ENDS)
         cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]
     finished: tuple[FrozenModules, ...] = ("half", "lower", "all")
-    return cases + [Case(f"aroma-{name}", Aroma(_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
+    return cases + [Case(f"aroma-{name}", Aroma(**_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
 
 
 def select_cases(only: Sequence[str] | None) -> list[Case]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +14,6 @@ from ..run.trial import REPORT, TrialFiles
 
 if TYPE_CHECKING:
     from ..specs import Recipe
-
-
-class _Keys(argparse.Action):
-    """Prints all keys of a recipe, or those of a section; they are collected only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, _: Any, section: Any, option: str | None = None) -> None:
-        print(_describe_keys(section))
-        parser.exit()
 
 
 def add_parser(commands: Any) -> None:
@@ -40,9 +30,6 @@ def add_parser(commands: Any) -> None:
         "aroma train examples/recipes/smollm2-commonsense.yaml",
         "torchrun --nproc-per-node 2 -m aroma train examples/recipes/mrpc.yaml     # on two GPUs",
     )
-    parser.add_argument(
-        "--keys", metavar="SECTION", nargs="?", action=_Keys, help="show all keys of a recipe, and end"
-    )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="YAML file with what differs from the defaults")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as training.seed=1")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in `output`")
@@ -58,7 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
     from ..specs import LANGUAGE_KINDS
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Here, too: before PyTorch is loaded.
     check_output(recipe, arguments.resume)
     check_sources(recipe)
     if recipe.data.kind in LANGUAGE_KINDS:
@@ -75,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     processes = join()
     console = Console(markup=False, soft_wrap=True)
     try:
-        result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
+        result = run_recipe(recipe, on_note=console.print)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_how_to_go_on(arguments, recipe)) from interrupt
     if processes.is_main_process:
@@ -118,14 +104,3 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
         f"{result['total_rank']} · {frozen} of {len(ranks)} matrices finished"
     )
     console.print(f"adapter: {TrialFiles(Path(recipe.output)).adapter}", soft_wrap=True)
-
-
-def _describe_keys(section: str | None) -> str:
-    from ..run.recipe import recipe_help
-
-    lines = ["keys of a recipe, with their defaults:"]
-    for key, default, meaning in recipe_help():
-        if section in (None, key.partition(".")[0]):
-            lines.append(f"  {key}: {json.dumps(default)}")
-            lines += textwrap.wrap(meaning, width=96, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)

@@ -53,4 +53,4 @@ def make_method(kind: str, options: Mapping[str, Any]) -> Method:
         remedy = f"there is no such kind of method; the nearest is {nearest!r}, and all are {', '.join(METHODS)}"
         raise bad_value("kind", kind, remedy)
     types = METHODS[kind].option_types()
-    return METHODS[kind].from_options(typed_fields(types, options, "options", f"the method {kind!r}"))
+    return METHODS[kind](**typed_fields(types, options, f"the method {kind!r}", "options."))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,43 +20,29 @@ from .base import Hooks
 from .lora import ADAPTER, PeftAdapter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Aroma(PeftAdapter):
     """AROMA with its controller.
 
     Components are drawn from `torch.initial_seed()` unless the options give a `component_seed`.
 
     Args:
-        options: Fields of `AromaConfig`, which are the options in an experiment's file; `target_modules` as in
-            `head.find_targets`.
+        **options: Fields of `AromaConfig`; `target_modules` as in `head.find_targets`.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     """Fields whose default is not that of `AromaConfig`."""
-    without: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are no options."""
 
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        object.__setattr__(self, "options", options)  # the class is frozen
         self.config(None)  # an impossible value is refused now, not when the model is built
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return {name: key.type for name, key in adapter_keys().items() if name not in cls.without}
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Return the method with `options`; see `Method.from_options`."""
-        return cls(dict(options))
-
-    def resolved_options(self) -> dict[str, Any]:
-        """Return the value of every field of `AromaConfig`; see `Method.resolved_options`."""
-        config = self.config(None)
-        # PEFT turns lists of modules into sets.
-        modules = {name: self.options.get(name) for name in ("target_modules", "exclude_modules")}
-        return {name: getattr(config, name) for name in adapter_keys()} | modules
+        return {name: kind for name, (kind, _) in adapter_keys().items()}
 
     @property
     def target_modules(self) -> list[str] | str | None:
@@ -103,7 +89,7 @@ class Aroma(PeftAdapter):
         save_adapter(model, folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class ReLora(Aroma):
     """ReLoRA 1×8 (section 4.1): AROMA without (5) and (6), so that every module has the same number of components.
 
@@ -112,9 +98,6 @@ class ReLora(Aroma):
     """
 
     defaults: ClassVar[dict[str, Any]] = {"inner_tolerance": None, "outer_tolerance": None, "max_components": 8}
-    without: ClassVar[frozenset[str]] = frozenset(
-        ("inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components")
-    )
 
 
 class GrowthHooks(Hooks):

@@ -63,15 +63,9 @@ class Hooks(TrainerCallback):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`."""
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """On resuming a run of which all steps are taken, the Trainer takes one more: let it change nothing."""
-        if state.global_step >= state.max_steps:
-            kwargs["optimizer"].zero_grad(set_to_none=True)
-
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Call `after_step`."""
-        if state.global_step < state.max_steps:
-            self.after_step(state.global_step + 1)
+        self.after_step(state.global_step + 1)
 
 
 @dataclass(frozen=True)
@@ -91,15 +85,6 @@ class Method(ABC):
         """Return the type of every option, by its name in an experiment's file."""
         hints = get_type_hints(cls)
         return {field.name: hints[field.name] for field in fields(cls)}
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Return the method with `options`, whose names and types are those of `option_types`."""
-        return cls(**options)
-
-    def resolved_options(self) -> dict[str, Any]:
-        """Return the value of every option, defaults included."""
-        return {name: getattr(self, name) for name in self.option_types()}
 
     @abstractmethod
     def build(self, model: Any, planned_steps: int) -> Any:

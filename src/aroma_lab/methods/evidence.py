@@ -14,11 +14,11 @@ from aroma.evidence.schedule import moments
 from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.integrations.held_out import hold_out
 
-from .lora import ADAPTER, LoraBase, layers_of
+from .lora import ADAPTER, Lora, layers_of
 
 
 @dataclass(frozen=True)
-class Evidence(LoraBase):
+class Evidence(Lora):
     """LoRA with checkups; see `EvidenceCallback`.
 
     Args:
@@ -34,6 +34,7 @@ class Evidence(LoraBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require(self.init == "kaiming", "init", "with checkups LoRA starts as usual; leave it out")
         moments(self.at, 2**53)
         require_standard_errors(self.standard_errors)
         self._require(0 < self.held_out_share < 1, "held_out_share", "give a share in (0, 1), such as 0.1")

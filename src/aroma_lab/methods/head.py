@@ -74,8 +74,7 @@ def remember_head(model: Any, missing: Collection[str], train_pooler: TrainPoole
         missing: The keys that the checkpoint lacks, as transformers reports them.
 
     Raises:
-        ConfigError: The pooler is to train and there is none, or it is to stay and the checkpoint lacks it; or the
-            checkpoint lacks a part of the backbone.
+        ConfigError: The checkpoint lacks a part of the backbone, such as a pooler that is not to train.
     """
     # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
     new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
@@ -88,18 +87,10 @@ def remember_head(model: Any, missing: Collection[str], train_pooler: TrainPoole
 
 def _decide_pooler(model: Any, new: list[str], train_pooler: TrainPooler) -> bool:
     name = _pooler_name(model)
-    if name is None:
-        if train_pooler is True:
-            remedy = f"the backbone of {type(model).__name__} has no pooler, and its head trains whole; give auto"
-            raise bad_value("training.train_pooler", True, remedy)
-        return False
+    if name is None or train_pooler != "auto":
+        return name is not None and train_pooler is True
     if any(parameter.startswith(f"{name}.") for parameter in new):
-        if train_pooler is False:
-            remedy = f"the checkpoint lacks {name}, which would stay at its random start; give auto or true"
-            raise bad_value("training.train_pooler", False, remedy)
         return True
-    if train_pooler != "auto":
-        return train_pooler
     named = model.get_submodule(name).named_parameters()
     biases = [parameter for key, parameter in named if key.split(".")[-1] == "bias"]
     is_untrained = bool(biases) and not any(bias.any() for bias in biases)

@@ -67,29 +67,43 @@ class PeftAdapter(Method):
 
 
 @dataclass(frozen=True)
-class LoraBase(PeftAdapter):
-    """What the kinds of LoRA share: the same rank in all modules at the start.
+class Lora(PeftAdapter):
+    """LoRA, as PEFT has it, with its default start or with one that is computed from training data.
 
     Args:
-        r: Rank.
+        r: Rank of all modules at the start.
         alpha: lora_alpha; None for r, so that the scale is 1.
         dropout: Dropout on the adapter's input.
         target_modules: Modules to adapt; see `head.find_targets`.
+        init: `"kaiming"`: A is random and B zero. `"eva"` (arXiv 2410.07170): A is what the inputs of a layer vary in
+            most; every layer keeps rank r. `"lora_ga"` (arXiv 2407.05000): A and B are singular directions of the
+            gradient, and their product is taken away from the base weight; the update of the original base has rank
+            2 r then, and so has what is saved. Both read `INITIALIZATION_BATCHES` batches, drawn with the run's seed.
     """
 
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: list[str] | str | None = None
+    init: Literal["kaiming", "eva", "lora_ga"] = "kaiming"
 
     def __post_init__(self) -> None:
         self._require(self.r >= 1, "r", "the rank is 1 or more")
         self._require(0 <= self.dropout < 1, "dropout", "give a probability in [0, 1)")
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the start is computed from data; see `Method.needs_data`."""
+        return self.init != "kaiming"
+
     def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
         """Return PEFT's configuration."""
         alpha: Any = self.r if self.alpha is None else self.alpha
-        return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets)
+        config = LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets)
+        if self.init == "eva":
+            # The label mask of PEFT's default is one of tokens, as language models have it.
+            config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0, use_label_mask=False)
+        return config
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the rank of every module's update; see `Method.ranks`."""
@@ -99,33 +113,6 @@ class LoraBase(PeftAdapter):
     def components(self, model: Any) -> dict[str, Product]:
         """Return the update of every module, the pair in training last; see `Method.components`."""
         return {name: update_of(layer) for name, layer in layers_of(model, LoraLinear).items()}
-
-
-@dataclass(frozen=True)
-class Lora(LoraBase):
-    """LoRA, as PEFT has it, with its default start or with one that is computed from training data.
-
-    Args:
-        init: `"kaiming"`: A is random and B zero. `"eva"` (arXiv 2410.07170): A is what the inputs of a layer vary in
-            most; every layer keeps rank r. `"lora_ga"` (arXiv 2407.05000): A and B are singular directions of the
-            gradient, and their product is taken away from the base weight; the update of the original base has rank
-            2 r then, and so has what is saved. Both read `INITIALIZATION_BATCHES` batches, drawn with the run's seed.
-    """
-
-    init: Literal["kaiming", "eva", "lora_ga"] = "kaiming"
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the start is computed from data; see `Method.needs_data`."""
-        return self.init != "kaiming"
-
-    def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
-        """Return PEFT's configuration."""
-        config = super().config(targets, planned_steps)
-        if self.init == "eva":
-            # The label mask of PEFT's default is one of tokens, as language models have it.
-            config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0, use_label_mask=False)
-        return config
 
     def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
         """Compute the start of the pairs by PEFT's own routines; see `Method.initialize`.

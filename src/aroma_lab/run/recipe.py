@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,7 +15,7 @@ from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import new_folder
 
-from ..settings import describe, flatten, load_values, section_of, typed_fields
+from ..settings import flatten, load_values, section_of, typed_fields, types_of
 from ..specs import Recipe, TaskSpec, adapter_keys
 from .trial import Trial, TrialFiles
 
@@ -38,28 +38,26 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     sections: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
     flat, types = flatten(values, (*sections, "adapter")), {"output": str}
     for section, kind in sections.items():
-        types |= {f"{section}.{name}": hint for name, hint in get_type_hints(kind).items()}
+        types |= types_of(kind, f"{section}.")
     del types["data.name"]  # a recipe's task is named after its data
     if any(key.startswith("adapter.") for key in flat):  # else PyTorch need not be loaded
-        types |= {f"adapter.{name}": key.type for name, key in adapter_keys().items()}
-    given = typed_fields(types, flat, whole="a recipe")
+        types |= {f"adapter.{name}": kind for name, (kind, _) in adapter_keys().items()}
+    given = typed_fields(types, flat, "a recipe")
     made = {name: kind(**section_of(given, name)) for name, kind in sections.items()}
     output = {"output": given["output"]} if "output" in given else {}
     return Recipe(adapter=section_of(given, "adapter"), **made, **output)
 
 
-def recipe_help() -> Iterator[tuple[str, Any, str]]:
-    """Yield key, default and meaning of every field of a recipe."""
-    yield from (entry for entry in describe(Recipe) if entry[0] not in ("data.name", "adapter"))
-    yield from ((f"adapter.{name}", entry.default, entry.meaning) for name, entry in adapter_keys().items())
-
-
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe, defaults included, atomically."""
-    adapter = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
-    content = {**asdict(recipe), "adapter": adapter}
+    content = {**asdict(recipe), "adapter": _adapter_of(recipe)}
     del content["data"]["name"]
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _adapter_of(recipe: Recipe) -> dict[str, Any]:
+    """Return all keys of the adapter, defaults included."""
+    return {name: default for name, (_, default) in adapter_keys().items()} | recipe.adapter
 
 
 def task_of(recipe: Recipe) -> TaskSpec:
@@ -73,7 +71,7 @@ def task_of(recipe: Recipe) -> TaskSpec:
 def trial_of(recipe: Recipe) -> Trial:
     """Return the one trial that a recipe is; components are drawn by its seed unless the adapter has its own."""
     task, seed = task_of(recipe), recipe.training.seed
-    options = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
+    options = _adapter_of(recipe)
     if options["component_seed"] is None:
         options["component_seed"] = seed
     return Trial(
@@ -102,25 +100,20 @@ def check_output(recipe: Recipe, resume: bool) -> None:
 
 
 def run_recipe(
-    recipe: Recipe, *, resume: bool = False, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+    recipe: Recipe, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
 ) -> dict[str, Any]:
     """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
 
-    Under torchrun every process calls this; see `run_trial`, also for what is returned and raised.
+    A run that was interrupted there goes on. Under torchrun every process calls this; see `run_trial`, also for what
+    is returned and raised.
 
     Args:
-        resume: Go on from the last whole checkpoint in the folder.
         progress: Whether a progress bar is shown.
         on_note: Called, before the training, with what became of examples that did not fit.
     """
-    from aroma.distributed import refuse_together
-
-    from .run import join, run_trial
+    from .run import run_trial
 
     files = TrialFiles(Path(recipe.output))
-    join()
-    with refuse_together():
-        check_output(recipe, resume)
 
     def start(job: Any) -> None:
         if not files.recipe.exists():

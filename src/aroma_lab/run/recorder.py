@@ -31,20 +31,17 @@ class Curve:
 
     Attributes:
         parameters: Parameters that train, the head's left out.
-        total_rank: Sum of the ranks; empty for a method without.
         ranks: Rank by module.
     """
 
     def __init__(self) -> None:
         self.parameters: Changes = []
-        self.total_rank: Changes = []
         self.ranks: dict[str, Changes] = {}
 
     def note(self, step: int, parameters: int, ranks: dict[str, int]) -> None:
         """Record the state after optimizer step `step`."""
         noted = [(self.parameters, parameters)]
         noted += [(self.ranks.setdefault(name, []), rank) for name, rank in ranks.items()]
-        noted += [(self.total_rank, sum(ranks.values()))] if ranks else []
         for changes, value in noted:
             if not changes or changes[-1][1] != value:
                 changes.append([step, value])

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from ..specs import TaskSpec, TrainSpec, check_training
+from ..specs import TaskSpec, TrainSpec
 
 RUNS = "runs"
 """Folder, in the output of a grid, of the trials' folders."""
@@ -74,13 +74,6 @@ class Trial:
             raise bad_value("trial.name", self.name, "give a path below the folder of runs, as mrpc/lora-r8/seed-0")
         if not self.model:
             raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
-        check_training(self.training)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Trial:
-        """Return the trial of a dict as `asdict` makes it; KeyError or TypeError for an unknown or missing key."""
-        sections = {"task": TaskSpec(**values["task"]), "training": TrainSpec(**values["training"])}
-        return cls(**{**values, **sections})
 
 
 def save_trial(trial: Trial, path: str | os.PathLike[str]) -> None:
@@ -97,7 +90,8 @@ def load_trial(path: str | os.PathLike[str]) -> Trial:
     """
     content = read_json(path)
     try:
-        return Trial.from_dict(content)
+        sections = {"task": TaskSpec(**content["task"]), "training": TrainSpec(**content["training"])}
+        return Trial(**{**content, **sections})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: edited, no trial ({error}); restore the file that was written") from error
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from aroma.errors import bad_value
-from aroma.files import write_text
+from aroma.files import write_json, write_text
 from aroma.outputs import open_folder
 
 from ..run.trial import Trial
 from .grid import Grid, check_trials, expand
-from .selection import Selected, select, write_selection
+from .selection import Selected, select
 from .trials import RUNNER, Ended, Runs, State, Watch, run_all
 
 GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
-_HEADER = "# The whole grid, defaults included. Written by `aroma lab run`, anew each time.\n"
+_MARK = "Written by `aroma lab run`, anew each time."
 
 
 class Outcome(NamedTuple):
@@ -66,11 +68,12 @@ def run_grid(
             run then.
         DataError: Examples that cannot be used. Nothing has been run then, either.
     """
-    open_folder("output", grid.folder)
-    file = grid.folder / GRID_FILE
-    if file.exists() and not file.read_text(encoding="utf-8").startswith(_HEADER):
+    folder = Path(grid.output)
+    open_folder("output", folder)
+    file = folder / GRID_FILE
+    if file.exists() and _MARK not in file.read_text(encoding="utf-8"):
         raise bad_value("output", grid.output, f"{GRID_FILE} there is your own and would be overwritten; rename it")
-    part, runs = grid.part(tasks, methods), Runs(grid.folder)
+    part, runs = grid.part(tasks, methods), Runs(Path(grid.output))
 
     def due() -> dict[str, Trial]:
         trials = trials_of(part, runs)
@@ -85,7 +88,8 @@ def run_grid(
         # Whatever is chosen, the reported trials differ in nothing that could be refused later.
         everything = [*due().values(), *expand(part)]
         check_trials(everything, [trial for trial in everything if runs.ended(trial.name) is None])
-    write_text(file, _HEADER + yaml.safe_dump(grid.as_dict(), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(asdict(grid), sort_keys=False, allow_unicode=True)
+    write_text(file, f"# The grid as it ran. {_MARK}\n{text}")
 
     def note(name: str, ended: Ended, count: int, known: int) -> None:
         _write_selection(grid, runs)
@@ -96,11 +100,6 @@ def run_grid(
     ends = {name: runs.ended(name) or Ended(failure="its files were removed") for name in due()}
     failed = {name: end.failure for name, end in ends.items() if end.failure is not None}
     finished = [name for name in ends if name not in failed]
-    for (task, method), selected in selection_of(part, runs).items():
-        if selected.chosen is None:
-            cause = next(failed[one.trial.name] for one in selected.tried if one.trial.name in failed)
-            why = f"not run, because no setting of its selection finished with every seed ({cause})"
-            failed |= {f"{task}/{method}/seed-{seed}": why for seed in grid.seeds}
     earlier = [name for name in finished if name not in ran]
     return Outcome([name for name in finished if name in ran], failed, earlier)
 
@@ -112,7 +111,7 @@ def list_grid(
 
     Reported trials are known once the selection of their task and method has ended.
     """
-    runs = Runs(grid.folder)
+    runs = Runs(Path(grid.output))
     return [(name, runs.state(trial)) for name, trial in trials_of(grid.part(tasks, methods), runs).items()]
 
 
@@ -123,4 +122,4 @@ def _write_selection(grid: Grid, runs: Runs) -> None:
         if any(runs.ended(one.trial.name) for one in selected.tried):
             selection.setdefault(task, {})[method] = selected.entry
     if selection:
-        write_selection(runs.output / SELECTION_FILE, selection)
+        write_json(runs.output / SELECTION_FILE, selection)

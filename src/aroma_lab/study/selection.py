@@ -7,17 +7,14 @@ tables ask for and a selection with `widen` tries by itself, as it tries all val
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from aroma.errors import AromaError
-from aroma.files import write_text
 
 from ..run.trial import Trial
 from .grid import Grid, Selection, Settings, make_trial, overridden
@@ -60,10 +57,10 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
     """
     rule = grid.select
     assert rule is not None, "its callers check it"
-    over = {**rule.over, **overridden(rule.overrides, task, method, "over")}
+    over = rule.over | overridden(rule.overrides, task, method)["over"]
     listed = {key: values for key, values in over.items() if values is not None}
-    points = [dict(zip(listed, point, strict=True)) for point in itertools.product(*listed.values())]
-    tried = _candidates(grid, task, method, points)
+    points = itertools.product(*listed.values())
+    tried = [_candidate(grid, task, method, dict(zip(listed, point, strict=True))) for point in points]
     while True:
         is_over = all(ended(one.trial.name) for one in tried)  # first: others may end a trial meanwhile
         means = _means(tried, ended)
@@ -73,7 +70,7 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
         if is_over and ranked:
             for point in _beside([values for values, _ in means], ranked[0], listed, rule.widen):
                 with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
-                    further += _candidates(grid, task, method, [point])
+                    further.append(_candidate(grid, task, method, point))
             further = further or _finals(rule, tried, ranked)
         if not further:
             scores = [[values, mean and (mean.loss if rule.by == "loss" else mean.score)] for values, mean in means]
@@ -82,27 +79,18 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
         tried += further
 
 
-def _candidates(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
-    assert grid.select is not None, "its callers check it"
-    training = {f"training.{key}": value for key, value in grid.select.training.items()}
-    settings, found = training | overridden(grid.select.overrides, task, method), []
-    for label, values in zip(_labels(points), points, strict=True):
-        name = f"select/{task}/{method}/{label}"
-        trial = make_trial(grid, task, method, grid.select.seed, name, settings | values, "select")
-        found.append(Candidate(trial, values))
-    return found
-
-
-def _labels(points: Sequence[Settings]) -> list[str]:
-    """Return a folder name for each combination of values: `learning_rate=0.001,r=8`."""
-    keys = list(points[0])
-    last = [key.rpartition(".")[2] for key in keys]
-    names = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
-    texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point.values()] for point in points]
-    labels = [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
-    if len(set(labels)) < len(labels):  # values that differ only in characters that a folder name cannot have
-        labels = [f"{index}-{label}" for index, label in enumerate(labels)]
-    return labels
+def _candidate(grid: Grid, task: str, method: str, values: Settings) -> Candidate:
+    """Return the trial of a combination of values, whose folder is called after them: `learning_rate=0.001,r=8`."""
+    rule = grid.select
+    assert rule is not None, "its callers check it"
+    last = [key.rpartition(".")[2] for key in values]
+    names = [name if last.count(name) == 1 else key for key, name in zip(values, last, strict=True)]
+    texts = [re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in values.values()]
+    label = ",".join(map("=".join, zip(names, texts, strict=True))) or "as-given"
+    training = {f"training.{key}": value for key, value in rule.training.items()}
+    settings = training | overridden(rule.overrides, task, method) | values
+    name = f"select/{task}/{method}/{label}"
+    return Candidate(make_trial(grid, task, method, rule.seed, name, settings, "select"), values)
 
 
 def _means(tried: Sequence[Candidate], ended: Callable[[str], Ended | None]) -> list[tuple[Settings, Ended | None]]:
@@ -184,12 +172,3 @@ def _numbers(tried: Sequence[Settings], key: str) -> list[Any]:
     values: list[Any] = [one.get(key) for one in tried]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     return sorted({*values}) if numbers else []
-
-
-def write_selection(path: Path, selection: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write entries by task and method to `path` as JSON, atomically, with a line for each."""
-    tasks = []
-    for task, methods in selection.items():
-        lines = [f"  {json.dumps(method)}: {json.dumps(entry, allow_nan=False)}" for method, entry in methods.items()]
-        tasks.append(f" {json.dumps(task)}: {{\n" + ",\n".join(lines) + "\n }")
-    write_text(path, "{\n" + ",\n".join(tasks) + "\n}\n")
