@@ -12,7 +12,7 @@ from torch import nn
 from aroma import AromaConfig, aroma_layers
 from aroma.cli import main
 from aroma_lab.bench.cases import select_cases
-from aroma_lab.bench.measure import case_result, comparisons, kept_bytes, measure
+from aroma_lab.bench.measure import case_result, kept_bytes, measure
 from aroma_lab.bench.models import BenchSettings
 
 SETTINGS = BenchSettings(
@@ -20,7 +20,7 @@ SETTINGS = BenchSettings(
     batch_size=2,
     length=8,
     rounds=2,
-    only=("lora-r1", "lora-r8", "lora-r8-dropout", "aroma-0", "aroma-8", "aroma-8-dropout", "aroma-all"),
+    only=("lora-r1", "lora-r8", "aroma-0", "aroma-8", "lora-r8-dropout", "aroma-8-dropout"),
 )
 TARGETS = ["linear"]
 
@@ -82,11 +82,7 @@ def test_ratios_are_taken_round_by_round():
     assert results["lora-r8"]["forward_backward_ratio"] == {"median": 2.0, "lower": 2.0, "upper": 2.0}
     assert results["lora-r8"]["step_ratio"]["median"] == 3.0
     assert results["aroma-0"]["forward_backward_ratio"] == {"median": 1.5, "lower": 1.25, "upper": 1.75}
-    kept = {key: 100 if "lora" in key else 50 for key in seconds}
-    compared = {entry["key"]: entry for entry in comparisons(cases, times, kept)}
-    assert compared["aroma-0"]["other"] == "lora-r8"
-    assert compared["aroma-0"]["forward_backward_ratio"] == {"median": 0.75, "lower": 0.625, "upper": 0.875}
-    assert compared["aroma-0"]["kept_ratio"] == 0.5
+    assert results["aroma-0"]["forward_backward_over_lora"] == {"median": 0.75, "lower": 0.625, "upper": 0.875}
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
@@ -97,18 +93,14 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
     assert [case["key"] for case in content["cases"]] == ["floor", *SETTINGS.only]
     cases = {case["key"]: case for case in content["cases"]}
     kept = {key: case["kept_bytes"] for key, case in cases.items()}
-    assert kept["aroma-all"] < kept["floor"] < kept["aroma-0"], "nothing is propagated through frozen modules"
+    assert kept["floor"] < kept["aroma-0"]
     assert kept["aroma-0"] == kept["aroma-8"] == kept["aroma-8-dropout"] == kept["lora-r1"]
     assert kept["lora-r1"] < kept["lora-r8"] < kept["lora-r8-dropout"]
     trained = {key: case["trainable_parameters"] for key, case in cases.items()}
-    assert trained["floor"] == 0 < trained["aroma-all"] < trained["aroma-8"] == trained["lora-r1"] < trained["lora-r8"]
-    assert cases["aroma-all"]["optimizer_bytes"] < cases["aroma-8"]["optimizer_bytes"]
+    assert trained["floor"] == 0 < trained["aroma-8"] == trained["lora-r1"] < trained["lora-r8"]
+    assert cases["aroma-8"]["optimizer_bytes"] < cases["lora-r8"]["optimizer_bytes"]
     assert cases["floor"]["forward_backward_ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
-    assert [(entry["key"], entry["other"]) for entry in content["comparisons"]] == [
-        *((key, "lora-r8") for key in ("aroma-0", "aroma-8")),
-        ("aroma-8-dropout", "lora-r8-dropout"),
-        ("aroma-all", "lora-r8"),
-    ]
+    assert cases["lora-r8-dropout"]["step_over_lora"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
     assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(content["provenance"])
 
 
@@ -120,13 +112,13 @@ def test_the_command_leaves_its_results(tmp_path, capsys):
     small = ["--model", "tiny", "--batch-size", "2", "--length", "9", "--rounds", "1", "--threads", "1"]
     assert main(["bench", *small, "--only", "aroma-0", "lora-r8", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    for part in ("AROMA over LoRA r=8", f"torch {version('torch')}"):
+    for part in ("× LoRA r=8", f"torch {version('torch')}"):
         assert part in printed.out
     assert "taking turns" in printed.err
     assert [case["key"] for case in json.loads(out.read_text())["cases"]] == ["floor", "lora-r8", "aroma-0"]
     for arguments, message in (
         (["--out", str(out)], "it exists, and nothing is overwritten; give another name, or --force"),
-        (["--only", "lora-r9"], "error: only='lora-r9': no such case; choose from floor, head, lora-r1"),
+        (["--only", "lora-r9"], "error: only='lora-r9': no such case; choose from floor, head, adalora"),
         (["--model", "absent/shape"], "error: model='absent/shape': neither a shape (roberta-base, minilm, tiny) nor"),
         (["--rounds", "0"], "error: rounds=0: give 1 or more"),
     ):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aroma.errors import bad_value
-from aroma.tuner import AromaLinear, aroma_layers
+from aroma.tuner import aroma_layers
 
 from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method
 from .models import copy_model
@@ -21,52 +21,34 @@ FLOOR = "floor"
 PLANNED_STEPS = 10_000
 """Length of the run that the methods plan for; they are measured at its beginning."""
 
-_WHEN_FROZEN = 8
-"""Finished components of every module in the cases where some modules are frozen."""
-
 _NEVER_ENDS = {"inner_tolerance": 1e-12, "max_inner_steps": 10**9}
 """The controller checks as usual but never ends an inner loop, so that a case keeps its stage."""
 
 _LEARNING_RATE = 1e-4
 
-FrozenModules = Literal["none", "half", "lower", "all"]
-
 
 @dataclass(frozen=True)
 class Case:
-    """One method at one stage.
-
-    Args:
-        key: Its name, for `--only`.
-        components: Finished components of every module (AROMA).
-        frozen: Modules that are frozen for good (AROMA): `"half"`, every second one; `"lower"`, those in the lower
-            half of the model; `"all"`.
-    """
+    """One method; of AROMA at the stage where every module has so many finished components."""
 
     key: str
     method: Method
     components: int = 0
-    frozen: FrozenModules = "none"
 
     @property
-    def rival(self) -> str | None:
-        """Key of LoRA r=8 with the same dropout, which a case of AROMA is compared with."""
-        if not isinstance(self.method, Aroma):
-            return None
-        return "lora-r8-dropout" if self.method.options.get("lora_dropout") else "lora-r8"
+    def rival(self) -> str:
+        """Key of LoRA r=8 with the same dropout, if it has one."""
+        return "lora-r8-dropout" if self.key.endswith("-dropout") else "lora-r8"
 
     def build(self, model: Any, seed: int) -> Any:
         """Return `model` adapted and brought to the stage of the case; see `Method.build`."""
         torch.manual_seed(seed)
         model = self.method.build(model, PLANNED_STEPS)
-        if isinstance(self.method, Aroma):
-            layers = list(aroma_layers(model).values())
-            for layer in layers if self.components else ():
-                _finish_components(layer, self.components)
-            half = len(layers) // 2
-            frozen = {"none": [], "half": layers[::2], "lower": layers[:half], "all": layers}[self.frozen]
-            for layer in frozen:
-                layer.freeze("default")
+        for layer in aroma_layers(model).values() if self.components else ():
+            b, a = layer.pair("default")
+            B = 1e-3 * torch.randn(b.shape[0], self.components)
+            A = torch.randn(self.components, a.shape[1]) / a.shape[1] ** 0.5
+            layer.finished("default").append(B.to(b), A.to(a))
         return model.train()
 
 
@@ -113,15 +95,12 @@ class Contender:
 
 def all_cases() -> list[Case]:
     """Return all cases in the order in which they take turns."""
-    cases = [Case(FLOOR, Frozen()), Case("head", HeadOnly())]
+    cases = [Case(FLOOR, Frozen()), Case("head", HeadOnly()), Case("adalora", AdaLora()), Case("full", Full())]
     for dropout, suffix in ((0.0, ""), (0.1, "-dropout")):
         cases += [Case(f"lora-r{r}{suffix}", Lora(r=r, dropout=dropout)) for r in (1, 8, 16)]
-    cases += [Case("adalora", AdaLora()), Case("full", Full())]
-    for dropout, suffix, stages in ((0.0, "", (0, 4, 8, 16, 64)), (0.1, "-dropout", (0, 8, 64))):
         aroma = Aroma(lora_dropout=dropout, **_NEVER_ENDS)
-        cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]
-    finished: tuple[FrozenModules, ...] = ("half", "lower", "all")
-    return cases + [Case(f"aroma-{name}", Aroma(**_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
+        cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in (0, 8, 64)]
+    return cases
 
 
 def select_cases(only: Sequence[str] | None) -> list[Case]:
@@ -135,13 +114,4 @@ def select_cases(only: Sequence[str] | None) -> list[Case]:
     for key in only or ():
         if key not in keys:
             raise bad_value("only", key, f"no such case; choose from {', '.join(keys)}")
-    if only:
-        cases = [case for case in cases if case.key in (FLOOR, *only)]
-    return cases
-
-
-def _finish_components(layer: AromaLinear, count: int) -> None:
-    b, a = layer.pair("default")
-    B = 1e-3 * torch.randn(b.shape[0], count)
-    A = torch.randn(count, a.shape[1]) / a.shape[1] ** 0.5
-    layer.finished("default").append(B.to(b), A.to(a))
+    return [case for case in cases if not only or case.key in (FLOOR, *only)]

@@ -11,7 +11,6 @@ import gc
 import os
 import platform
 import re
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,7 @@ from .cases import FLOOR, Case, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
 Result = dict[str, Any]
-"""What `measure` returns, and JSON holds: settings, provenance, cases, comparisons."""
+"""What `measure` returns, and JSON holds: settings, provenance, cases."""
 
 
 def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
@@ -48,21 +47,21 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     base = make_model(settings)
     batch = make_batch(base, settings)
     contenders = [Contender(case, base, batch, settings.seed) for case in cases]
-    kept, trained = {}, {}
+    sizes: dict[str, dict[str, int]] = {}
     with progress("counting bytes", len(contenders)) as advance:
         for one in contenders:
-            kept[one.case.key] = kept_bytes(one.forward, one.model)
-            trained[one.case.key] = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
+            trained = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
+            kept = kept_bytes(one.forward, one.model)
+            sizes[one.case.key] = {"kept_bytes": kept, "trainable_parameters": trained}
             advance(1)
     with progress("taking turns", len(contenders) * settings.rounds) as advance:
         times = take_turns(contenders, settings.rounds, advance)
-    optimizer = {one.case.key: optimizer_bytes(one.optimizer) for one in contenders}
-    sizes = {"kept_bytes": kept, "trainable_parameters": trained, "optimizer_bytes": optimizer}
+    for one in contenders:
+        sizes[one.case.key]["optimizer_bytes"] = optimizer_bytes(one.optimizer)
     return {
         "settings": asdict(settings),
         "provenance": _provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
-        "cases": [{**case_result(case, times), **{name: sizes[name][case.key] for name in sizes}} for case in cases],
-        "comparisons": comparisons(cases, times, kept),
+        "cases": [case_result(case, times) | sizes[case.key] for case in cases],
     }
 
 
@@ -99,31 +98,18 @@ def take_turns(contenders: Sequence[Contender], rounds: int, on_turn: Callable[[
 
 
 def case_result(case: Case, times: pd.DataFrame) -> Result:
-    """Return the times of a case, and their ratios to the floor of the same round, in which slow rounds cancel out."""
-    floor = times["forward_backward", FLOOR]
-    parts = {part: times[part, case.key] for part in ("forward_backward", "step")}
-    return {
-        "key": case.key,
-        **{part: spread(seconds) for part, seconds in parts.items()},
-        **{f"{part}_ratio": spread(seconds / floor) for part, seconds in parts.items()},
-    }
+    """Return the times of a case, and their ratios to the floor and to LoRA r=8, if it was measured.
 
-
-def comparisons(cases: Sequence[Case], times: pd.DataFrame, kept: dict[str, int]) -> list[Result]:
-    """Return every AROMA case over LoRA r=8 with the same dropout, where both were measured."""
-    return [
-        {
-            "key": case.key,
-            "other": case.rival,
-            **{
-                f"{part}_ratio": spread(times[part, case.key] / times[part, case.rival])
-                for part in ("forward_backward", "step")
-            },
-            "kept_ratio": kept[case.key] / kept[case.rival],
-        }
-        for case in cases
-        if case.rival in kept
-    ]
+    A ratio is of one round, so that slow rounds cancel out.
+    """
+    result: Result = {"key": case.key}
+    for part in ("forward_backward", "step"):
+        seconds = times[part, case.key]
+        result[part] = spread(seconds)
+        result[f"{part}_ratio"] = spread(seconds / times["forward_backward", FLOOR])
+        if (part, case.rival) in times:
+            result[f"{part}_over_lora"] = spread(seconds / times[part, case.rival])
+    return result
 
 
 def spread(values: pd.Series[float]) -> dict[str, float]:
@@ -135,34 +121,22 @@ def spread(values: pd.Series[float]) -> dict[str, float]:
 # Bytes ---------------------------------------------------------------------------------------------------------------
 
 
-class _Kept:
-    """What autograd holds in place of a tensor, so that it can be seen whether it still holds it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached: the output of a node would hold the node, which holds this, and neither would ever be freed.
-        self.tensor = tensor.detach()
-
-
 def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     """Return the bytes that a forward pass keeps for its backward pass.
 
     A tensor counts with its whole storage, since a view keeps that alive, and each storage counts once. Parameters
     and buffers of `model` do not count. The number is exact, and the same on every run.
     """
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+    kept: list[Tensor] = []
 
-    def pack(tensor: Tensor) -> _Kept:
-        holder = _Kept(tensor)
-        kept.add(holder)
-        return holder
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())
+        return kept[-1]
 
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
     own = _storages((*model.parameters(), *model.buffers()))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        loss = forward()
-    # What the graph has freed by now does not wait for backward.
-    storages = _storages([holder.tensor for holder in kept])
-    del loss
-    return sum(size for place, size in storages.items() if place not in own)
+    return sum(size for place, size in _storages(kept).items() if place not in own)
 
 
 def optimizer_bytes(optimizer: Any) -> int:
@@ -181,12 +155,9 @@ def _provenance(device: str) -> dict[str, Any]:
     """Return the usual provenance and what else decides a time, JSON-able."""
     found = provenance()
     information = Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    named = re.search(r"model name\s*:\s*(.+)", information.read_text() if information.exists() else "")
     return found | {
         "device": found["device"] if device == "cuda" else "cpu",
-        "cpu_model": named[1].strip() if named else platform.processor() or platform.machine(),
+        "cpu_model": named[1] if named else platform.machine(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cuda": torch.version.cuda,
     }

@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure; print the tables; write the results."""
+    """Measure; print the table; write the results."""
     require_extra("lab")
     from aroma.outputs import new_file
 
@@ -60,10 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..bench.measure import measure
     from ..bench.models import BenchSettings
-    from ..bench.report import tables
+    from ..bench.report import table
 
     given = {name: getattr(arguments, name) for name in _SETTINGS}
     only = tuple(arguments.only) if arguments.only else None
     result = measure(BenchSettings(**given, only=only), progress=progress_bar)
     write_json(out, result)
-    print(tables(result), f"Left: {out}.", sep="\n")
+    print(table(result), f"Left: {out}.", sep="\n")

@@ -15,9 +15,7 @@ from aroma.errors import bad_value
 TABLES = {
     "main": "scores, trainable parameters, paired difference to a baseline (the paper's Table 2)",
     "sets": "each reported set and their average, with the difference of the average (Table 3)",
-    "ranks": "mean rank found and trained and, where ranks were planted, how well they were found",
-    "regret": "what finds its ranks against the best fixed rank, and the one that trying all of them finds",
-    "inner": "after how many steps the inner criterion fires, by kind of matrix",
+    "ranks": "mean rank found and trained, difference to the best fixed rank, and the fit to planted ranks",
 }
 FIGURES = {
     "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for the lowest seed of each method",
@@ -82,7 +80,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run_table(arguments: argparse.Namespace) -> None:
-    """Print the table as Markdown, or write it in the format of its file; what CSV cannot hold is printed."""
+    """Print the table as Markdown, or write it in the format of its file; only Markdown holds caption and notes."""
     require_extra("lab")
     out = None if arguments.out is None else _new_file(arguments.out, arguments)
     if out is not None and out.suffix not in (".md", ".tex", ".csv"):
@@ -97,7 +95,7 @@ def run_table(arguments: argparse.Namespace) -> None:
         sys.stdout.write(table.written(".md"))
         return
     write_text(out, table.written(out.suffix))
-    print(*([table.caption, *table.notes] if out.suffix == ".csv" else ()), f"Left: {out}.", sep="\n")
+    print(*([table.caption, *table.notes] if out.suffix != ".md" else ()), f"Left: {out}.", sep="\n")
 
 
 def run_figure(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,36 +66,31 @@ class Table:
             winner = words(np.nanmax(means))
             self.best |= {(title, row) for row, mean in enumerate(means) if words(mean) == winner}
 
-    def difference(self, title: str, prefix: str, found: pd.DataFrame) -> None:
-        """Add a column of mean differences and their standard errors, which are columns of `found`."""
-        values = found[[f"{prefix}difference", f"{prefix}error", *([] if prefix else ["pairs"])]]
+    def difference(self, title: str, found: pd.DataFrame) -> None:
+        """Add a column of differences, of which `found` has `difference`, its standard `error`, and the `pairs`."""
         texts = [
-            EMPTY if math.isnan(mean) else signed_points(mean) + ("" if math.isnan(error) else f" ± {points(error)}")
-            for mean, error in values.to_numpy()[:, :2].astype(float)
+            EMPTY
+            if math.isnan(mean)
+            else f"{100 * mean:+.2f}".replace("-", "−") + ("" if math.isnan(error) else f" ± {points(error)}")
+            for mean, error in zip(found.difference, found.error, strict=True)
         ]
-        self.add(title, texts, **values)
+        self.add(title, texts, **found[["difference", "error", "pairs"]])
 
     def written(self, suffix: str) -> str:
-        """Return the table as a file of this suffix has it: `.md`, `.tex` (with the package booktabs) or `.csv`."""
+        """Return the table as Markdown (`.md`), or without caption and notes as LaTeX (`.tex`, booktabs) or CSV."""
         if suffix == ".csv":
             return str(pd.DataFrame(self.values).to_csv(index=False))
-        is_latex = suffix == ".tex"
-        escape = _escape_latex if is_latex else partial(re.sub, r"([\\|*_<>`])", r"\\\1")
-        bold = (r"\textbf{{{}}}" if is_latex else "**{}**").format
-        cells = pd.DataFrame({escape(title): list(map(escape, texts)) for title, texts in self.shown.items()})
+        if suffix == ".tex":
+            return str(pd.DataFrame(self.shown).to_latex(index=False, escape=True)).replace("−", "$-$")
+        cells = pd.DataFrame({_escape(title): list(map(_escape, texts)) for title, texts in self.shown.items()})
         for title, row in self.best:
-            cells.loc[row, escape(title)] = bold(cells.loc[row, escape(title)])
+            cells.loc[row, _escape(title)] = f"**{cells.loc[row, _escape(title)]}**"
         meaning = " Bold: best mean of a column, among the methods with the most seeds in it." if self.best else ""
-        caption, *notes = map(escape, [self.caption + meaning, *self.notes])
         # Words, which are their own raw values, to the left.
         sides = ["left" if self.values.get(title) == texts else "right" for title, texts in self.shown.items()]
-        if not is_latex:
-            body = cells.to_markdown(index=False, tablefmt="pipe", colalign=sides, disable_numparse=True)
-            return "\n\n".join(filter(None, [body, caption, "\n".join(f"- {note}" for note in notes)])) + "\n"
-        columns = "".join(side[0] for side in sides)
-        body = cells.to_latex(index=False, escape=False, column_format=columns, caption=caption, position="tb")
-        footnotes = "".join(f"\\par\\raggedright\\footnotesize {note}\n" for note in notes)
-        return str(body).replace("\\end{table}", f"{footnotes}\\end{{table}}")
+        body = cells.to_markdown(index=False, tablefmt="pipe", colalign=sides, disable_numparse=True)
+        notes = "\n".join(f"- {_escape(note)}" for note in self.notes)
+        return "\n\n".join(filter(None, [body, _escape(self.caption + meaning), notes])) + "\n"
 
 
 def points(score: float) -> str:
@@ -109,20 +103,9 @@ def decimals(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def signed_points(difference: float) -> str:
-    """Return a difference of scores in points with its sign; what rounds to zero has none."""
-    words = f"{100 * difference:+.2f}"
-    return words[1:] if float(words) == 0 else words.replace("-", "−")
-
-
-def plain(value: float) -> str:
-    """Return a number with as many digits as it needs, thousands grouped: 110, 112.5, 1,725, 0.0005."""
-    return f"{value:,.10g}".replace("-", "−")
-
-
 def span(values: Sequence[float]) -> str:
     """Return the one text of all `values`, or those of the smallest and the largest: `3`, `500–600`."""
-    return "–".join(dict.fromkeys((plain(min(values)), plain(max(values)))))
+    return "–".join(dict.fromkeys(f"{value:,.10g}" for value in (min(values), max(values))))
 
 
 def listing(items: Sequence[str]) -> str:
@@ -135,17 +118,5 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
-        **{"<": r"\textless{}", ">": r"\textgreater{}", "−": "$-$", "Δ": r"$\Delta$", "ε": r"$\varepsilon$"},
-        # Behind \\ a bracket would be read as its argument, and a star as part of it.
-        **{"[": "{[}", "]": "{]}", "*": "{*}"},
-    }
-)
-
-
-def _escape_latex(words: str) -> str:
-    return words.translate(_LATEX)
+def _escape(words: str) -> str:
+    return re.sub(r"([\\|*_<>`])", r"\\\1", words)

@@ -29,8 +29,8 @@ TABLE = "runs.parquet"
 Run = Any
 """A row of a frame, as `itertuples` gives it."""
 
-_PARTS = ("trial", "result", "curve", "evaluations", "ended")
-"""Columns that the table of runs has as JSON. `ended` has outer step and module of every inner loop that ended."""
+_PARTS = ("trial", "result", "curve", "evaluations")
+"""Columns that the table of runs has as JSON."""
 _OF_MATRICES = ("effective_ranks", "relative_updates")
 """Measures by matrix in a result, of which the table of runs keeps four digits."""
 _NOT_KEPT = ("singular_values", "overlaps")
@@ -192,9 +192,6 @@ def _read_folder(folder: Path, root: Path) -> dict[str, Any]:
             parts["result"] = {key: value for key, value in _read(files.result).items() if key not in _NOT_KEPT}
             parts["curve"] = _read(files.curve) if files.curve.exists() else None
             parts["evaluations"] = _read(files.history)["evaluations"] if files.history.exists() else None
-            lines = files.events.read_text(encoding="utf-8").splitlines() if files.events.exists() else []
-            ended = [event for event in map(json.loads, lines) if event["kind"] in ("merged", "frozen")]
-            parts["ended"] = [(event["outer_step"], event["module"]) for event in ended]
         elif files.failure.exists():
             failure = _read(files.failure)
             message = " ".join(f"{failure['error']}: {failure['message']}".split())

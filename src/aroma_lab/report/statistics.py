@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from ..study.selection import first_of
-
 CHANCE = 0.05
 """Chance that a task on which every method is as good as head-only counts as learnt all the same."""
-AVERAGE = "average"
-"""The task of a row of `regrets` that is of all tasks."""
-_REGRET = [
-    *("method", "task", "mean", "std", "seeds", "trained", "best", "best_mean", "best_std", "best_seeds"),
-    *("difference", "error", "pairs", "met", "chosen", "chosen_difference", "chosen_error"),
-]
 
 
 def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFrame:
@@ -47,13 +38,8 @@ def paired_difference(scores: pd.DataFrame, method: str, other: str | None) -> t
     if method not in scores or other not in scores:
         return math.nan, math.nan, 0
     by_task = scores[method].sub(scores[other]).dropna().groupby("task").agg(["mean", "sem", "count"])
-    return *mean_of_means(by_task["mean"], by_task["sem"]), int(by_task["count"].sum())
-
-
-def mean_of_means(means: pd.Series[float], errors: pd.Series[float]) -> tuple[float, float]:
-    """Return the mean of independent means, and its standard error; NaN if there are none, or one is unknown."""
-    error = np.sqrt((errors**2).sum(skipna=False)) / len(errors) if len(errors) else math.nan
-    return float(means.mean(skipna=False)), float(error)
+    error = (by_task["sem"] ** 2).sum(skipna=False) ** 0.5 / max(1, len(by_task))
+    return float(by_task["mean"].mean()), float(error) if len(by_task) else math.nan, int(by_task["count"].sum())
 
 
 def not_learnt(frame: pd.DataFrame) -> dict[str, str]:
@@ -96,107 +82,3 @@ def _step(frame: pd.DataFrame) -> float:
     counts = frame.result.iloc[0]["examples"]
     reported = sum(count for split, count in counts.items() if split not in ("train", "held_out", "validation"))
     return 1.0 / int(reported or counts.get("validation") or counts["held_out"])
-
-
-def regrets(
-    frame: pd.DataFrame,
-    tasks: Sequence[str],
-    growing: Sequence[str],
-    fixed: Sequence[str],
-    chosen: Mapping[str, str],
-) -> pd.DataFrame:
-    """Return how methods that find their ranks fare against fixed ranks, task by task and on average.
-
-    The *best* fixed rank has the highest mean reported score, and is the smaller one of equals: nobody could have
-    known it, so that a regret is rather too large than too small. The *chosen* one is that of `chosen_by_trying`.
-
-    Args:
-        frame: Runs with their `task`, `method`, `seed`, `score` and `trained_rank`.
-        tasks: The tasks, in the order of the rows.
-        growing: Methods that find their ranks.
-        fixed: Methods with fixed ranks.
-        chosen: The chosen one of each task, where there is one.
-
-    Returns:
-        A row for each task and growing method with a seed in common with the best, and one for the `AVERAGE` of each
-        method's tasks, against the one fixed rank with the highest average. `difference` and `error` are mean and
-        standard error over the seeds in common; `met` says whether the score is at most one standard error below, at
-        no more trained parameters.
-    """
-    runs = frame.assign(trained_rank=pd.to_numeric(frame.trained_rank)).groupby(["task", "method"])
-    cells = runs.agg(
-        mean=("score", "mean"), std=("score", "std"), seeds=("score", "size"), trained=("trained_rank", "mean")
-    )
-    scores = frame.pivot_table(index=["task", "seed"], columns="method", values="score")
-    rows = []
-    for task in [task for task in tasks if task in cells.index]:
-        of_task = cells.loc[task]
-        best = _best(of_task[of_task.index.isin(fixed)])
-        for method in growing:
-            if best is not None and method in of_task.index:
-                *over_best, pairs = paired_difference(scores.loc[[task]], method, str(best.name))
-                *over_chosen, _ = paired_difference(scores.loc[[task]], method, chosen.get(task))
-                row = _compared(of_task.loc[method], best, over_best, over_chosen)
-                rows.append({"task": task, **row, "pairs": pairs, "chosen": chosen.get(task)})
-    rows = [row for row in rows if row["pairs"]]
-    found = pd.DataFrame(rows, columns=_REGRET)
-    over_tasks = (_average_row(found, cells, scores, method, fixed) for method in growing)
-    return pd.DataFrame([*rows, *filter(None, over_tasks)], columns=_REGRET)
-
-
-def _best(cells: pd.DataFrame) -> Any:
-    """Return the cell with the best mean, of those with the most seeds, which alone compare; None if there is none."""
-    compared = cells[cells.seeds == cells.seeds.max()]
-    ordered = compared.sort_values(["mean", "trained"], ascending=[False, True])
-    return None if ordered.empty else ordered.iloc[0]
-
-
-def _compared(own: Any, best: Any, over_best: Sequence[float], over_chosen: Sequence[float]) -> dict[str, Any]:
-    difference, error = over_best
-    return {
-        **{"method": own.name, "mean": own["mean"], "std": own.get("std"), "seeds": int(own.seeds)},
-        **{"best": best.name, "best_mean": best["mean"], "best_std": best.get("std"), "best_seeds": int(best.seeds)},
-        **{"trained": own.trained, "difference": difference, "error": error},
-        "met": bool(difference >= -error and own.trained <= best.trained),
-        **dict(zip(("chosen_difference", "chosen_error"), over_chosen, strict=True)),
-    }
-
-
-def _average_row(
-    found: pd.DataFrame, cells: pd.DataFrame, scores: pd.DataFrame, method: str, fixed: Sequence[str]
-) -> dict[str, Any] | None:
-    """Return the row of a method's tasks, taken as given; None with fewer than two of them."""
-    own = found[found.method == method]
-    of_tasks = cells[cells.index.get_level_values("task").isin(own.task)].reset_index("task")
-    grouped = of_tasks.groupby("method")
-    means = grouped.agg({"mean": "mean", "seeds": "min", "trained": "mean"})[grouped.size() == len(own)]
-    best = _best(means[means.index.isin(fixed)])
-    if len(own) < 2 or best is None:
-        return None
-    *over_best, _ = paired_difference(scores.loc[list(own.task)], method, str(best.name))
-    over_chosen = mean_of_means(own.chosen_difference, own.chosen_error)
-    return {"task": AVERAGE, **_compared(means.loc[method], best, over_best, over_chosen)}
-
-
-def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str) -> dict[str, str]:
-    """Return the method of each task that its runs on held-out training examples prefer.
-
-    The best settings win by their mean score over seeds, or by their mean loss; the other decides between equals, then
-    the order of `methods`. A task on which one of them was not tried has none.
-
-    Args:
-        selecting: Runs that chose settings, with their `task`, `method`, `score` and `result`.
-        by: `"score"` or `"loss"`.
-    """
-    tried = selecting[selecting.method.isin(methods)]
-    loss = -tried.result.map(lambda result: result.get("held_out_loss", np.inf)).astype(float)
-    tried = tried.assign(loss=loss, settings=tried.name.map(first_of), place=tried.method.map([*methods].index))
-    means = tried.groupby(["task", "place", "settings"])[["score", "loss"]].mean().reset_index()
-    order = ["score", "loss"] if by == "score" else ["loss", "score"]
-    ranked = means.sort_values([*order, "place"], ascending=[False, False, True], kind="stable")
-    complete = means.groupby("task").place.nunique() == len(methods)
-    return {
-        str(task): methods[of_task.place.iloc[0]]
-        for task, of_task in ranked.groupby("task", sort=False)
-        if complete[task]
-    }

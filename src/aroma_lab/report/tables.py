@@ -1,24 +1,20 @@
-"""The tables of a grid's runs: scores of tasks or sets, ranks, regret of not knowing the rank, inner criterion."""
+"""The tables of a grid's runs: scores of tasks or sets, and ranks with the difference to the best fixed one."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 
 from aroma.errors import bad_value
-from aroma.pictures import positions_of
 
-from .formats import EMPTY, Table, decimals, plain, points
+from .formats import EMPTY, Table, decimals, points
 from .protocol import common_notes, holds_out, protocol, seeds_sentence
-from .runs import Run, Runs, has_fixed_rank, rows_of
-from .statistics import AVERAGE, chosen_by_trying, not_learnt, paired_difference, regrets, spread
+from .runs import Runs, has_fixed_rank, rows_of
+from .statistics import not_learnt, paired_difference, spread
 
-_RANK_TRAINED = "trainable parameters, averaged over the planned steps, over those of rank 1 in all matrices"
-"""What captions say of `trained_rank`."""
+KINDS = ("main", "sets", "ranks")
+"""Kinds of tables."""
 
 
 def make_table(runs: Runs, kind: str = "main", baseline: str | None = None) -> Table:
@@ -37,10 +33,10 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None) -> T
         raise bad_value("--baseline", baseline, f"no run of it has finished; give one of {', '.join(finished)}")
     if baseline is None and "lora-r8" in finished:
         baseline = "lora-r8"
-    if kind in ("main", "sets"):
-        table = scores_table(runs, _task_scores(runs) if kind == "main" else _set_scores(runs), baseline)
+    if kind == "ranks":
+        table = ranks_table(runs)
     else:
-        table = KINDS[kind](runs)
+        table = scores_table(runs, _task_scores(runs) if kind == "main" else _set_scores(runs), baseline)
     table.caption += f" {protocol(runs)}"
     table.notes += common_notes(runs)
     return table
@@ -75,14 +71,14 @@ def scores_table(runs: Runs, scores: pd.DataFrame, baseline: str | None) -> Tabl
     if baseline is not None and compared:
         paired = averages.pivot_table(index=["task", "seed"], columns="method", values="value")
         found = [paired_difference(paired, method, baseline) for method in runs.methods]
-        table.difference(f"− {baseline}", "", pd.DataFrame(found, columns=["difference", "error", "pairs"]))
+        table.difference(f"− {baseline}", pd.DataFrame(found, columns=["difference", "error", "pairs"]))
         table.caption += f" Difference to {baseline}: of runs of the same task and seed, mean ± standard error."
     table.notes = [*unlearnt.values()]
     return table
 
 
 def ranks_table(runs: Runs) -> Table:
-    """Return which ranks were found and trained, and how they fit the planted ones where these are known."""
+    """Return scores beside those of the best fixed rank, which ranks were found, and how they fit planted ones."""
     cells = [(method, task) for task in runs.tasks for method in runs.methods if len(runs.of(method, task))]
     table = Table([method for method, _ in cells], len(runs.seeds))
     table.add("task", [task for _, task in cells], task=[task for _, task in cells])
@@ -107,9 +103,19 @@ def ranks_table(runs: Runs) -> Table:
         found = pd.concat(one_by_one).assign(count=[len(runs.of(*cell)) for cell in cells])
         table.spread(title, heads, found, words)
     table.caption = (
-        f"Rank found: at the end, mean over the matrices; rank trained: {_RANK_TRAINED}. {seeds_sentence(runs)} "
-        "Scores in points (100 × metric)."
+        "Rank found: at the end, mean over the matrices; rank trained: trainable parameters, averaged over the "
+        f"planned steps, over those of rank 1 in all matrices. {seeds_sentence(runs)} Scores in points (100 × metric)."
     )
+    best = _best_fixed(runs)
+    if best:
+        found = _over_best(runs, cells, best)
+        table.add("best fixed", found.best.fillna(EMPTY).tolist(), best=found.best)
+        table.difference("difference to it", found)
+        table.caption += (
+            " Best fixed: of the LoRA of one rank with the most seeds, the highest mean on the reported examples, "
+            "known only afterwards. Difference: of runs of the same seed, mean ± standard error."
+        )
+    table.notes = [*not_learnt(runs.reported).values()]
     if "held_out_loss" in columns:
         table.caption += " Held-out loss: on the examples that chose the settings; no run was trained on them."
     if fits:
@@ -120,115 +126,23 @@ def ranks_table(runs: Runs) -> Table:
     return table
 
 
-def regret_table(runs: Runs) -> Table:
-    """Return what it costs not to have known the best fixed rank of each task, and not to have tried them all."""
-    growing = [*runs.finished_methods("aroma"), *runs.finished_methods("evidence")]
+def _best_fixed(runs: Runs) -> dict[str, str]:
+    """Return the best LoRA of one rank by task, of those with the most seeds; the smaller one of equals."""
     fixed = [one for one in runs.finished_methods("lora") if has_fixed_rank(runs.of(one).trial.iloc[0])]
-    unlearnt = not_learnt(runs.reported)
-    frame = runs.reported[~runs.reported.task.isin(unlearnt)]
-    rows = regrets(frame, runs.tasks, growing, fixed, chosen_by_trying(runs.selecting, fixed, runs.chose_by))
-    if rows.empty:
-        remedy = f"no task of {runs.source} has runs of AROMA and of LoRA with a seed in common; run both"
-        raise bad_value("--kind", "regret", remedy)
-    table = Table(rows.method.tolist(), len(runs.seeds))
-    table.add("task", rows.task.tolist(), task=rows.task)
-    table.spread("score", ["mean", "std", "seeds"], rows.rename(columns={"seeds": "count"}), points)
-    table.numbers("rank trained", "trained", rows.trained.tolist(), decimals)
-    table.add("best fixed", rows.best.tolist(), best=rows.best)
-    best = rows[["best_mean", "best_std", "best_seeds"]].set_axis(["mean", "std", "count"], axis="columns")
-    table.spread("its score", ["best_mean", "best_std", "best_seeds"], best, points)
-    table.difference("difference", "", rows)
-    table.add("no worse, no dearer", ["yes" if met else "no" for met in rows.met], met=rows.met)
-    if rows.chosen_difference.notna().any():
-        table.add("chosen by trying", rows.chosen.fillna(EMPTY).tolist(), chosen=rows.chosen)
-        table.difference("difference to it", "chosen_", rows)
-    table.notes = [*unlearnt.values()]
-    table.caption = (
-        "Best fixed: the LoRA with the highest mean on the reported examples, which nobody could have known before. "
-        "Difference: of runs of the same seed, mean ± standard error. No worse, no dearer: at most one standard error "
-        "below it, at no more trained parameters. Chosen by trying: the LoRA that the runs on held-out training "
-        f"examples prefer. {AVERAGE.capitalize()}: over the tasks; best fixed is the one rank with the highest "
-        f"average. Rank trained: {_RANK_TRAINED}. {seeds_sentence(runs)} Scores in points (100 × metric)."
-    )
-    return table
+    frame = runs.reported[runs.reported.method.isin(fixed) & ~runs.reported.task.isin(not_learnt(runs.reported))]
+    frame = frame.assign(rank=pd.to_numeric(frame.trained_rank)).groupby(["task", "method"])
+    means = frame.agg(seeds=("score", "size"), score=("score", "mean"), rank=("rank", "mean")).reset_index()
+    ordered = means.sort_values(["seeds", "score", "rank"], ascending=[False, False, True])
+    return dict(ordered.drop_duplicates("task").set_index("task").method)
 
 
-def inner_table(runs: Runs) -> Table:
-    """Return after how many steps the inner criterion (5) fires, by method, task and kind of matrix."""
-    rows = []
-    for method, task in itertools.product(runs.finished_methods("aroma"), runs.tasks):
-        checked = [run for run in rows_of(runs.of(method, task)) if run.result["inner_checks"] or run.ended]
-        if checked:
-            predicted = {_predicted_step(run.trial["options"]) for run in checked}
-            last = {"predicted": predicted.pop() if len(predicted) == 1 else np.nan}
-            loops = pd.concat([inner_loops(run) for run in checked])
-            for kind in ["all", *loops.kind.unique()]:
-                numbers = _loop_numbers(loops if kind == "all" else loops[loops.kind == kind])
-                rows.append({"method": method, "task": task, "matrices": kind, **numbers, **last})
-    if not rows:
-        remedy = f"no run with inner checks has finished in {runs.source}; run AROMA first"
-        raise bad_value("--kind", "inner", remedy)
-    frame = pd.DataFrame(rows)
-    table = Table(frame.method.tolist(), len(runs.seeds))
-    for key in ("task", "matrices"):
-        table.add(key, frame[key].tolist(), **{key: frame[key]})
-    for key in frame.columns[3:]:
-        title = key.replace("first_median", "median, first loops").replace("later_median", "median, later loops")
-        table.numbers(title.replace("_", " "), key, frame[key].tolist(), plain)
-    table.caption = (
-        "Inner step t at which the inner criterion (5) is first met, over the inner loops of all matrices and seeds. "
-        "Predicted: ΔT_in (1 + 1/ε_in), where a norm that grows linearly meets it, however much is left to learn. "
-        "Fired: loops in which it was met; never: loops that ended, at T_in, without. The quartiles are of the loops "
-        "in which it fired."
-    )
-    return table
-
-
-KINDS: Mapping[str, Callable[..., Table]] = {
-    "main": scores_table,
-    "sets": scores_table,
-    "ranks": ranks_table,
-    "regret": regret_table,
-    "inner": inner_table,
-}
-
-
-def inner_loops(run: Run) -> pd.DataFrame:
-    """Return the inner loops of a run: those in which the criterion fired, and those that ended without.
-
-    A row has the `kind` of the matrix, `outer_step` p from 1, and as `fired` the inner step t at which the criterion
-    was first met, NaN if it never was. A loop that the end of the run cut off before that is left out.
-    """
-    fired = [(outer, module, inner) for outer, inner, module in run.result["inner_checks"]]
-    ended = [(outer, module, np.nan) for outer, module in run.ended]
-    loops = pd.DataFrame([*fired, *ended], columns=["outer_step", "module", "fired"]).astype({"fired": float})
-    loops = loops.drop_duplicates(["outer_step", "module"])
-    modules = list(loops.module.unique())
-    kinds = {module: position.kind for module, position in zip(modules, positions_of(modules), strict=True)}
-    return loops.assign(kind=loops.module.map(kinds))
-
-
-def _loop_numbers(loops: pd.DataFrame) -> dict[str, float]:
-    fired = loops.fired.dropna()
-    quartiles = fired.quantile([0.25, 0.5, 0.75])
-    return {
-        "fired": len(fired),
-        "never": len(loops) - len(fired),
-        **dict(zip(("lower_quartile", "median", "upper_quartile"), quartiles, strict=True)),
-        "first_median": loops.fired[loops.outer_step == 1].median(),
-        "later_median": loops.fired[loops.outer_step > 1].median(),
-    }
-
-
-def _predicted_step(options: Mapping[str, Any]) -> float:
-    """Return the inner step near which a linearly growing norm meets criterion (5)."""
-    from aroma.tuner.config import AromaConfig  # here alone, since it loads PyTorch
-
-    tolerance, interval = (
-        options.get(name, getattr(AromaConfig, name)) for name in ("inner_tolerance", "inner_check_interval")
-    )
-    # The norm grows from c(t − ΔT) to ct, by the share ΔT / (t − ΔT), which is less than ε once t > ΔT (1 + 1/ε).
-    return float(round(interval * (1 + 1 / tolerance), 6)) if tolerance else np.nan
+def _over_best(runs: Runs, cells: Sequence[tuple[str, str]], best: Mapping[str, str]) -> pd.DataFrame:
+    """Return a row for each method and task of `cells`: what is best there, and the paired difference to it."""
+    scores = runs.reported.pivot_table(index=["task", "seed"], columns="method", values="score")
+    found = [
+        (best.get(task), *paired_difference(scores.loc[[task]], method, best.get(task))) for method, task in cells
+    ]
+    return pd.DataFrame(found, columns=["best", "difference", "error", "pairs"])
 
 
 def _task_scores(runs: Runs) -> pd.DataFrame:
