@@ -57,7 +57,6 @@ def write_run(output: Path, task: str, method: str, seed: int, **changes: Any) -
         "parameters": {"initial": 1000, "average": 1000.0, "final": 1000, "head": 10},
         "ranks": ranks,
         "effective_ranks": {module: 0.75 * rank for module, rank in ranks.items()},
-        "inner_checks": [],
         **PROVENANCE,
         **changes,
     }

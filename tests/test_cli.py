@@ -26,7 +26,7 @@ HEAVY = (
     "numpy",
 )
 COMMANDS = (
-    *("demo", "train", "report", "eval", "predict", "inspect", "export"),
+    *("demo", "train", "report", "eval", "inspect", "export"),
     *("bench", "lab"),
 )
 LAB_COMMANDS = ("run", "table", "figure", "collect")
@@ -100,8 +100,6 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         ("export", "{}/absent", "{}/out", "--merged"): "absent': no such folder",
         ("eval", "{}/absent", "--data", "x.csv"): "absent': no such folder",
         ("eval", "{}/model", "--data", "absent.csv"): "data='absent.csv': no such file",
-        ("predict", "{}/absent", "x.csv", "--out", "{}/p.csv"): "absent': no such folder",
-        ("predict", "{}/model", "absent.csv", "--out", "{}/p.csv"): "data='absent.csv': no such file",
         ("lab", "run", "absent.yaml"): "grid='absent.yaml': cannot be read",
         ("train", "[bold]absent[/bold].yaml"): "recipe='[bold]absent[/bold].yaml'",
         ("demo", "--steps", "0"): "training.max_steps=0: give 1 or more",

@@ -31,7 +31,6 @@ FILES: dict[str, tuple[list[str], str]] = {
     "export OUT": (["export", "a", "OUT", "--gguf"], ".gguf"),
     "eval --json": (["eval", "a", "--data", "x.csv", "--json", "OUT"], ".json"),
     "eval --predictions": (["eval", "a", "--data", "x.csv", "--predictions", "OUT"], ".jsonl"),
-    "predict --out": (["predict", "a", "x.csv", "--out", "OUT"], ".csv"),
     "report --out": (["report", "r", "--out", "OUT"], ".html"),
     "bench --out": (["bench", "--out", "OUT"], ".json"),
     "lab table --out": (["lab", "table", "r", "--out", "OUT"], ".csv"),

@@ -119,12 +119,6 @@ def encode_chat(tokenizer: Any, messages: Messages, where: str) -> _Row:
     return ids, labels
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response: the template's end of a turn, and the end of a text."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return list(dict.fromkeys([encode_chat(tokenizer, chat, "chat template")[0][-1], tokenizer.eos_token_id]))
-
-
 def begins_with(tokenizer: Any) -> list[int]:
     """Return the beginning-of-text token, if the tokenizer begins texts with one."""
     first: list[int] = tokenizer("a")["input_ids"][:1]

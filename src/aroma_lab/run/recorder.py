@@ -188,13 +188,3 @@ def history_of(log: Iterable[dict[str, Any]], split: str) -> dict[str, Any]:
         if metrics:
             history["evaluations"].append({"step": entry["step"], "split": split, **metrics})
     return history
-
-
-def inner_checks_of(events: Iterable[dict[str, Any]]) -> list[list[Any]]:
-    """Return outer step, inner step t and module of where (5) first held, once for each module and outer step."""
-    found: dict[tuple[int, str], list[Any]] = {}
-    for event in events:
-        if event["kind"] == "checked" and event["converged"]:
-            outer, module = event["outer_step"], event["module"]
-            found.setdefault((outer, module), [outer, event["inner_step"], module])
-    return list(found.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from ..methods.head import head_of
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
-from .recorder import inner_checks_of
 
 if TYPE_CHECKING:
     from .run import Run
@@ -36,7 +34,6 @@ def result_of(run: Run, predictions: Mapping[str, Prediction]) -> dict[str, Any]
     reported = {split: one.metrics for split, one in predictions.items() if one is not held_out}
     # Made tasks are always evaluated on fresh examples too. A recipe may have none but those that validate.
     is_reported = bool(reported) and trial.purpose == "report"
-    events = run.files.events.read_text(encoding="utf-8").splitlines() if trainer else []
     of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
     growth = next((one for one in callbacks if isinstance(one, AromaCallback)), None)
     average = curve.average_parameters(run.steps)
@@ -76,7 +73,6 @@ def result_of(run: Run, predictions: Mapping[str, Prediction]) -> dict[str, Any]
         **_of_growth(growth),
         **{name: round(value, 3) for name, value in recorder.cost().items()},
         "train_seconds": round(recorder.train_seconds, 3),
-        "inner_checks": inner_checks_of(map(json.loads, events)),
         "processes": run.processes.num_processes,
         **run.provenance,
     }

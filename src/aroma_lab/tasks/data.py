@@ -245,12 +245,6 @@ def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
     return _of_each(rows, example_of)
 
 
-def checked_texts(rows: Sequence[Located], layout: Layout) -> list[Row]:
-    """Return `text` and `pair` (if there are pairs) of every row; DataError for missing ones."""
-    fitting_columns(rows, [[name for name in layout[:2] if name is not None]])
-    return _of_each(rows, lambda where, row: _texts_of(where, row, layout))
-
-
 def _of_each(rows: Sequence[Located], make: Callable[[str, Row], Row]) -> list[Row]:
     """Return what `make` makes of every row; one DataError names the problems of several."""
     made, problems = [], []

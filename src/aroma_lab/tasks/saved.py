@@ -89,7 +89,6 @@ def open_classifier(
     text_pair: str | None = None,
     label: str | None = None,
     max_length: int | None = None,
-    needs_label: bool = True,
     adapter: AdapterWeights | None = None,
 ) -> SavedClassifier:
     """Return a saved classifier or regression whose model is not loaded yet, so that its data can be looked at first.
@@ -99,7 +98,6 @@ def open_classifier(
         text, text_pair, label: Columns; None for those of the training, where `aroma_task.json` names them.
         max_length: Most tokens of an example; None for that of the training or, if unknown, as many as the model
             takes.
-        needs_label: Whether a column of labels must be known.
         adapter: What is known of the adapter; None: it is read, and must be plain LoRA.
 
     Raises:
@@ -110,7 +108,7 @@ def open_classifier(
     task = read_task(folder) or _task_of_head(adapter)
     given = {"text": text, "text_pair": text_pair, "label": label, "max_length": max_length}
     task = replace(task, **{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
-    if not task.text or (needs_label and not task.label):
+    if not task.text or not task.label:
         missing = " and ".join(
             option for option, column in (("--text", task.text), ("--label", task.label)) if not column
         )
