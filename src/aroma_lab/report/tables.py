@@ -55,7 +55,7 @@ def scores_table(runs: Runs, scores: pd.DataFrame, baseline: str | None) -> Tabl
         shown = f"{title}, not learnt" if task in unlearnt else str(title)
         heads = [f"{key}_{name}" for name in ("mean", "std", "seeds")]
         table.spread(shown, heads, spread(of_column, "value", runs.methods), points, mark=task not in unlearnt)
-    compared = [task for task in runs.tasks if task not in unlearnt]
+    compared = [task for task in scores.task.unique() if task not in unlearnt]
     # A run that lacks a set has no average, nor a seed that lacks a task.
     means = scores[scores.task.isin(compared)].groupby(["method", "task", "seed"]).value
     averages = means.agg(lambda values: values.mean(skipna=False)).reset_index()
