@@ -70,10 +70,14 @@ def reference(home: Path, name: str, **options: Any) -> torch.Tensor:
     ("content", "options", "message"),
     [
         ("text,label\na,b\n", [], "no aroma_task.json, as adapters that `aroma train` saves, so its columns are not"),
-        ("text\na\n", ["--text", "words"], "data (row 1): it has no column 'words'; its columns are 'text'"),
+        (
+            "text,label\na,0\n",
+            ["--text", "words"],
+            "data.csv, row 1): it has no column 'words'; its columns are 'text'",
+        ),
         ("text,label\n", ["--text", "text"], "it has no rows; give at least one"),
         ("text,label\na,b\nc\n", ["--text", "text"], "line 3: its number of fields is not that of the"),
-        ("text,label\na,0\n,0\n", ["--text", "text"], "data (row 2)=None: nothing is in column 'text'"),
+        ("text,label\na,0\n,0\n", ["--text", "text"], "data.csv, row 2)=None: nothing is in column 'text'"),
         ("text,label\na,0\n", ["--text", "text", "--batch-size", "0"], "--batch-size=0: give 1 or more"),
         ("text,label\na,0\n", ["--text", "text", "--max-length", "99"], "data.max_length=99"),
         ("text,label\na,0\n", ["--text", "text", "--base-model", "no/model"], "no/model"),
