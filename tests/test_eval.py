@@ -73,7 +73,7 @@ def reference(home: Path, name: str, **options: Any) -> torch.Tensor:
         (
             "text,label\na,0\n",
             ["--text", "words"],
-            "data.csv, row 1): it has no column 'words'; its columns are 'text'",
+            "row 1): it has no column 'words'; its columns are 'text'",
         ),
         ("text,label\n", ["--text", "text"], "it has no rows; give at least one"),
         ("text,label\na,b\nc\n", ["--text", "text"], "line 3: its number of fields is not that of the"),
