@@ -34,7 +34,7 @@ def table(result: Result) -> str:
     return "\n".join(
         [
             f"{settings['model']}, batch {size}, {settings['dtype']}, rounds in turns: {settings['rounds']}",
-            cases.to_string(index=False, float_format="{:.3f}".format),
+            cases.to_string(index=False, float_format="{:.3f}".format, na_rep="–"),
             f"{processor}; {found['threads']} of {found['cpu_count']} threads, OMP_WAIT_POLICY "
             f"{found['wait_policy'] or 'not set'}.",
             f"{versions}; revision {found['git_revision'] or 'unknown'}.",
