@@ -1,4 +1,4 @@
-"""Whole adapters and checkpoints on disk: written as one act, checked, and found again."""
+"""Adapters and checkpoints on disk: written atomically, checked, and found again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LEFT = re.compile(r"\..+\.tmp")
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write an adapter of `model` into `folder` as one act: whenever it is killed, the old or the new one is there.
+    """Write an adapter of `model` into `folder` atomically: a kill leaves the old adapter or the new one.
 
     All files are written elsewhere, checked, synced to the disk, and then moved to their places. A reader of AROMA, or
     the next save, finishes a move that was killed (docs/serving.md).
@@ -47,8 +47,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
 
     Args:
         model: A PeftModel with an AROMA adapter.
-        folder: Where to write; created if missing. Files of other names in it are left alone; of its README.md,
-            what PEFT does not write.
+        folder: Where to write; created if missing. Other files stay, and so does what PEFT did not write in README.md.
         adapter_name: Adapter to write.
 
     Raises:
@@ -117,7 +116,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     `trainer_state.json`. A README.md is not looked at, and nothing is loaded.
 
     Raises:
-        CheckpointError: Naming a file that is missing, truncated, edited, of another step, or no file at all.
+        CheckpointError: Naming a file that is missing, truncated, edited, of another step, or not a regular file.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -149,8 +148,8 @@ def _step_of(file: Path) -> object:
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the latest whole `checkpoint-N` folder in a Trainer's `output_dir`; None if there is none.
 
-    A training that is killed during a save leaves one that `get_last_checkpoint` would return. Here every file is
-    compared with the digest that `AromaCallback` took (`verify_checkpoint`).
+    A training that is killed during a save leaves an incomplete one, which `get_last_checkpoint` would return. Here
+    every file is compared with the digest that `AromaCallback` took (`verify_checkpoint`).
 
     Warns:
         UserWarning: A folder was passed over, and why.

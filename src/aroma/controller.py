@@ -197,7 +197,7 @@ class AromaController(PaperRule):
         self.load_state_dict(exported)
 
     def invalidate(self) -> None:
-        """Note that other components were loaded behind the controller's back."""
+        """Note that components were loaded without the controller."""
         self._stale = True
 
     # Compiled graphs and several processes ---------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class AromaController(PaperRule):
             self._hooks.append(optimizer.register_step_pre_hook(matrices.drop_gradients_of_frozen))
 
     def _join_ranks(self, model: nn.Module) -> None:
-        """Refuse ranks that were told different things, and agree on the seed: each may have taken its own."""
+        """Refuse ranks with different settings, and agree on the seed: each may have taken its own."""
         if not is_distributed():
             return
         facts = {

@@ -315,7 +315,7 @@ class GrowingMatrices:
                 )
 
     def require_resettable(self) -> None:
-        """Raise where `renew` would fail for want of an optimizer state that is understood.
+        """Raise if `renew` cannot reset the state of this optimizer.
 
         Raises:
             ResetError: Naming the state.

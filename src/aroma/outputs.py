@@ -1,4 +1,4 @@
-"""Where results go: checked before any work, so that none is lost for want of a place. Nothing is replaced unasked."""
+"""Where results go: checked before any work is done. Nothing is replaced without being asked."""
 
 from __future__ import annotations
 

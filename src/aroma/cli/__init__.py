@@ -1,8 +1,8 @@
 """The command `aroma`.
 
-Importing this package is light: a command imports PyTorch and what stands on it only when it runs, so that help and
-wrong arguments answer at once. The library's own commands are `inspect` and `export`. The laboratory's are
-entry points of the distribution, in the group `aroma.commands`.
+Importing this package is light: a command imports PyTorch only when it runs, so that help and wrong arguments answer
+at once. The library's own commands are `inspect` and `export`. The laboratory's are entry points of the distribution,
+in the group `aroma.commands`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ COMMAND_GROUP = "aroma.commands"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (`argv`, by default that of the process) and return its exit code.
 
-    0; 1 where a command ran to its end but something that it was to do failed; 2 for an error of the user's or of the
-    operating system's, a full disk say; 130 when interrupted; 141 where the reader of the output is gone (`| head`).
+    0; 1 if the command finished but part of its work failed; 2 for a user error or an error of the operating system,
+    such as a full disk; 130 when interrupted; 141 if the reader of the output is gone (`| head`).
     """
     arguments = parse(argv)
     # Before PyTorch loads its thread pool: a thread that spins while it waits keeps the core from the thread it waits

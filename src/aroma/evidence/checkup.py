@@ -41,9 +41,9 @@ class Checkup:
         r: Rank that the adapter has room for, in its largest matrix.
         sizes: Total numbers of directions whose held-out loss was measured, ascending: from none to all.
         losses: Held-out loss at each of these sizes. Other trained parameters, such as a head, are as trained.
-        saves: How much less loss the kept directions leave than none of them.
+        saves: Held-out loss with no direction, less that with the kept ones.
         standard_error: Standard error of that difference.
-        gains: How much less loss the kept directions leave than all of them.
+        gains: Held-out loss with all directions, less that with the kept ones.
         gains_error: Standard error of that difference.
         smaller: Total number of directions that one standard error of loss would keep.
         kept: Total number of directions that stay.
@@ -93,7 +93,7 @@ class Checkup:
 
 
 def check(updates: Updates, held_out: HeldOut, loss: Loss, count: int, standard_errors: float, step: int) -> Checkup:
-    """Order the singular directions of all updates by size, and keep the first that lose nothing on held-out batches.
+    """Order the singular directions of all updates by size, and keep as many as give the least held-out loss.
 
     Directions that go are zero in A and in B afterwards.
     """

@@ -1,4 +1,4 @@
-"""Checkups in a plain PyTorch loop, one call beside `scheduler.step()`, and of an adapter that has finished."""
+"""Checkups in a plain PyTorch loop, and of a finished adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .updates import Updates
 
 
 class Checkups:
-    """Cuts a LoRA adapter, at a few steps of a run, to the directions that save loss on held-out batches.
+    """Cuts a LoRA adapter, at a few steps of a run, to the directions that lower the loss of held-out batches.
 
     .. code-block:: python
 
@@ -28,12 +28,12 @@ class Checkups:
             checkups.step()
             optimizer.zero_grad()
 
-    Call `step` right after the optimizer step: a checkup changes the directions, so earlier gradients are of
-    no use. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
+    Call `step` right after the optimizer step: a checkup rewrites the directions, so gradients from before it are
+    stale. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
 
     Under `torchrun` give the wrapped model, or DeepSpeed's engine and `engine.optimizer`, and every process its own
-    held-out batches, equally many. ZeRO counts the steps of all parameters together, so under it the optimizer's state
-    of what else trains, such as a head, begins anew with that of the adapter.
+    held-out batches, equally many. ZeRO keeps one step count for all parameters, so a checkup there also resets the
+    optimizer state of everything else that trains, such as a head.
 
     Args:
         model: A model with a LoRA adapter of PEFT, wrapped or not.
@@ -45,7 +45,7 @@ class Checkups:
         loss: Loss of a model and a batch; by default the loss that the model returns. Put `torch.autocast` into it if
             the training uses it.
         on_event: Called with every `Checkup`.
-        cost: What a training step on a held-out batch costs, in optimizer steps: below 1 where it is smaller.
+        cost: Cost of a training step on a held-out batch, in optimizer steps; below 1 for smaller batches.
 
     Attributes:
         history: The checkups so far.
@@ -83,7 +83,7 @@ class Checkups:
         return found
 
     def advance(self, step: int) -> Checkup | None:
-        """Note that `step` optimizer steps have been taken, and have a checkup where one is due."""
+        """Note that `step` optimizer steps have been taken, and run a checkup if one is due."""
         self._step = step
         if step not in self._moments or any(found.step == step for found in self.history):
             return None
@@ -127,7 +127,7 @@ class Checkups:
 def compress(
     model: nn.Module, held_out: Iterable[Any], *, standard_errors: float = 0.0, loss: Loss | None = None
 ) -> Checkup:
-    """Keep the directions of a finished LoRA adapter that save loss on held-out batches, and make it compact.
+    """Keep the directions of a finished LoRA adapter that lower the loss of held-out batches, and make it compact.
 
     .. code-block:: python
 

@@ -18,14 +18,16 @@ def compact(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]
     """Give every matrix of a LoRA adapter the rank that it uses: directions that are zero in A or in B go.
 
     The model computes the same. Its configuration names each adapted weight and its rank, and the scale is folded into
-    B, so that engines which read only `r` and `lora_alpha` are right, too. Optimizers made before are of no use then.
+    B, so that engines which read only `r` and `lora_alpha` are right, too. An optimizer made before no longer fits the
+    adapter.
 
     Args:
         model: A model with a LoRA adapter of PEFT, not sharded.
         adapter_name: The adapter; the active one by default.
 
     Returns:
-        Rank of each adapted weight by its name; of experts, that of the largest. Others are adapted no more.
+        Rank of each adapted weight by its name; of experts, that of the largest. Weights that are not named are no
+        longer adapted.
 
     Raises:
         ConfigError: No LoRA adapter, or a sharded model.

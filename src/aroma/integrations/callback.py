@@ -32,12 +32,11 @@ class AromaCallback(TrainingCallback):
 
     Args:
         early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
-            `False`, what else is trainable (a classification head) trains on to the end.
+            `False`, other trainable parameters, such as a classification head, train to the end.
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
-        report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
-            evaluation after it: result, loss, ranks, settings. One that is there is replaced. Checkpoints do not
-            hold it.
+        report (`str` or path, *optional*): HTML report of result, loss, ranks and settings, written when the training
+            ends and after a later evaluation. An existing file is replaced. Checkpoints do not hold it.
 
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.

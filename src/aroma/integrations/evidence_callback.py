@@ -23,7 +23,7 @@ from .held_out import rows_of
 
 
 class EvidenceCallback(TrainingCallback):
-    """Lets a LoRA adapter keep the directions that save loss on held-out examples, inside `Trainer`.
+    """Keeps the directions of a LoRA adapter that lower the loss of held-out examples, inside `Trainer`.
 
     .. code-block:: python
 

@@ -1,4 +1,4 @@
-"""The page of one run, wherever it was learnt: a recorded folder, or a Trainer that has just ended."""
+"""The page of one run: of a recorded folder, or of a Trainer that has just ended."""
 
 from __future__ import annotations
 

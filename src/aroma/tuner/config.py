@@ -1,4 +1,4 @@
-"""AromaConfig: what one component is, and when a module has enough of them. Data only; see `live` for the rest."""
+"""AromaConfig: the settings of one component, and of when a module stops growing. Data only."""
 
 from __future__ import annotations
 
