@@ -1,4 +1,4 @@
-"""The demo: both doors beside LoRA of two ranks and a head alone, on real news articles, offline."""
+"""The demo: evidence and AROMA beside LoRA of two ranks and a head alone, on real news articles, offline."""
 
 from __future__ import annotations
 

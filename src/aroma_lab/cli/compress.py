@@ -1,4 +1,4 @@
-"""`aroma compress`: a finished LoRA adapter keeps the directions that save loss on the examples of a file."""
+"""`aroma compress`: a finished LoRA adapter keeps the directions that lower the loss on a file."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _classify(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
-    """Return what is written of a classifier or regression, no answers, and a table."""
+    """Return the JSON of a classifier or regression, no answers, and a table."""
     from rich.table import Table
 
     from ..tasks.saved import evaluate_adapter
@@ -103,7 +103,7 @@ def _classify(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[
 
 
 def _ask_language_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
-    """Return what is written of a language model's answers to all questions of all files, them, and a table."""
+    """Return the JSON of a language model on all questions of all files, its answers, and a table."""
     from rich.table import Table
 
     require_extra("language")

@@ -1,1 +1,1 @@
-"""Causal language models: instruction data, prompts, answers, generation."""
+"""Causal language models: data, prompts, training, likelihoods."""

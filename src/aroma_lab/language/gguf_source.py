@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 
 
 def packaged_gguf() -> Path:
-    """Return the file of the model that comes with pip; the package's own code, with all that it needs, stays unused.
+    """Return the file of the model that comes with pip; the package's own code is not used.
 
     Raises:
         ConfigError: The package is not installed.

@@ -125,7 +125,7 @@ def language_task(folder: str | os.PathLike[str]) -> Task:
 
 
 def is_language_model(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder is a language model's: by its task, by PEFT's word, or for it holds a whole model.
+    """Return whether a folder is a language model's: by its task, PEFT's task type, or a whole model in it.
 
     Raises:
         CheckpointError: It is no adapter.

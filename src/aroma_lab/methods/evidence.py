@@ -1,4 +1,4 @@
-"""LoRA that keeps the directions which save loss on held-out examples: `aroma.evidence`."""
+"""LoRA that keeps the directions which lower held-out loss: `aroma.evidence`."""
 
 from __future__ import annotations
 

@@ -144,8 +144,8 @@ def has_fixed_rank(trial: Mapping[str, Any]) -> bool:
 def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     """Write all runs into one Parquet file, from which every table and figure comes out the same.
 
-    Settings, versions, metrics, ranks, curves, evaluations and inner checks are kept; events, losses and adapters are
-    not. Measures of single matrices, which are most of what a run says, have four digits.
+    Settings, versions, metrics, ranks, curves and evaluations are kept; events, losses and adapters are not. Measures
+    of single matrices, which are most of what a run says, have four digits.
     """
     frame = _frame(runs.rows).drop(columns="where")
     for part in _PARTS:

@@ -146,7 +146,7 @@ class Recorder(TrainerCallback, ExportableState):
         }
 
     def _record(self, is_complete: bool) -> None:
-        """Record a checkpoint's files, so that only whole ones are gone on from; AromaCallback does it by itself."""
+        """Record a checkpoint's files, so that a run resumes from whole ones only; AromaCallback records its own."""
         if self.curve.parameters and self.trainer is not None and self.trainer.has_hooks:
             record_save(self.trainer.args, self.trainer.state, is_complete)
 

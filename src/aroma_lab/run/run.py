@@ -130,7 +130,7 @@ def _is_resumable(checkpoint: Path) -> bool:
 
 
 def require_as_many(checkpoint: Path) -> None:
-    """Raise ConfigError for a checkpoint of another number of processes: its batches would be others."""
+    """Raise ConfigError for a checkpoint of another number of processes: the batches would differ."""
     # The Trainer saves the random numbers of every process of a machine in a file of its own.
     before, now = max(1, len([*checkpoint.glob("rng_state_*.pth")])), processes_of_node()
     if before != now:
@@ -149,7 +149,7 @@ class Run:
         processes: Those that train it.
         job: Its examples and what they are scored by.
         train: The examples that it trains on.
-        held_out: Those that the method asks instead; see `Method.hold_out`.
+        held_out: Those that the method evaluates instead; see `Method.hold_out`.
         steps: Planned optimizer steps.
         checkpoint: Where it goes on from; None: it begins.
         provenance: Versions, revision and machine when it began: sources may be edited while it runs.
