@@ -44,7 +44,7 @@ def make_adapter(base: Path, folder: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("predict")
+    folder = tmp_path_factory.mktemp("eval")
     save_tiny_bert(folder / "base")
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
     make_adapter(folder / "base", folder / "named", **labels)

@@ -261,7 +261,11 @@ def test_options_by_name():
     [
         ("lroa", {}, "kind='lroa': there is no such kind of method; the nearest is 'lora'"),
         ("lora", {"rank": 8}, r"options\.rank=8: the method 'lora' has no such key; the nearest is 'options\.r'"),
+        ("bitfit", {"r": 8}, r"options\.r=8: the method 'bitfit' has no such key; it has none"),
+        ("relora", {"inner_tolerance": 0.1}, r"options\.inner_tolerance=0\.1: the method 'relora' has no such key"),
         ("aroma", {"resett": "zero"}, r"options\.resett='zero': .* the nearest is 'options\.reset'"),
+        ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
+        ("lora", {"dropout": 1}, r"dropout=1\.0: give a probability in \[0, 1\)"),
         ("lora", {"init": "pissa"}, r"options\.init='pissa': give a value of type Literal"),
         ("adalora", {"target_r": 12}, "target_r=12: give 1 or more, and less than init_r=12"),
     ],

@@ -182,6 +182,8 @@ def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
     [
         ({"task": {"ranks": [9]}}, r"data\.ranks=\[9\]: no update of a matrix 8 wide has a rank of more than 8"),
         ({"model": "minilm"}, r"model='minilm': a task of kind planted_net makes its own; give made"),
+        ({"quantization": "nf4"}, r"quantization='nf4': a task of kind planted_net is made for weights in float32"),
+        ({"kind": "head_only"}, r"kind='head_only': PlantedNet has no head to train; leave the method out"),
     ],
 )
 def test_a_trial_of_a_net_that_cannot_work_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ class Aroma(PeftAdapter):
 
     defaults: ClassVar[dict[str, Any]] = {}
     """Fields whose default is not that of `AromaConfig`."""
+    without: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are no options."""
 
     options: dict[str, Any]
 
@@ -42,7 +44,7 @@ class Aroma(PeftAdapter):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return {name: kind for name, (kind, _) in adapter_keys().items()}
+        return {name: kind for name, (kind, _) in adapter_keys().items() if name not in cls.without}
 
     @property
     def target_modules(self) -> list[str] | str | None:
@@ -98,6 +100,9 @@ class ReLora(Aroma):
     """
 
     defaults: ClassVar[dict[str, Any]] = {"inner_tolerance": None, "outer_tolerance": None, "max_components": 8}
+    without: ClassVar[frozenset[str]] = frozenset(
+        ("inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components")
+    )
 
 
 class GrowthHooks(Hooks):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from aroma.errors import bad_value
 
 from .base import Method
-from .head import head_of, train_head_only
+from .head import Head, head_of, train_head_only
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class HeadOnly(Method):
     """Only the head trains; nothing is propagated back into the backbone."""
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Freeze the backbone; see `Method.build`."""
+        """Freeze the backbone; ConfigError if the model has no head."""
+        if head_of(model) == Head():
+            remedy = f"{type(model).__name__} has no head to train; leave the method out"
+            raise bad_value("kind", "head_only", remedy)
         train_head_only(model)
         return model
 

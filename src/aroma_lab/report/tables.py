@@ -106,7 +106,8 @@ def ranks_table(runs: Runs) -> Table:
         "Rank found: at the end, mean over the matrices; rank trained: trainable parameters, averaged over the "
         f"planned steps, over those of rank 1 in all matrices. {seeds_sentence(runs)} Scores in points (100 × metric)."
     )
-    best = _best_fixed(runs)
+    unlearnt = not_learnt(runs.reported)
+    best = _best_fixed(runs, [*unlearnt])
     if best:
         found = _over_best(runs, cells, best)
         table.add("best fixed", found.best.fillna(EMPTY).tolist(), best=found.best)
@@ -115,7 +116,7 @@ def ranks_table(runs: Runs) -> Table:
             " Best fixed: of the LoRA of one rank with the most seeds, the highest mean on the reported examples, "
             "known only afterwards. Difference: of runs of the same seed, mean ± standard error."
         )
-    table.notes = [*not_learnt(runs.reported).values()]
+    table.notes = [*unlearnt.values()]
     if "held_out_loss" in columns:
         table.caption += " Held-out loss: on the examples that chose the settings; no run was trained on them."
     if fits:
@@ -126,10 +127,10 @@ def ranks_table(runs: Runs) -> Table:
     return table
 
 
-def _best_fixed(runs: Runs) -> dict[str, str]:
-    """Return the best LoRA of one rank by task, of those with the most seeds; the smaller one of equals."""
+def _best_fixed(runs: Runs, unlearnt: Sequence[str]) -> dict[str, str]:
+    """Return the best LoRA of one rank by learnt task, of those with the most seeds; the smaller one of equals."""
     fixed = [one for one in runs.finished_methods("lora") if has_fixed_rank(runs.of(one).trial.iloc[0])]
-    frame = runs.reported[runs.reported.method.isin(fixed) & ~runs.reported.task.isin(not_learnt(runs.reported))]
+    frame = runs.reported[runs.reported.method.isin(fixed) & ~runs.reported.task.isin(unlearnt)]
     frame = frame.assign(rank=pd.to_numeric(frame.trained_rank)).groupby(["task", "method"])
     means = frame.agg(seeds=("score", "size"), score=("score", "mean"), rank=("rank", "mean")).reset_index()
     ordered = means.sort_values(["seeds", "score", "rank"], ascending=[False, False, True])

@@ -35,6 +35,9 @@ def job_of(trial: Trial) -> Job:
 def _made_job(trial: Trial, encoder: str) -> Job:
     """Return the job of a task whose right answer is made; `encoder` is the pretrained model, if it needs one."""
     spec = trial.task
+    for key in ("dtype", "quantization", "gguf_file"):
+        if (value := getattr(trial, key)) not in ("float32", None):
+            raise bad_value(key, value, f"a task of kind {spec.kind} is made for weights in float32; leave it out")
     seed = trial.training.seed if spec.seed is None else spec.seed
     if spec.kind == "planted_encoder":
         return planted_encoder.encoder_job(spec, seed, encoder)

@@ -73,7 +73,7 @@ def run_grid(
     file = folder / GRID_FILE
     if file.exists() and _MARK not in file.read_text(encoding="utf-8"):
         raise bad_value("output", grid.output, f"{GRID_FILE} there is your own and would be overwritten; rename it")
-    part, runs = grid.part(tasks, methods), Runs(Path(grid.output))
+    part, runs = grid.part(tasks, methods), Runs(folder)
 
     def due() -> dict[str, Trial]:
         trials = trials_of(part, runs)

@@ -59,8 +59,8 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
     assert rule is not None, "its callers check it"
     over = rule.over | overridden(rule.overrides, task, method)["over"]
     listed = {key: values for key, values in over.items() if values is not None}
-    points = itertools.product(*listed.values())
-    tried = [_candidate(grid, task, method, dict(zip(listed, point, strict=True))) for point in points]
+    points = [dict(zip(listed, point, strict=True)) for point in itertools.product(*listed.values())]
+    tried = _candidates(grid, task, method, points)
     while True:
         is_over = all(ended(one.trial.name) for one in tried)  # first: others may end a trial meanwhile
         means = _means(tried, ended)
@@ -70,7 +70,7 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
         if is_over and ranked:
             for point in _beside([values for values, _ in means], ranked[0], listed, rule.widen):
                 with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
-                    further.append(_candidate(grid, task, method, point))
+                    further += _candidates(grid, task, method, [point])
             further = further or _finals(rule, tried, ranked)
         if not further:
             scores = [[values, mean and (mean.loss if rule.by == "loss" else mean.score)] for values, mean in means]
@@ -79,18 +79,26 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
         tried += further
 
 
-def _candidate(grid: Grid, task: str, method: str, values: Settings) -> Candidate:
-    """Return the trial of a combination of values, whose folder is called after them: `learning_rate=0.001,r=8`."""
+def _candidates(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
+    """Return the trials of combinations of values."""
     rule = grid.select
     assert rule is not None, "its callers check it"
-    last = [key.rpartition(".")[2] for key in values]
-    names = [name if last.count(name) == 1 else key for key, name in zip(values, last, strict=True)]
-    texts = [re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in values.values()]
-    label = ",".join(map("=".join, zip(names, texts, strict=True))) or "as-given"
     training = {f"training.{key}": value for key, value in rule.training.items()}
-    settings = training | overridden(rule.overrides, task, method) | values
-    name = f"select/{task}/{method}/{label}"
-    return Candidate(make_trial(grid, task, method, rule.seed, name, settings, "select"), values)
+    settings = training | overridden(rule.overrides, task, method)
+    named = zip(_labels(points), points, strict=True)
+    names = [(f"select/{task}/{method}/{label}", values) for label, values in named]
+    return [Candidate(make_trial(grid, task, method, rule.seed, name, settings | v, "select"), v) for name, v in names]
+
+
+def _labels(points: Sequence[Settings]) -> list[str]:
+    """Return a folder name for each combination of values: `learning_rate=0.001,r=8`."""
+    last = [key.rpartition(".")[2] for key in points[0]]
+    names = [name if last.count(name) == 1 else key for key, name in zip(points[0], last, strict=True)]
+    texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point.values()] for point in points]
+    labels = [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
+    if len(set(labels)) < len(labels):  # values that differ only in what a folder name cannot hold
+        labels = [f"{index}-{label}" for index, label in enumerate(labels)]
+    return labels
 
 
 def _means(tried: Sequence[Candidate], ended: Callable[[str], Ended | None]) -> list[tuple[Settings, Ended | None]]:

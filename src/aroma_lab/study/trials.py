@@ -183,8 +183,9 @@ def _prepare(output: Runs, trial: Trial) -> bool:
 
 def _give_up(runs: Runs, name: str, code: int) -> None:
     """Write down that a trial has ended its process too often."""
-    how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}, as when memory runs out"
-    message = f"its process was ended {MOST_DEATHS} times, the last time {how}"
+    how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
+    cause = ", as when memory runs out" if code == -signal.SIGKILL else ""
+    message = f"its process was ended {MOST_DEATHS} times, the last time {how}{cause}"
     files = runs.files(name)
     with runs.claim(name) as ours:
         if ours and not files.result.exists():
