@@ -24,6 +24,7 @@ from aroma_lab.methods import (
     PeftAdapter,
     Pfeiffer,
     ReLora,
+    Truncated,
     encoder_linears,
     find_targets,
     make_method,
@@ -194,11 +195,28 @@ def test_components_are_the_whole_update(method):
     for name, module in merged.named_modules():
         if name in components:
             B, A = components[name]
-            assert not B.requires_grad
-            assert not A.requires_grad
+            assert not B.requires_grad | A.requires_grad
             assert B.shape[1] == A.shape[0]
             assert B.abs().max() > 0
             torch.testing.assert_close(before[name] + B @ A, module.weight, atol=1e-6, rtol=1e-5)
+
+
+# A cut to a given size -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spread", "size"), [("even", 1.5), ("largest", 1.25)])
+def test_a_truncated_lora_keeps_the_largest_singular_values_of_each_matrix_or_of_all(spread, size):
+    method = Truncated(r=4, alpha=5, size=size, spread=spread)
+    model = built(method)
+    train(method, model, 12)
+    values = {name: torch.linalg.svdvals(B @ A) for name, (B, A) in method.components(model).items()}
+    threshold = torch.cat([*values.values()]).sort(descending=True).values[round(size * MODULES) - 1]
+    method.callbacks(model)[-1].on_train_end(None, None, None, model=model)
+    ranks = method.ranks(model)
+    for name, (B, A) in method.components(model).items():
+        expected = 2 if spread == "even" else int((values[name] >= threshold * 0.9999).sum())
+        assert ranks[name] == B.shape[1] == expected
+        torch.testing.assert_close(torch.linalg.svdvals(B @ A)[:expected], values[name][:expected])
 
 
 # Targets -------------------------------------------------------------------------------------------------------------
@@ -208,24 +226,18 @@ def test_targets_are_found_by_name_ending_and_pattern_and_the_head_never():
     model = make_model(SETTINGS)
     layers = encoder_linears(model)
     assert find_targets(None, model) == find_targets("all-linear", model) == layers
-    assert find_targets(["query", "output.dense"], model) == [
-        name for name in layers if name.endswith(("query", "output.dense"))
-    ]
-    assert find_targets(["dense"], model) == [
-        name for name in layers if name.endswith(".dense")
-    ]  # not classifier.dense
+    for ends in (["query", "output.dense"], ["dense"]):  # not classifier.dense
+        assert find_targets(ends, model) == [name for name in layers if name.endswith(tuple(ends))]
     assert find_targets([layers[3]], model) == [layers[3]]
     assert find_targets(r".*layer\.1\..*(key|value)", model) == [layers[7], layers[8]]
     assert "bert.pooler.dense" in find_targets("all-linear", base("bert"))
     assert "bert.pooler.dense" not in find_targets(None, base("bert"))
 
 
-@pytest.mark.parametrize(
-    ("chosen", "shown"), [(["query", "kye"], "'kye'"), ("ke", "'ke'"), (["classifier"], "'classifier'")]
-)
-def test_targets_that_are_not_there_are_refused(chosen, shown):
-    with pytest.raises(ConfigError, match=rf"target_modules={shown}: no linear module outside the head is called so"):
-        find_targets(chosen, make_model(SETTINGS))
+@pytest.mark.parametrize("missing", ["kye", "ke", "classifier"])
+def test_targets_that_are_not_there_are_refused(missing):
+    with pytest.raises(ConfigError, match=rf"target_modules='{missing}': no linear module outside the head is called"):
+        find_targets(missing if missing == "ke" else ["query", missing], make_model(SETTINGS))
 
 
 # Saving --------------------------------------------------------------------------------------------------------------

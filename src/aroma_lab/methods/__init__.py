@@ -12,13 +12,13 @@ from .adalora import AdaLora
 from .aroma import Aroma, ReLora
 from .base import Hooks, Method
 from .bottleneck import Houlsby, Pfeiffer
-from .evidence import Evidence
+from .evidence import Evidence, Truncated
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
-__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLora"]
+__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLora", "Truncated"]
 __all__ += ["encoder_linears", "find_targets", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
@@ -33,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "relora": ReLora,
     "aroma": Aroma,
     "evidence": Evidence,
+    "truncated": Truncated,
 }
 
 

@@ -1,16 +1,20 @@
-"""LoRA that keeps the directions which lower held-out loss: `aroma.evidence`."""
+"""LoRA that keeps the directions which lower held-out loss: `aroma.evidence`; and its rivals, cut without data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import TrainerCallback
 
 from aroma.evidence.checkups import require_standard_errors
+from aroma.evidence.compact import compact
 from aroma.evidence.schedule import moments
+from aroma.evidence.updates import Updates
 from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.integrations.held_out import hold_out
 
@@ -56,5 +60,57 @@ class Evidence(Lora):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return how many directions of every module are not cut; see `Method.ranks`."""
-        factors = {name: layer.lora_A for name, layer in layers_of(model, LoraLinear).items()}
-        return {name: int(A[ADAPTER].weight.any(1).sum()) if ADAPTER in A else 0 for name, A in factors.items()}
+        return directions_of(model)
+
+
+@dataclass(frozen=True)
+class Truncated(Lora):
+    """LoRA whose update keeps its largest singular directions after the last step, whatever examples say.
+
+    Args:
+        size: Mean rank that stays.
+        spread: `"even"`: every matrix keeps `size` directions, rounded up (LoRA-Squeeze, arXiv 2602.10993).
+            `"largest"`: the largest directions of all matrices together stay (PARA, arXiv 2604.27796).
+    """
+
+    r: int = 16
+    size: float = 4.0
+    spread: Literal["even", "largest"] = "largest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.init == "kaiming", "init", "a cut LoRA starts as usual; leave it out")
+        self._require(0 <= self.size <= self.r, "size", f"give a mean rank from 0 to r={self.r}")
+
+    def callbacks(
+        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
+    ) -> list[TrainerCallback]:
+        """Return the callback that cuts; see `Method.callbacks`."""
+        return [*super().callbacks(model, on_event, early_stop), _Cut(self)]
+
+    def ranks(self, model: Any) -> dict[str, int]:
+        """Return how many directions of every module are not cut; see `Method.ranks`."""
+        return directions_of(model)
+
+
+class _Cut(TrainerCallback):
+    def __init__(self, method: Truncated) -> None:
+        self.method = method
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Cut, and make the adapter compact."""
+        updates = Updates(model)
+        sigma, rank = updates.to_singular_directions(), math.ceil(self.method.size)
+        if self.method.spread == "even":
+            kept = torch.cat([torch.arange(update.r) < rank for update in updates.each])
+        else:
+            order = sigma.argsort(descending=True, stable=True)
+            kept = order.argsort() < round(self.method.size * len(updates.each))
+        updates.cut(kept)
+        compact(updates.model, updates.adapter)
+
+
+def directions_of(model: Any) -> dict[str, int]:
+    """Return how many directions of every module of a LoRA are not cut, by the module's name in the base model."""
+    factors = {name: layer.lora_A for name, layer in layers_of(model, LoraLinear).items()}
+    return {name: int(A[ADAPTER].weight.any(1).sum()) if ADAPTER in A else 0 for name, A in factors.items()}
