@@ -18,11 +18,14 @@ METHODS = {
     "head-only": "head alone",
     **{f"lora-r{r}": f"LoRA r = {r}" for r in (1, 2, 4, 8, 16)},
     "adalora-r8": "AdaLoRA r = 8",
+    "adalora": "AdaLoRA r = 8",
     "full": "full fine-tuning",
     "evidence": "**evidence, from r = 16**",
     "evidence-r8": "evidence, from r = 8",
     "evidence-r32": "evidence, from r = 32",
     "evidence-10": "LoRA r = 16, compressed",
+    "para": "LoRA r = 16, PARA at evidence's size",
+    "squeeze": "LoRA r = 16, LoRA-Squeeze at evidence's size",
     "aroma-paper": "AROMA as published",
 }
 
