@@ -19,7 +19,7 @@ TABLES = {
 }
 FIGURES = {
     "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for the lowest seed of each method",
-    "budget": "score against trained rank: the curve of LoRA's fixed ranks, and what finds its own",
+    "budget": "score against the rank that is saved: the curve of LoRA's fixed ranks, and what finds its own",
 }
 
 

@@ -66,19 +66,19 @@ def ranks_figure(frame: pd.DataFrame, methods: Sequence[str], tasks: Sequence[st
 
 
 def budget_figure(frame: pd.DataFrame, methods: Sequence[str], tasks: Sequence[str]) -> Figure:
-    """Return a panel for each task: score against trained rank, and a line through the fixed ranks of LoRA.
+    """Return a panel for each task: score against the mean rank that is saved, and a line through LoRA's fixed ranks.
 
     A mark is the mean over a method's seeds, and its whiskers are one standard error long. A method that adapts no
-    matrices has no trained rank, and no mark.
+    matrices has no rank, and no mark.
     """
     import seaborn as sns
     from matplotlib import pyplot
 
     unlearnt = not_learnt(frame)
-    trained = frame.groupby(["task", "method"]).trained_rank.transform(lambda ranks: pd.to_numeric(ranks).mean())
-    frame = frame.assign(trained=trained, points=100 * frame.score).dropna(subset="trained")
+    saved = frame.groupby(["task", "method"]).average_rank.transform(lambda ranks: pd.to_numeric(ranks).mean())
+    frame = frame.assign(saved=saved, points=100 * frame.score).dropna(subset="saved")
     if frame.empty:
-        raise bad_value("--methods", " ".join(methods), "none of them has a trained rank; choose others")
+        raise bad_value("--methods", " ".join(methods), "none of them has a rank; choose others")
     there = [method for method in methods if (frame.method == method).any()]
     of_methods = {"hue": "method", "hue_order": there, "style": "method", "style_order": there}
     panels = [task for task in tasks if (frame.task == task).any()]
@@ -93,17 +93,17 @@ def budget_figure(frame: pd.DataFrame, methods: Sequence[str], tasks: Sequence[s
         "errorbar": "se",
     }
     apart = {"sharex": False, "sharey": False}
-    grid = sns.relplot(frame, x="trained", y="points", facet_kws=apart, **of_methods, **of_tasks, **look)
+    grid = sns.relplot(frame, x="saved", y="points", facet_kws=apart, **of_methods, **of_tasks, **look)
     for task, axes in grid.axes_dict.items():
         fixed = frame[(frame.task == task) & frame.trial.map(has_fixed_rank)]
-        line = fixed.groupby("trained").points.mean()
+        line = fixed.groupby("saved").points.mean()
         axes.plot(line.index, line, color="#767676", linewidth=1.2, zorder=1)
         axes.grid(color="#E4E4E4", linewidth=0.8)
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("symlog", base=2, linthresh=0.5)  # a rank may be 0
         axes.xaxis.set_major_formatter("{x:.3g}")
         metric = frame.metric[frame.task == task].iloc[0]
         axes.set(title=f"{task}, not learnt" if task in unlearnt else task, ylabel=f"{metric} × 100")
-    grid.set_xlabels("trained rank")
+    grid.set_xlabels("mean rank of the saved adapter")
     grid.tight_layout()
     pyplot.close(grid.figure)
     figure: Figure = grid.figure
