@@ -105,7 +105,7 @@ def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | No
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
-    """Return a digest of what a configuration means: PEFT's lists are sets, and it may leave out what is empty."""
+    """Return a digest of what a configuration means: PEFT's lists are sets, and it may leave out empty fields."""
     meant = {
         name: sorted(value, key=str) if isinstance(value, list) else value
         for name, value in config.items()

@@ -55,7 +55,7 @@ class Wishes:
     label: str | None = None
 
 
-class _Asked(NamedTuple):
+class _Loaded(NamedTuple):
     """A model with its adapter, its held-out batches, a classifier's task, and what became of texts."""
 
     model: Any
@@ -77,26 +77,26 @@ def compress_adapter(
     if config["peft_type"] != "LORA":
         raise bad_value("peft_type", config["peft_type"], f"{folder} is no LoRA adapter; give one of those")
     types = {name: tensor.dtype for name, tensor in read_tensors(weights).items()}
-    asked = (_language if _speaks(folder, config) else _classifier)(folder, config, data, want)
-    with progress("evaluating held-out examples", len(asked.batches) * (SIZES + 1)) as advance:
+    loaded = (_language if _speaks(folder, config) else _classifier)(folder, config, data, want)
+    with progress("evaluating held-out examples", len(loaded.batches) * (SIZES + 1)) as advance:
 
         def loss(model: Any, batch: Any) -> Any:
             advance(1)
             return model_loss(model, batch)
 
-        found = compress(asked.model, asked.batches, standard_errors=want.standard_errors, loss=loss)
+        found = compress(loaded.model, loaded.batches, standard_errors=want.standard_errors, loss=loss)
     with filled_at_once(target) as staging:
-        asked.model.save_pretrained(staging)
+        loaded.model.save_pretrained(staging)
         kept = read_tensors(staging / WEIGHTS)  # PEFT computes in float32 what may be stored in fewer bits
         write_tensors(
             staging / WEIGHTS, {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in kept.items()}
         )
         copy_files([folder], staging, (*TOKENIZER_FILES, TASK_FILE))
-        if asked.task is not None and not (staging / TASK_FILE).exists():
-            save_task(asked.task, staging)
+        if loaded.task is not None and not (staging / TASK_FILE).exists():
+            save_task(loaded.task, staging)
         told = {"adapter": str(folder), "data": data, "standard_errors": want.standard_errors}
         sizes = {"before": weights.stat().st_size, "after": (staging / WEIGHTS).stat().st_size}
-        report = {**told, "bytes": sizes, **_report(asked, found)}
+        report = {**told, "bytes": sizes, **_report(loaded, found)}
         write_json(staging / REPORT, report)
         if find_spec("matplotlib"):
             pairs = {name: (max(before), max(found.ranks[name])) for name, before in found.ranks_before.items()}
@@ -142,7 +142,7 @@ def _batches(data: str, rows: Mapping[str, Sequence[Any]], collate: Callable[[An
     return [collate(some) for some in split_evenly(examples, most)]
 
 
-def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Asked:
+def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Loaded:
     name = _base_name(want.base or config.get("base_model_name_or_path"))
     layouts = common_layouts(want.text, want.text_pair, want.label)
     if known := read_task(folder):
@@ -160,10 +160,10 @@ def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes
     batches = _batches(data, {**encoded, "labels": labels}, DataCollatorWithPadding(tokenizer), want.batch_size or 16)
     base = base_of(adapter, want.base)
     base.config.pad_token_id = tokenizer.pad_token_id  # of decoders, which pool at the last other token
-    return _Asked(placed(with_adapter(base, folder, ModelSpec(name))), batches, task)
+    return _Loaded(placed(with_adapter(base, folder, ModelSpec(name))), batches, task)
 
 
-def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Asked:
+def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Loaded:
     task = language_task(folder)
     spec = task.model if want.base is None and task.model is not None else ModelSpec(want.base)
     _base_name(spec.name)
@@ -178,13 +178,13 @@ def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) 
     rows = {name: [*chosen(values, learned)] for name, values in rows.items()}
     tokenizer.padding_side = "right"  # where no token sees it
     collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_LEARNED)
-    return _Asked(model, _batches(data, rows, collate, want.batch_size or 8), note=note)
+    return _Loaded(model, _batches(data, rows, collate, want.batch_size or 8), note=note)
 
 
-def _report(asked: _Asked, found: Checkup) -> dict[str, Any]:
+def _report(loaded: _Loaded, found: Checkup) -> dict[str, Any]:
     return {
-        "examples": sum(len(batch["labels"]) for batch in asked.batches),
-        "batches": len(asked.batches),
+        "examples": sum(len(batch["labels"]) for batch in loaded.batches),
+        "batches": len(loaded.batches),
         "held_out_loss": {"base": found.losses[0], "adapter": found.losses[-1], "compressed": found.loss},
         "against_adapter": {"saves": found.gains, "standard_error": found.gains_error},
         "against_base": {"saves": found.saves, "standard_error": found.standard_error},
@@ -193,7 +193,7 @@ def _report(asked: _Asked, found: Checkup) -> dict[str, Any]:
         "says": str(found),
         "matrices": {name: {"before": old, "after": found.ranks[name]} for name, old in found.ranks_before.items()},
         "loss_by_directions": dict(zip(map(str, found.sizes), found.losses, strict=True)),
-        "note": asked.note,
+        "note": loaded.note,
         "versions": {name: metadata.version(name) for name in ("aroma-peft", "torch", "transformers", "peft")},
     }
 

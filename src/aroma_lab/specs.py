@@ -87,7 +87,7 @@ class TaskSpec:
     train_examples: int | None = None
     """Train on so many of the examples that are left, drawn at random; null: all."""
     held_out_examples: int | None = None
-    """Keep so many of the held-out examples, drawn at random; null: all. What is reported is whole."""
+    """Keep so many of the held-out examples, drawn at random; null: all. Reported sets are whole."""
     seed: int | None = None
     """Of tasks with a known answer, the seed of all that is made; null: the trial's, so that every seed has a net and
     examples of its own."""
@@ -229,7 +229,7 @@ class Recipe:
     model: ModelSpec = field(default_factory=ModelSpec)
     data: TaskSpec = field(default_factory=TaskSpec)
     adapter: dict[str, Any] = field(default_factory=dict)
-    """Fields of `aroma.AromaConfig`, which explains and checks them; what is left out has its default."""
+    """Fields of `aroma.AromaConfig`, which explains and checks them; a missing field has its default."""
     training: TrainSpec = field(default_factory=TrainSpec)
     output: str = "runs/aroma"
     """Folder of the run; must be new or empty, or hold this very run when it is resumed."""

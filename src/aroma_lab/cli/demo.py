@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Before PyTorch is loaded.
     loop = {"seed": arguments.seed, "threads": arguments.threads, "max_steps": arguments.steps}
-    TrainSpec(**loop)  # refuses what is out of range
+    TrainSpec(**loop)  # refuses a value out of range
     new_folder("--out", arguments.out, "give another folder with --out")
     from aroma.cli.quiet import quiet
 

@@ -1,4 +1,4 @@
-"""Examples as tokens, by the tokenizer's chat template: what is learned stands after the prompt of generation."""
+"""Examples as tokens, by the tokenizer's chat template: the learned tokens follow the prompt of generation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
     kept: int
     """Examples that were not left out."""
     note: str
-    """What was cut or left out."""
+    """How many examples were cut or left out."""
 
 
 def encode_rows(examples: Sequence[Example], tokenizer: Any, max_length: int, key: str) -> Encoded:

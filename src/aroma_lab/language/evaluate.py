@@ -23,7 +23,7 @@ class QuestionEvaluation(NamedTuple):
     loss: float
     """Mean negative log-likelihood of the right label, in nats a question."""
     predictions: list[dict[str, Any]]
-    """Of every question the right `answer`, what was `chosen`, and `log_probs` by label."""
+    """For every question the right `answer`, the `chosen` one, and `log_probs` by label."""
 
 
 def evaluate_questions(

@@ -111,7 +111,7 @@ class Method(ABC):
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def hooks(self, model: Any) -> Hooks:
-        """Return what is done around each optimizer step of a model from `build`."""
+        """Return the hooks that run around each optimizer step of a model from `build`."""
         return Hooks()
 
     def callbacks(
@@ -136,7 +136,7 @@ class Method(ABC):
         """Raise ConfigError if a run of `steps` optimizer steps is too short for the method."""
 
     def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Split the training set into what is trained on, and what the method evaluates: of most methods nothing."""
+        """Split the training set into the examples to train on and those that the method holds out, None for most."""
         return train, None
 
     def active_parameters(self, model: Any) -> int:
@@ -153,7 +153,7 @@ class Method(ABC):
         return {}
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write what was trained into a new folder: a PEFT adapter if the method is one, else `TRAINED_FILE`."""
+        """Write the trained parameters into a new folder: a PEFT adapter if the method is one, else `TRAINED_FILE`."""
         write_tensors(folder / TRAINED_FILE, trained_tensors(model))
 
     def _require(self, valid: bool, option: str, remedy: str) -> None:

@@ -56,7 +56,7 @@ def base_name(name: str) -> str:
 
 
 def head_of(model: Any) -> Head:
-    """Return the head of a model, wrapped by PEFT or not; of an unmarked model, what is outside its backbone."""
+    """Return the head of a model, wrapped by PEFT or not; of an unmarked model, the modules outside its backbone."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: Head | None = getattr(base, _ATTRIBUTE, None)
     return _find_head(base, ()) if found is None else found
@@ -106,7 +106,7 @@ def train_head_only(model: nn.Module) -> None:
 
 
 def _find_head(model: Any, new: Collection[str], trains_pooler: bool = False) -> Head:
-    """Return what is outside the backbone, and its pooler; the output embeddings of a language model are inside."""
+    """Return the modules outside the backbone, and its pooler; output embeddings of a language model are inside."""
     prefix = getattr(model, "base_model_prefix", "")
     is_classifier = bool(prefix) and hasattr(model, prefix) and model.get_output_embeddings() is None
     modules = [f"{prefix}.pooler"] if trains_pooler else []

@@ -39,7 +39,7 @@ class Table:
         self.add("method", methods, method=methods)
 
     def add(self, title: str, texts: Sequence[str], **values: Any) -> None:
-        """Add a column: what is shown, and the raw values by their heads in CSV."""
+        """Add a column: the text shown, and the raw values by their heads in CSV."""
         self.values |= {key: list(column) for key, column in values.items()}
         self.shown[title] = list(texts)
 

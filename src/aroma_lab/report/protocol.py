@@ -47,7 +47,7 @@ def seeds_sentence(runs: Runs) -> str:
 
 
 def common_notes(runs: Runs) -> list[str]:
-    """Return the notes that every table has: runs that are missing, choices at an edge, and what was not alike."""
+    """Return the notes of every table: missing runs, choices at an edge of the grid, and settings that differ."""
     begun = {(row["task"], row["method"], row["seed"]) for row in runs.rows if not row["selects"]}
     cells = [(task, method, seed) for task in runs.tasks for method in runs.methods for seed in runs.seeds]
     missing = [f"{task}/{method}/seed-{seed}" for task, method, seed in cells if (task, method, seed) not in begun]

@@ -23,7 +23,7 @@ def write_run_page(folder: str | os.PathLike[str], out: str | os.PathLike[str]) 
 
 
 def run_facts(folder: str | os.PathLike[str]) -> RunFacts:
-    """Return what is known of a finished run.
+    """Return the parts of the page of a finished run.
 
     Args:
         folder: Folder of a run of `aroma train`, or of a grid's trial.

@@ -168,7 +168,7 @@ def rows_of(frame: pd.DataFrame) -> list[Run]:
 
 @contextmanager
 def _whole(where: object, remedy: str = "restore it, or run the trial or the grid again") -> Iterator[None]:
-    """Name what was read where it cannot be understood."""
+    """Name the file that cannot be understood."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:

@@ -138,7 +138,7 @@ def _best_fixed(runs: Runs, unlearnt: Sequence[str]) -> dict[str, str]:
 
 
 def _over_best(runs: Runs, cells: Sequence[tuple[str, str]], best: Mapping[str, str]) -> pd.DataFrame:
-    """Return a row for each method and task of `cells`: what is best there, and the paired difference to it."""
+    """Return a row for each method and task of `cells`: the best fixed rank, and the paired difference to it."""
     scores = runs.reported.pivot_table(index=["task", "seed"], columns="method", values="score")
     found = [
         (best.get(task), *paired_difference(scores.loc[[task]], method, best.get(task))) for method, task in cells

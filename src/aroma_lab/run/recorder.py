@@ -1,4 +1,4 @@
-"""What is recorded of a run while the Trainer works: ranks and parameters by step, cost, events, history."""
+"""Records a run while the Trainer works: ranks and parameters by step, cost, events, history."""
 
 from __future__ import annotations
 

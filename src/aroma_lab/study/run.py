@@ -116,7 +116,7 @@ def list_grid(
 
 
 def _write_selection(grid: Grid, runs: Runs) -> None:
-    """Write what was chosen so far in the whole grid, whose other parts other commands may run."""
+    """Write the choices made so far in the whole grid; other commands may run other parts of it."""
     selection: dict[str, dict[str, Any]] = {}
     for (task, method), selected in selection_of(grid, runs).items():
         if any(runs.ended(one.trial.name) for one in selected.tried):

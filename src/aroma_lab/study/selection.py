@@ -116,7 +116,7 @@ def _means(tried: Sequence[Candidate], ended: Callable[[str], Ended | None]) -> 
 def _beside(
     points: Sequence[Settings], chosen: Settings, listed: Mapping[str, Sequence[Any]], most: int
 ) -> Iterator[Settings]:
-    """Yield what is next to the chosen values, one number apart, and was not tried.
+    """Yield the untried neighbours of the chosen values, one number apart.
 
     A key gets at most so many more values than those with which the selection began, which are `listed`.
     """
@@ -149,7 +149,7 @@ def first_of(name: str) -> str:
 
 
 def preference(score: float, loss: float, by: str) -> tuple[float, float]:
-    """Return what is largest for the best run: the score, and of equal ones less loss; by loss the other way round."""
+    """Return a key that is largest for the best run: the score, then the lower loss; by loss the other way round."""
     return (-loss, score) if by == "loss" else (score, -loss)
 
 

@@ -79,7 +79,7 @@ class Source(NamedTuple):
 
 
 def glue_of(spec: TaskSpec) -> GlueTask | None:
-    """Return what is known of a task of GLUE; None of others, and of files that are named one by one."""
+    """Return the layout of a task of GLUE; None for other tasks, and where files are named one by one."""
     named = spec.source is None and Path(spec.train or "").suffix
     return None if named else GLUE.get(glue_key(spec.name))
 
@@ -103,7 +103,7 @@ def source_of(spec: TaskSpec) -> Source:
 
 
 def read_splits(spec: TaskSpec, reported: bool = True) -> dict[str, list[Located]]:
-    """Return the rows of training, of the held-out examples if the task names them, and of what is reported.
+    """Return the rows of the training set, the held-out set if the task names one, and the reported sets.
 
     Args:
         reported: Whether the reported splits are read; if not, none of their files is opened.

@@ -124,7 +124,7 @@ def _evaluate(model: Any, data: Dataset, batch_size: int) -> Prediction:
 
 
 def recall(logits: Tensor, values: Tensor) -> dict[str, float]:
-    """Return what is remembered of values, JSON-able.
+    """Return the scores of recalled values, JSON-able.
 
     Args:
         logits: Shape (pairs, tokens of a value, vocabulary).

@@ -55,7 +55,7 @@ def load_classifier(
         options |= {"num_labels": len(index), "id2label": dict(enumerate(label_names))}
     options |= loading_options(spec)
     if "quantization_config" in options:
-        options["quantization_config"].llm_int8_skip_modules = _HEAD_MODULES  # what trains whole has no few bits
+        options["quantization_config"].llm_int8_skip_modules = _HEAD_MODULES  # the head trains, so it is not quantised
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             spec.name, output_loading_info=True, **options

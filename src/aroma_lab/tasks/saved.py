@@ -150,7 +150,7 @@ def evaluate_adapter(
 
 
 def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
-    """Return what is known of the head of any LoRA adapter of a classifier or regression, its updates left aside.
+    """Return the head of a LoRA adapter of a classifier or regression, without its updates.
 
     Where nothing beside the adapter tells number, names and kind of its outputs, its head and its base model do.
     """

@@ -1,4 +1,4 @@
-"""What is to be trained, apart from how: encoded examples, their batches, and what is measured on them."""
+"""A job: the encoded examples of a task, their batches, and the metrics of an evaluation."""
 
 from __future__ import annotations
 
