@@ -70,10 +70,10 @@ def grid(tmp_path_factory):
     for task in ("mrpc", "rte"):
         for seed, gain in enumerate((0.0, 0.1)):
             for rank, score in ((1, 0.5), (4, 0.7), (2, 0.6)):
-                changes = {"trained_rank": float(rank), "ranks": dict.fromkeys(MODULES, rank)}
+                changes = {"average_rank": float(rank), "ranks": dict.fromkeys(MODULES, rank)}
                 write_run(output, task, f"lora-r{rank}", seed, score=score + gain, **changes)
             some = {module: 2 if index else 0 for index, module in enumerate(MODULES)}
-            changes = {"kind": "aroma", "score": 0.7 + gain, "trained_rank": 1.5 + seed, "ranks": some}
+            changes = {"kind": "aroma", "score": 0.7 + gain, "average_rank": 1.5 + seed, "ranks": some}
             write_run(output, task, "aroma", seed, **changes)
             write_run(output, task, "head-only", seed, kind="head_only", score=0.3 + gain, **NO_RANKS)
     write_run(output, "mrpc", "lora-r1", 7, purpose="select", score=0.99, trained_rank=1.0)
@@ -91,7 +91,7 @@ def test_a_budget_has_a_line_through_the_fixed_ranks_and_a_mark_for_what_finds_i
         points = {(round(x, 6), round(y, 6)) for mark in marks for x, y in mark}
         assert points == {(1, 55), (2, 65), (4, 75), (2, 75)}
         assert line == [pytest.approx(one) for one in ([1, 55], [2, 65], [4, 75])]
-        assert axes.get_xscale() == "log"
+        assert axes.get_xscale() == "symlog"
     (axes,) = draw_figure("budget", grid, task="rte", methods=["aroma"]).axes
     assert axes.get_title() == "rte"
     assert {(x, round(y, 6)) for mark in drawn(axes) for x, y in mark} == {(2, 75)}
