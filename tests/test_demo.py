@@ -53,14 +53,14 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     out = tmp_path / "demo"
     before = cpu_seconds()
     assert main(["demo", "--out", str(out)]) == 0
-    # Two and a half minutes on two cores; processor time, so that a busy machine does not fail it.
-    assert cpu_seconds() - before < 2 * 150
+    # Two minutes on two cores; processor time, so that a busy machine does not fail it.
+    assert cpu_seconds() - before < 2 * 120
     assert {path.name for path in out.iterdir()} == {*demo.ROWS, "ranks.png", "result.json"}
     rows = {row["name"]: row for row in json.loads((out / "result.json").read_text())["rows"]}
     for name in ("lora-r8", "lora-r16", "evidence", "aroma"):
         assert rows[name]["accuracy"] > rows["head"]["accuracy"] + 0.02, name
     assert rows["lora-r16"]["total_rank"] == 16 * 36, "the pooler trains whole, with the head"
-    assert 36 < rows["aroma"]["total_rank"] <= 3 * 36
+    assert 36 < rows["aroma"]["total_rank"] <= 4 * 36  # inner loops of 50 steps, the last one unfinished
     assert 0 < rows["evidence"]["total_rank"] < 16 * 36 / 2
     assert rows["evidence"]["adapter_parameters"] < rows["lora-r16"]["adapter_parameters"] / 2
     assert "gives the same answers" in " ".join(capsys.readouterr().out.split())

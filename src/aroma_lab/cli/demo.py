@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "demo",
-        "train LoRA, evidence and AROMA on real news articles, offline, in about four minutes",
+        "train LoRA, evidence and AROMA on real news articles, offline, in about two minutes",
         (
             "Train a pretrained sentence encoder to sort 1,780 BBC News articles: the head alone, LoRA r=8 and r=16,\n"
             "LoRA whose ranks evidence finds, and AROMA as published. Evaluate on the 445 others, and load both\n"
