@@ -99,7 +99,7 @@ def compare(one: str, other: str) -> None:
     # A kill after the Trainer's last file leaves it out of the record.
     names, others = (set(verify_checkpoint(folder)["files"]) - {"trainer_state.json"} for folder in folders)
     assert names == others, f"files {sorted(names ^ others)}"
-    assert_same(*map(settled, folders), "trainer_state.json")
+    assert_same(*map(untimed, folders), "trainer_state.json")
     for name in sorted(names - {"training_args.bin"}):  # which says where and when, too
         if (first / name).read_bytes() != (second / name).read_bytes():
             assert (first / name).suffix in (".pt", ".pth", ".bin"), name
@@ -135,7 +135,7 @@ def plain(value: Any) -> Any:
     return [type(value).__name__, plain(vars(value))] if alone and hasattr(value, "__dict__") else value
 
 
-def settled(checkpoint: Path) -> list[Any]:
+def untimed(checkpoint: Path) -> list[Any]:
     """What trainer_state.json says without times of day and durations."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return [state["global_step"], state["epoch"], steps_of(state["log_history"]), state["stateful_callbacks"]]

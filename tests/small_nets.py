@@ -17,7 +17,7 @@ STEPS = 60
 """Optimizer steps of a run."""
 
 SAVED_AT = 37
-"""An optimizer step in the midst of an inner loop, after some merges."""
+"""An optimizer step within an inner loop, after some merges."""
 
 METHOD: dict[str, Any] = {
     **{"inner_check_interval": 2, "inner_tolerance": 0.5, "max_inner_steps": 4, "outer_tolerance": 1e-3},

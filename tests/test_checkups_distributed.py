@@ -122,7 +122,3 @@ def test_the_trainer_does_what_it_does_in_one_process(
         }[way]
     )
     assert_as_one_process(first, trained(tmp_path, way), 1e-5 if way == "zero 3" else 1e-12)
-
-
-def test_the_trainer_resumes_exactly(request: pytest.FixtureRequest) -> None:
-    assert_same(ends(request, "again-ddp"), ends(request, "trainer-ddp"))

@@ -87,10 +87,13 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "a", "label": "b"}\n')
     (tmp_path / "model").mkdir()
-    (tmp_path / "r.yaml").write_text(f"model: {{name: {tmp_path}/model}}\noutput: {tmp_path}/out\n")
+    (tmp_path / "r.yaml").write_text(f"model: {{name: {tmp_path}/model}}\noutput: {tmp_path}/out\nadapter: {{r: 1}}\n")
     train = ["train", str(tmp_path / "r.yaml"), "data.train={}/train.csv"]
     wrong = {
         ("train", "absent.yaml"): "recipe='absent.yaml': cannot be read",
+        (*train, "adapter.inner_tol=3"): "a recipe has no such key; the nearest is 'adapter.inner_tolerance'",
+        (*train, "data.kind=causal_lm", "data.label=null", "data.text=txt"): "name its columns messages, or prompt",
+        (*train, "data.source=bbc-news", "data.train=trian"): "it has train and test",
         (*train, "data.text=txt"): "it has no column 'txt'; its columns are 'text', 'label'",
         (*train, "data.train={}/train.jsonl", "data.label=lab"): "it has no column 'lab'",
         (*train, "data.reported.test={}/absent.csv"): "absent.csv': no such file",

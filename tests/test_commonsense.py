@@ -94,7 +94,7 @@ def mixed_questions():
 
 def plain_log_prob(loaded, question, label, max_length):
     """ln p of a label by one forward pass over the training example that gives it, without its end."""
-    chat = [*question.asked, {"role": "assistant", "content": question.lead + label}]
+    chat = [*question.prompt, {"role": "assistant", "content": question.lead + label}]
     ids, labels = encode_chat(loaded.tokenizer, chat, "row")
     begun = sum(label != NOT_LEARNED for label in labels) - 1 - len(loaded.tokenizer.tokenize(label))
     first = labels.index(next(one for one in labels if one != NOT_LEARNED)) + begun

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from aroma.cli import main
+from aroma.cli import main, parse
 from aroma.errors import CheckpointError, DataError
 from aroma_lab import demo
 from aroma_lab.tasks import articles as bbc
@@ -50,6 +50,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_keeps_its_promises(tmp_path, capsys):
+    assert parse(["demo"]).steps == demo.TRAINING.max_steps
     out = tmp_path / "demo"
     before = cpu_seconds()
     assert main(["demo", "--out", str(out)]) == 0

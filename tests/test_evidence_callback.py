@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,28 +123,6 @@ def test_it_resumes_exactly(tmp_path: Path, step: int) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert [found.as_dict() for found in resumed.history] == [found.as_dict() for found in whole.history]
     assert_equal(weights(again.model), weights(trainer.model))
-
-
-def run_until(out: str, kill: str) -> None:
-    class Die(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == int(kill):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.set_num_threads(1)
-    trainer = trainer_for(out, with_evidence(), Die())
-    trainer.train(resume_from_checkpoint=any(Path(out).glob("checkpoint-*")))
-    torch.save(weights(trainer.model), Path(out) / "ended.pt")
-
-
-def test_a_killed_training_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    code = "import sys; from test_evidence_callback import run_until; run_until(*sys.argv[1:])"
-    for out, kill in (("killed", "15"), ("killed", "0"), ("whole", "0")):
-        command = [sys.executable, "-c", code, str(tmp_path / out), kill]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        assert done.returncode == (-signal.SIGKILL if kill != "0" else 0), done.stderr[-2000:]
-    one, other = (torch.load(tmp_path / out / "ended.pt", weights_only=True) for out in ("killed", "whole"))
-    assert_equal(one, other)
 
 
 def test_the_best_checkpoint_brings_its_ranks(tmp_path: Path) -> None:

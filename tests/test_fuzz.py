@@ -53,11 +53,8 @@ def exported(folder: Path) -> Any:
     out = folder.parent / "out"
     export_uniform(folder, out)
     config = json.loads((out / "adapter_config.json").read_text())
-    return (
-        tensors_digest(load_file(out / "adapter_model.safetensors")),
-        config["target_modules"],
-        config.get("task_type"),
-    )
+    tensors = tensors_digest(load_file(out / "adapter_model.safetensors"))
+    return tensors, config["target_modules"], config.get("task_type")
 
 
 def merged(folder: Path) -> str:

@@ -53,16 +53,6 @@ class Stop(TrainerCallback):
         raise RuntimeError("somebody else's error")
 
 
-def test_the_trainer_leaves_no_hook_behind(tmp_path: Any) -> None:
-    model = adapted()
-    optimizer = adamw(model)
-    before = hooks_of(model, optimizer)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    trainer = trainer_for(model, tmp_path, AromaCallback(), more={"optimizers": (optimizer, schedule)}, max_steps=3)
-    trainer.train()
-    assert hooks_of(model, optimizer) == before
-
-
 def test_a_training_after_one_that_broke_off_has_the_hooks_of_one(tmp_path: Any) -> None:
     model, callback = adapted(), AromaCallback()
     optimizer = adamw(model)

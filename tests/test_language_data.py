@@ -50,7 +50,7 @@ def test_rows_of_every_form(tmp_path, row, content):
     [
         ("a.json", '{"text": "a"}', "no list of objects"),
         ("a.json", '[{"text": "a"}, {"question": "x"}]', "row 2.*name its columns messages, or prompt"),
-        ("a.json", '[{"instruction": "", "input": " ", "output": "b"}]', "row 1.*it asks nothing"),
+        ("a.json", '[{"instruction": "", "input": " ", "output": "b"}]', "row 1.*the prompt is empty"),
         ("a.json", '[{"text": "a"}, {"text": ["x"]}]', "row 2.*a list, not a text"),
         ("a.json", '[{"messages": "x"}]', "row 1.*a list of messages"),
         ("a.json", '[{"messages": [{"from": "human", "value": "x"}]}]', "row 1.*a role and a content"),

@@ -183,14 +183,6 @@ def test_compiled(kind: str) -> None:
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported(strict: bool) -> None:
-    layer = grown(nn.Linear(N, M), 3).eval()
-    x = torch.randn(4, N)
-    program = torch.export.export(layer, (x,), strict=strict)
-    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
-
-
 def test_a_copy_made_in_training_goes_its_own_way() -> None:
     layer = grown(nn.Linear(N, M), 3)
     x = torch.randn(4, N)

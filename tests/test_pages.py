@@ -104,11 +104,10 @@ def test_the_yaml_loads(text: str) -> None:
     assert yaml.safe_load(text)
 
 
-def test_the_recipe_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("recipe.yaml").write_text(blocks("yaml", "commandline.md")[0])
-    recipe = load_recipe("recipe.yaml", [])
-    assert (recipe.model.name, recipe.adapter, recipe.data.label) == ("minilm", {}, "stars")
+def test_the_recipe_is_the_one_that_is_run() -> None:
+    recipe = ROOT / "examples" / "recipes" / "own-files.yaml"
+    assert recipe.read_text(encoding="utf-8").endswith(blocks("yaml", "commandline.md")[0])
+    assert load_recipe(str(recipe), []).data.label == "stars"
 
 
 def test_files_that_are_named_exist() -> None:
@@ -197,7 +196,7 @@ def test_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("smaller/adapter_model.safetensors").is_file()
 
 
-SECTIONS = ["The Trainer", "A loop of your own", "TRL", "Several adapters over one model", "What a run tells"]
+SECTIONS = ["The Trainer", "A loop of your own", "TRL", "Several adapters over one model", "Logs, events and reports"]
 
 
 def test_every_section_of_the_guide_is_run() -> None:
@@ -226,7 +225,7 @@ def test_the_scripts_of_the_guide(section: str, tmp_path: Path, monkeypatch: pyt
         assert [found.step for found in names["checkups"].history] == [29, 43]
     if section in ("The Trainer", "A loop of your own"):
         assert Path("adapter/adapter_model.safetensors").is_file()
-    if section == "What a run tells":
+    if section == "Logs, events and reports":
         assert names["events"]
         assert Path("ranks.png").stat().st_size > 5000
         assert Path("report.html").stat().st_size > 100_000

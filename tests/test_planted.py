@@ -196,7 +196,7 @@ def test_a_trial_of_a_net_that_cannot_work_is_refused(change: dict[str, Any], me
 def test_an_encoder_without_enough_texts_or_room_is_refused(material: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.ranks=\[99\]: no update of a matrix \d+ wide"):
         job_of(encoder_trial(material, ranks=[99]))
-    with pytest.raises(DataError, match=r"data\.held_out=0\.6: 30 different texts cannot be split so"):
+    with pytest.raises(DataError, match=r"data\.held_out=0\.6: 30 different texts cannot be split that way"):
         job_of(encoder_trial(material, held_out=0.6))
     with pytest.raises(DataError, match=r"data\.train=.*no such file"):
         job_of(encoder_trial(material, train="other.jsonl"))

@@ -1,7 +1,8 @@
 """Recipes: deltas on defaults, every way to get one wrong, and the trial that each of them is."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ import yaml
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
 from aroma_lab.run.recipe import load_recipe, make_recipe, save_recipe, trial_of
-from aroma_lab.specs import TaskSpec, TrainSpec
+from aroma_lab.specs import ADAPTER_KEYS, TaskSpec, TrainSpec
 from aroma_lab.study.grid import expand, make_grid
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
@@ -120,3 +121,10 @@ def test_the_example_recipes_are_valid_and_name_their_command():
         assert f"aroma train examples/recipes/{path.name}" in path.read_text()
         assert recipe.output == f"runs/{path.stem}"
         assert AromaConfig(**trial_of(recipe).options).resolve_inner_steps(recipe.training.max_steps or 1000) >= 40
+
+
+def test_the_keys_of_the_adapter_are_fields_of_the_configuration():
+    hints = get_type_hints(AromaConfig)
+    found = {one.name: (hints[one.name], getattr(AromaConfig(), one.name)) for one in fields(AromaConfig)}
+    assert {name: found[name] for name in ADAPTER_KEYS} == ADAPTER_KEYS
+    assert {*AromaConfig.__annotations__} < {*ADAPTER_KEYS}

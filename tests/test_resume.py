@@ -55,7 +55,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
     run.training = {"save_steps": 2, **run.training}
     whole = live(train(tmp_path / "whole", run))
     second = outer_steps(tmp_path / "whole")[1]
-    # At an outer step, and in the midst of an inner loop, after its first check.
+    # At an outer step, and within an inner loop, after its first check.
     for step in (second, second + 4):
         assert_resumes(tmp_path, run, step, whole)
 
@@ -168,7 +168,7 @@ def live_at_the_end(trainer: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in the midst of outer step 2."""
+    """A checkpoint within outer step 2."""
     out = tmp_path_factory.mktemp("run")
     train(out, Run(steps=6, training={"save_steps": 6}))
     return out / "checkpoint-6"

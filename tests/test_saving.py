@@ -36,7 +36,7 @@ def reloaded(folder: Path, name: str = "bert", **changes: Any) -> Any:
 
 
 def trained(tmp_path: Path, steps: int = 10, **changes: Any) -> tuple[Any, Attachment, Path]:
-    """A model in the midst of an inner loop, and the folder of its adapter."""
+    """A model within an inner loop, and the folder of its adapter."""
     model = adapted("bert", **changes)
     growth, _ = grow(model, batch("bert"), steps, total_steps=20)
     model.save_pretrained(tmp_path / "adapter")
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # There and back ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pair", [False, True], ids=["after an outer step", "in the midst of training"])
+@pytest.mark.parametrize("pair", [False, True], ids=["after an outer step", "during an inner loop"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_a_loaded_adapter_is_the_saved_one(tmp_path: Path, name: str, pair: bool) -> None:
     model = adapted(name, r=2, lora_alpha=3)

@@ -215,7 +215,7 @@ def test_fewer_training_examples_leave_the_held_out_ones_alone(own):
         ({"text": "label"}, r"data\.label='label': the label and a text cannot be the same column"),
         ({"metric": "pearson"}, r"metric='pearson': no metric of a classification; give one of accuracy, f1"),
         ({"kind": "regression"}, r"data\.train \(.*, row 1\)='.*': a regression needs finite numbers"),
-        ({"held_out": 0.01}, r"data\.held_out=0\.01: 50 training examples cannot be split so"),
+        ({"held_out": 0.01}, r"data\.held_out=0\.01: 50 training examples cannot be split that way"),
         ({"train_examples": 46}, r"data\.train_examples=46: 45 are left"),
         ({"name": "mprc", "source": None}, r"data\.source=None: 'mprc' is no GLUE task \(they are cola, sst2"),
         ({"name": "sst2"}, r"\(.*train\.jsonl, row 1\): it has no column 'sentence'"),

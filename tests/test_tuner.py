@@ -12,7 +12,6 @@ import torch
 from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, AromaController, aroma_layers
 from aroma.tuner import AromaLinear
@@ -308,47 +307,6 @@ def test_merging_keeps_the_answer_and_unmerging_the_weights(name: str) -> None:
 
 def weights(model: nn.Module) -> list[Tensor]:
     return [layer.base_layer.weight.detach().clone() for layer in aroma_layers(model).values()]
-
-
-class Integers(nn.Module):
-    """Both layouts of a layer with small whole numbers: a Linear W (2, 3), and a Conv1D that stores W transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-        self.linear = nn.Linear(3, 2, bias=False)
-        self.linear.weight.data = W.clone()
-        self.conv = Conv1D(2, 3)
-        self.conv.weight.data = W.T.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.conv(x)
-
-
-def test_merged_by_hand() -> None:
-    model = get_peft_model(
-        Integers(), AromaConfig(lora_alpha=2, target_modules=["linear", "conv"], max_inner_steps=10)
-    )
-    layers = aroma_layers(model)
-    assert list(layers) == ["linear", "conv"]
-    for layer in layers.values():
-        # The first component, merged: s b a = 2 (1, -1)ᵀ (1, 0, 2) = ((2, 0, 4), (-2, 0, -4)).
-        layer.start_pair("default", torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0], [-1.0]]))
-        layer.merge_pair("default")
-        # The second, in training: 2 (3, 1)ᵀ (0, 1, -1) = ((0, 6, -6), (0, 2, -2)).
-        layer.start_pair("default", torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[3.0], [1.0]]))
-    change = torch.tensor([[2.0, 6.0, -2.0], [-2.0, 2.0, -6.0]])
-    merged = torch.tensor([[3.0, 8.0, 1.0], [2.0, 7.0, 0.0]])
-    assert torch.equal(layers["linear"].get_delta_weight("default"), change)
-    assert torch.equal(layers["conv"].get_delta_weight("default"), change.T)
-    x = torch.tensor([[1.0, 2.0, 3.0]])
-    assert layers["linear"](x).tolist() == layers["conv"](x).tolist() == [[22.0, 16.0]]
-    model.merge_adapter()
-    assert torch.equal(layers["linear"].base_layer.weight, merged)
-    assert torch.equal(layers["conv"].base_layer.weight, merged.T)
-    assert model(x).tolist() == [[44.0, 32.0]]
-    model.unmerge_adapter()
-    assert torch.equal(layers["conv"].base_layer.weight, merged.T - change.T)
 
 
 def test_a_deleted_adapter_leaves_nothing_behind() -> None:

@@ -20,8 +20,8 @@ from aroma_lab.specs import TaskSpec, TrainSpec
 from tiny_classifier import WORDS, save_tiny_bert, write_json_lines
 
 STEPS, SAVE_STEPS, LAST = 18, 5, 15
-"""At 96 training examples and batches of 8, an epoch has 12 steps: the last checkpoint before the end is in the
-midst of the second."""
+"""At 96 training examples and batches of 8, an epoch has 12 steps: the last checkpoint before the end is within
+the second."""
 
 GROWING = {"max_inner_steps": 6, "inner_check_interval": 2, "rewarmup_steps": 2}
 
@@ -33,13 +33,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adalora, at rest": ("adalora", {"init_r": 4, "target_r": 2, "final_share": 0.6, "interval": 2}),
     "relora": ("relora", {"max_components": 3, "rewarmup_steps": 2}),
     "aroma": ("aroma", {**GROWING, "outer_tolerance": 1e-3}),
-    "bitfit": ("bitfit", {}),
     "houlsby": ("houlsby", {"size": 4}),
-    "pfeiffer": ("pfeiffer", {"size": 4}),
     "full": ("full", {}),
-    "head_only": ("head_only", {}),
 }
-"""Label: kind and options."""
+"""Label: kind and options. The others, too, keep nothing but parameters."""
 
 
 def sentences(count: int, seed: int) -> list[dict[str, object]]:

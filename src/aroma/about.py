@@ -1,4 +1,4 @@
-"""What an adapter's tensors do not say of a classifier, saved in `aroma_state.json`, whose checksum vouches for it.
+"""Labels of a classifier, saved in `aroma_state.json`: an adapter's tensors do not hold them.
 
 `labels`: names of its outputs by index; None where they are LABEL_0, LABEL_1, …. `num_labels`: their number; None for
 another model. `problem_type`: what they mean, as transformers says it, such as "regression"; None if unknown.
@@ -15,9 +15,9 @@ UNKNOWN: dict[str, Any] = {"labels": None, "num_labels": None, "problem_type": N
 
 
 def about_model(model: Any, task_type: str | None) -> dict[str, Any]:
-    """Return what a model of transformers, wrapped by PEFT or not, says of its outputs; JSON-able.
+    """Return `labels`, `num_labels` and `problem_type` of a model of transformers, wrapped by PEFT or not; JSON-able.
 
-    Where PEFT's task type is None, the name of the model's class tells a classifier.
+    Where PEFT's task type is None, a model is a classifier if "Classification" is in the name of its class.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if task_type not in LABELLED_TASKS and (task_type is not None or "Classification" not in type(base).__name__):

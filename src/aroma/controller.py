@@ -28,10 +28,10 @@ _COMPILED_GROWTHS = 8
 class AromaController(PaperRule):
     """Lets one adapter grow. Call `step()` after every optimizer step.
 
-    Under DistributedDataParallel every rank makes one after the model was wrapped, and steps it in step with the
-    others. They agree on every decision, and an error of one is raised on all. The same holds under FSDP2, after
-    `fully_shard` and the optimizer, and under ZeRO, after `deepspeed.initialize`; there all ranks call what reads
-    components (`summary`, `state_dict`) together.
+    Under DistributedDataParallel, create one controller per rank after wrapping the model, and call `step` on every
+    rank. All ranks take the same decisions; an error on one rank is raised on all. The same holds under FSDP2, after
+    `fully_shard` and the optimizer, and under ZeRO, after `deepspeed.initialize`; there all ranks call `summary` and
+    `state_dict` together, because these read components.
 
     Args:
         model: Model with an AROMA adapter; wrapped, sharded or neither.

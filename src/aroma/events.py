@@ -13,8 +13,8 @@ class Event:
     """One decision of Algorithm 1.
 
     Args:
-        kind: `"checked"`: an inner check of one matrix. `"merged"`: its component trains no more, and stays.
-            `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
+        kind: `"checked"`: an inner check of one matrix. `"merged"`: the component was kept.
+            `"frozen"`: the matrix has stopped growing. `"finished"`: every matrix is frozen.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.
         inner_step: Optimizer steps t taken in that inner loop.

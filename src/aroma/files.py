@@ -258,9 +258,9 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]
 
 
 def write_manifest(path: str | os.PathLike[str], content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Write JSON that vouches for itself and, by their SHA-256, for the files `names` beside it; return its content.
+    """Write JSON with a checksum of its own and the SHA-256 of the files `names` beside it; return its content.
 
-    It comes last in a save.
+    A save writes it last.
     """
     manifest = {**content, "files": {name: file_digest(Path(path).parent / name) for name in names}}
     write_json(path, {**manifest, "checksum": _checksum(manifest)})

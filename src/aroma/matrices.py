@@ -1,6 +1,6 @@
 """The growing matrices of a run: measured together, and changed one by one.
 
-Algorithm 1 acts on these. They know layers, the optimizer, and sharded parameters.
+Algorithm 1 calls these classes. They hold the layers, and change optimizer state and sharded parameters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A saved adapter read back: checked before anything is computed from it.
+"""Reads saved adapters, and checks them before anything is computed from them.
 
-Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one. `aroma_state.json` vouches for one that AROMA
-saved. Nothing vouches for another, so of that only what contradicts itself is noticed.
+Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one. Adapters that AROMA saved are compared with the
+checksums in `aroma_state.json`. All others have none, so only contradictions between their files are errors.
 """
 
 from __future__ import annotations

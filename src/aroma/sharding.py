@@ -319,7 +319,7 @@ def sharding_modules(model: nn.Module) -> list[Any]:
 
 
 def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
-    """Refuse ways to distribute a model that would train it wrongly; docs/distributed.md says what was run.
+    """Refuse ways to distribute a model that would train it wrongly; docs/distributed.md lists the tested ones.
 
     Raises:
         ConfigError: Naming the parameter, module or optimizer.

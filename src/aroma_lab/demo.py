@@ -27,7 +27,7 @@ from .tasks.saved import open_classifier
 TASK = TaskSpec(name="bbc-news", source=BBC_NEWS, max_length=16)
 """The first 16 tokens of an article, hardly more than its headline: with more of them a head alone does as well."""
 TRAINING = TrainSpec(
-    max_steps=175,  # most articles once
+    max_steps=175,  # most articles once; the command's default, too
     batch_size=8,
     head_learning_rate=2e-3,
     save_steps=None,
@@ -54,7 +54,7 @@ def run_demo(out: str, training: TrainSpec) -> None:
             plain PEFT.
     """
     began, console = time.monotonic(), Console()
-    packaged_encoder()  # says what is missing
+    packaged_encoder()  # names a missing package
     folder = new_folder("--out", out, "give another folder with --out")
     console.print(f"Five short trainings in {out}, about two minutes on two idle cores.")
     results: dict[str, dict[str, Any]] = {}
@@ -74,6 +74,7 @@ def run_demo(out: str, training: TrainSpec) -> None:
     articles = results["head"]["examples"]["test"]
     record = {"rows": rows, "test_articles": articles, "wall_seconds": seconds, "source": source}
     write_json(folder / "result.json", record)
+    took = f"{seconds:.0f} s" + (", as this machine is busy or slow" if seconds > 180 else "")
     console.print(f"\n{articles} test articles, first 16 tokens of each; rank: of all matrices together")
     table = Table("method", box=None, pad_edge=False)
     for title in ("accuracy", "rank", "largest", "parameters", "optimizer", "training"):
@@ -84,9 +85,9 @@ def run_demo(out: str, training: TrainSpec) -> None:
         table.add_row(row["method"], f"{row['accuracy']:.1%}", *sizes, *cost)
     console.print(table)
     for line in (
-        "All rows train the same head and pooler. One seed: a demonstration, no comparison of methods.",
+        "All rows train the same head and pooler. One seed: a demonstration, not a comparison of methods.",
         "Plain PEFT loads both adapters and gives the same answers.",
-        f"Left in {out}: {'/, '.join(ROWS)}/, {PICTURE}, result.json ({seconds:.0f} s).",
+        f"Left in {out}: {'/, '.join(ROWS)}/, {PICTURE}, result.json ({took}).",
         f"To look at: aroma report {out}/evidence",
         f"Data: {SOURCE}.",
     ):

@@ -12,8 +12,10 @@ from huggingface_hub import hf_hub_download
 from aroma.errors import bad_value
 from aroma.files import require_adapter_folder
 
+from .language.data import example_of, question_of
 from .language.gguf_source import PACKAGED as PACKAGED_LANGUAGE_MODEL
-from .specs import LANGUAGE_KINDS, MADE, MADE_KINDS, Recipe
+from .specs import MADE, MADE_KINDS, Recipe
+from .tasks.articles import BBC_NEWS
 from .tasks.sources import fitting_columns, require_data_file
 
 PACKAGED = ("minilm", PACKAGED_LANGUAGE_MODEL, MADE)
@@ -26,9 +28,13 @@ def check_sources(recipe: Recipe) -> None:
     from .tasks.data import layout_of, read_splits, source_of
 
     data = task_of(recipe)
-    if data.kind not in MADE_KINDS and source_of(data).folder is not None:
+    if data.kind not in MADE_KINDS and (source_of(data).folder is not None or data.source == BBC_NEWS):
         for rows in read_splits(data).values():
-            if data.kind not in LANGUAGE_KINDS:
+            if data.kind == "causal_lm":
+                _ = [example_of(where, row, data.text) for where, row in rows]
+            elif data.kind == "commonsense":
+                _ = [question_of(where, row) for where, row in rows]
+            else:
                 fitting_columns(rows, [layout_of(data).columns()])
     if recipe.model.gguf_file is None:
         require_model("model.name", recipe.model.name or "")

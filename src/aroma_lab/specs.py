@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from aroma.errors import bad_value
 
@@ -20,6 +19,27 @@ MADE = "made"
 
 MADE_KINDS = ("planted_net", "planted_encoder", "memory")
 """Kinds of tasks whose right answer is made."""
+
+
+ADAPTER_KEYS: dict[str, tuple[Any, Any]] = {
+    "r": (int, 1),
+    "target_modules": (list[str] | str | None, "all-linear"),
+    "exclude_modules": (list[str] | str | None, None),
+    "lora_alpha": (float, 4),
+    "lora_dropout": (float, 0.0),
+    "inner_tolerance": (float | None, 0.1),
+    "inner_check_interval": (int, 10),
+    "max_inner_steps": (int | None, None),
+    "outer_tolerance": (float | None, 5e-3),
+    "min_components": (int, 0),
+    "max_components": (int | None, None),
+    "inner_criterion": (Literal["norm_change", "update_change"], "norm_change"),
+    "reset": (Literal["prune", "zero", "none"], "prune"),
+    "prune_ratio": (float, 0.999),
+    "rewarmup_steps": (int, 50),
+    "component_seed": (int | None, None),
+}
+"""Type and default of the fields of `aroma.AromaConfig` that a recipe may set; here, they need no PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class TaskSpec:
     validation: str | None = None
     """Held-out examples, on which models are selected: a split or file; null: a share of training's, `held_out`."""
     held_out: float = 0.1
-    """That share, in (0, 1); stratified by label, and never trained on."""
+    """Share of the training set to hold out, in (0, 1); stratified by label, and never trained on."""
     reported: dict[str, str] | None = None
     """Label by label, the split or file that is evaluated once, after training, as `{test: test.jsonl}`; `{}`: none.
     null: in a recipe none; in a grid GLUE's validation sets (of MNLI matched and mismatched), and of other tasks the
@@ -85,7 +105,7 @@ class TaskSpec:
     split_seed: int = 0
     """Seed of the held-out share and of draws; apart from `training.seed`, so that seeds share their data."""
     train_examples: int | None = None
-    """Train on so many of the examples that are left, drawn at random; null: all."""
+    """Number of training examples to draw, at random, from those not held out; null: all."""
     held_out_examples: int | None = None
     """Keep so many of the held-out examples, drawn at random; null: all. Reported sets are whole."""
     seed: int | None = None
@@ -101,16 +121,16 @@ class TaskSpec:
     """Of planted encoders: singular values of a planted update, in units of the root mean square of those of its
     matrix; null: 0.5."""
     layers: int | None = None
-    """Layers of a made model; null: 12 of a planted net, 4 of a language model that remembers."""
+    """Layers of a synthetic model; null: 12 of a planted net, 4 of a language model that remembers."""
     width: int | None = None
-    """Width of a made model; null: 64."""
+    """Width of a synthetic model; null: 64."""
     examples: int | None = None
     """Of planted nets: training examples; null: 1,500."""
     pairs: int | None = None
     """Of memory tasks: pairs of key and value to remember; null: 1,000."""
     templates: int | None = None
-    """Of memory tasks: in how many ways a pair is said, up to 12; each pair is trained in all ways but one, and
-    evaluated in that one. null: one way, in which it is trained and evaluated."""
+    """Of memory tasks: number of phrasings per pair, up to 12; each pair is trained in all but one, and evaluated in
+    that one. null: one phrasing, in which it is trained and evaluated."""
 
     def __post_init__(self) -> None:
         least = {"max_length": 3, "train_examples": 1, "held_out_examples": 1, "split_seed": 0, "seed": 0}
@@ -208,18 +228,6 @@ class TrainSpec:
             if self.save_steps is None or self.save_steps % self.eval_steps:
                 remedy = f"training.checkpoint='best' needs a multiple of eval_steps={self.eval_steps}"
                 raise bad_value("training.save_steps", self.save_steps, remedy)
-
-
-@cache
-def adapter_keys() -> dict[str, tuple[Any, Any]]:
-    """Return type and default of the keys of `adapter`: fields of `AromaConfig` that a user may set. Loads PyTorch."""
-    from aroma.tuner.config import AromaConfig
-
-    hints = get_type_hints(AromaConfig)
-    # All fields of its own; of LoraConfig's, two.
-    chosen = {*AromaConfig.__annotations__, "lora_dropout", "exclude_modules"}
-    found = [one for one in fields(AromaConfig) if one.name in chosen]
-    return {one.name: (hints[one.name], None if one.default is MISSING else one.default) for one in found}
 
 
 @dataclass(frozen=True)

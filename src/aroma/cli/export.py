@@ -8,7 +8,7 @@ from typing import Any
 from .texts import add_command
 
 BASE_MODEL_GROUP = "aroma.base_models"
-"""Entry points that know further names of base models: of adapter folder and name or None, a name or None."""
+"""Entry points that map (adapter folder, given name or None) to a base-model name, or None."""
 
 
 def add_parser(commands: Any) -> None:

@@ -86,9 +86,9 @@ class Checkup:
         said += f" ({ranks.count(0)} keep none)" if 0 in ranks else ""
         said += f": held-out loss {self.loss:.4g}, with all {self.losses[-1]:.4g}, with none {self.losses[0]:.4g}"
         if abs(self.saves) <= 2 * self.standard_error:
-            said += "; what all updates save cannot be told from noise"
+            said += "; the improvement is within noise"
         if 2 * full > len(ranks):
-            said += f"; {full} of {len(ranks)} matrices kept all {self.r} directions: a larger r would be used"
+            said += f"; {full} of {len(ranks)} matrices kept all {self.r} directions: try a larger r"
         return said
 
 

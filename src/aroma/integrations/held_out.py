@@ -12,7 +12,7 @@ from ..errors import bad_value
 
 
 def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
-    """Split a data set into one to train on and one that decides, at random.
+    """Split a data set into a training set and a held-out set, at random.
 
     .. code-block:: python
 
@@ -24,7 +24,7 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
         seed: Seed of the choice.
 
     Returns:
-        What to train on, and the held-out examples.
+        The training examples, and the held-out ones.
 
     Raises:
         ConfigError: There are no examples by index, or the share leaves one part empty.

@@ -16,8 +16,8 @@ from ..events import Event, ModuleSummary
 class Rewarmup:
     """Scales the learning rates for one optimizer step and gives them back afterwards.
 
-    The schedule never notices: it computes its next value from the rates it set itself. What it reports as its last
-    value is the rate that was really used.
+    The schedule is unaffected: it computes its next value from the rates that it set itself. As its last value it
+    reports the rate that was really used.
     """
 
     def __init__(self) -> None:

@@ -76,7 +76,7 @@ class TrainingRecord:
         """Write the report of a training that has ended; of one that has not, nothing.
 
         Warns:
-            AromaWarning: It cannot be written. What was trained is worth more than its report.
+            AromaWarning: It cannot be written. The trained model is worth more than its report.
         """
         if controller is None or not self._found or not state.is_world_process_zero:
             return

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "compress",
-        "keep of a LoRA adapter what saves loss on examples of a file",
+        "shrink a LoRA adapter using held-out examples",
         "Find the directions of a LoRA adapter that save loss on examples it was not trained on, and write an\n"
         "adapter of these alone: plain LoRA for PEFT, each matrix with its own rank. It may be a classifier, a\n"
         "regression, or a causal language model, from any trainer. Each example is evaluated nine times.",
@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> None:
     add("--data", metavar="FILE", required=True, help="examples that it was not trained on; as for `aroma eval`")
     add("--out", metavar="DIR", required=True, help="folder to write, new or empty")
     add("--base", "--base-model", metavar="MODEL", help="hub name or folder, if not the one the adapter names")
-    what = "standard errors of loss that a smaller adapter may cost (0: what has the least loss)"
-    add("--standard-errors", type=float, metavar="N", default=0.0, help=what)
+    words = "accept a smaller adapter within N standard errors of the lowest loss (0)"
+    add("--standard-errors", type=float, metavar="N", default=0.0, help=words)
     add("--batch-size", type=int, metavar="N", help="most examples of one forward pass (16; of language models 8)")
     add("--max-length", type=int, metavar="TOKENS", help="of an example, if not as in training")
     add("--text", metavar="COLUMN", help="of classifiers: column of the text, if it is not found by its name")

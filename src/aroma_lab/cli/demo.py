@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         "train LoRA, evidence and AROMA on real news articles, offline, in about two minutes",
         (
             "Train a pretrained sentence encoder to sort 1,780 BBC News articles: the head alone, LoRA r=8 and r=16,\n"
-            "LoRA whose ranks evidence finds, and AROMA as published. Evaluate on the 445 others, and load both\n"
+            "LoRA with evidence, and AROMA as published. Evaluate on the 445 others, and load both\n"
             "adapters in plain PEFT. Needs no network and no GPU."
         ),
         "aroma demo",
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", default="aroma-demo", help="new or empty folder (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and adapters (%(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=175, help="optimizer steps (%(default)s)")
     parser.set_defaults(run=run)
 
 

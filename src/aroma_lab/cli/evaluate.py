@@ -117,13 +117,13 @@ def _ask_language_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
     length = arguments.max_length or language_task(arguments.adapter).max_length
     told, answers, table = {}, [], Table("set", "questions", "accuracy")
-    for name, asked in sets.items():
+    for name, questions in sets.items():
         size = arguments.batch_size or 8
-        found = evaluate_questions(loaded, asked, batch_size=size, max_length=length, progress=True)
-        told[name] = {"data": named[name], "examples": len(asked), "metrics": {"accuracy": found.accuracy}}
+        found = evaluate_questions(loaded, questions, batch_size=size, max_length=length, progress=True)
+        told[name] = {"data": named[name], "examples": len(questions), "metrics": {"accuracy": found.accuracy}}
         told[name]["loss"] = found.loss
         answers += [{"set": name, **row} for row in found.predictions]
-        table.add_row(name, str(len(asked)), f"{found.accuracy:.4f}")
+        table.add_row(name, str(len(questions)), f"{found.accuracy:.4f}")
     average = sum(one["metrics"]["accuracy"] for one in told.values()) / len(
         told
     )  # sets weigh the same, as in Table 3

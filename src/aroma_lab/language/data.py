@@ -44,22 +44,22 @@ def load_examples(key: str, path: str, text: str | None = None) -> list[Example]
 
 
 def messages_of(where: str, row: Mapping[str, Any]) -> Messages:
-    """Return what a row asks: its `messages`, its `prompt`, or its `instruction` and perhaps an `input`.
+    """Return the prompt of a row: its `messages`, its `prompt`, or its `instruction` and perhaps an `input`.
 
     Raises:
-        DataError: It asks nothing.
+        DataError: The prompt is empty.
     """
     if "messages" in row:
         return _messages(where, row["messages"])
     if isinstance(row.get("prompt"), list):
         return _messages(where, row["prompt"])
-    asked = _text(where, row.get("prompt", row.get("instruction")))
+    prompt = _text(where, row.get("prompt", row.get("instruction")))
     given = "" if "prompt" in row else _text(where, row.get("input"))
-    if not (asked + given).strip():
-        remedy = f"it asks nothing; give a prompt, an instruction or messages. Its columns: {', '.join(row)}"
-        raise bad_value(where, asked, remedy, DataError)
+    if not (prompt + given).strip():
+        remedy = f"the prompt is empty; give a prompt, an instruction or messages. Its columns: {', '.join(row)}"
+        raise bad_value(where, prompt, remedy, DataError)
     # As `doc_to_text` of commonsense.yaml writes it.
-    return [_message("user", f"{asked}\n\n{given}" if given.strip() else asked)]
+    return [_message("user", f"{prompt}\n\n{given}" if given.strip() else prompt)]
 
 
 def example_of(where: str, row: Mapping[str, Any], text: str | None = None) -> Example:
@@ -69,7 +69,7 @@ def example_of(where: str, row: Mapping[str, Any], text: str | None = None) -> E
     Raises:
         DataError: A damaged row.
     """
-    reply = next((reply for asked, reply in _PAIRS if asked in row and "messages" not in row), None)
+    reply = next((reply for prompt, reply in _PAIRS if prompt in row and "messages" not in row), None)
     if text is None and ("messages" in row or reply):
         messages, said = messages_of(where, row), row.get(reply or "")
         if isinstance(said, list):
@@ -111,13 +111,13 @@ class Question:
     """One question in the JSON form of LLM-Adapters.
 
     Args:
-        asked: The message that asks it; its instruction ends with a line that lists the labels.
+        prompt: The message with the question; its instruction ends with a line that lists the labels.
         output: The right response, which ends with `answer`.
         answer: The right label.
         candidates: The labels to choose from, such as `answer1`.
     """
 
-    asked: Messages
+    prompt: Messages
     output: str
     answer: str
     candidates: Sequence[str]
@@ -130,7 +130,7 @@ class Question:
     @property
     def example(self) -> Example:
         """The question with its right response, to be trained on."""
-        return Example([*self.asked, _message("assistant", self.output)])
+        return Example([*self.prompt, _message("assistant", self.output)])
 
 
 def load_questions(key: str, path: str) -> list[Question]:
@@ -155,5 +155,5 @@ def question_of(where: str, row: Mapping[str, Any]) -> Question:
     if answer not in candidates or not output.endswith(answer):
         remedy = f"it must be one of {', '.join(candidates)}, and end the output {output[-80:]!r}; mend the row"
         raise bad_value(f"{where}, answer", answer, remedy, DataError)
-    asked = {"instruction": instruction, "input": row.get("input")}
-    return Question(messages_of(where, asked), output, answer, candidates)
+    prompt = messages_of(where, {"instruction": instruction, "input": row.get("input")})
+    return Question(prompt, output, answer, candidates)

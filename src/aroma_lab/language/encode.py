@@ -82,7 +82,7 @@ def encode_rows(examples: Sequence[Example], tokenizer: Any, max_length: int, ke
 def encode_chat(tokenizer: Any, messages: Messages, where: str) -> _Row:
     """Return a chat as tokens and labels, up to the end of its last response or to the heading of the next.
 
-    Prompts and responses are tokenized apart, so that what is learned stands after the tokens that generation begins
+    Prompts and responses are tokenized apart, so that the learned tokens follow the tokens that generation begins
     from. Where the template rewrites earlier responses once others follow, as those with thoughts, the later ones
     alone are learned.
 
@@ -149,7 +149,7 @@ def _fit(row: _Row, most: int, counts: Counter[str]) -> Iterator[_Row]:
         counts[_LONG] += 1
         return
     counts[_CUT] += len(row[0]) > most
-    broken = labels.index(NOT_LEARNED)  # what is left of an earlier response
+    broken = labels.index(NOT_LEARNED)  # the rest of an earlier response
     yield ids, [NOT_LEARNED] * broken + labels[broken:]
 
 

@@ -63,7 +63,7 @@ def evaluate_questions(
     for question in questions:
         lead = question.lead.rstrip()
         begun = [{"role": "assistant", "content": lead}] if lead else []
-        context = scorer.apply_chat_template([*question.asked, *begun], add_generation_prompt=not lead)
+        context = scorer.apply_chat_template([*question.prompt, *begun], add_generation_prompt=not lead)
         texts = [f"{question.lead[len(lead) :]}{label}" for label in question.candidates]
         requests += [Instance("loglikelihood", {}, (context, text), 0) for text in texts]
     try:

@@ -98,8 +98,8 @@ class LanguageJob(Job):
             return Prediction(metrics, loss)
         from .evaluate import evaluate_questions
 
-        loaded, asked = LoadedModel(model, self.tokenizer), self.questions[split]
-        ranked = evaluate_questions(loaded, asked, batch_size=batch_size, max_length=self.max_length)
+        loaded, questions = LoadedModel(model, self.tokenizer), self.questions[split]
+        ranked = evaluate_questions(loaded, questions, batch_size=batch_size, max_length=self.max_length)
         return Prediction({"accuracy": ranked.accuracy}, ranked.loss)
 
     def describe(self, adapter: Path) -> None:

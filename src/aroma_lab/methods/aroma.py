@@ -15,7 +15,7 @@ from aroma.integrations.callback import AromaCallback
 from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
 
-from ..specs import adapter_keys
+from ..specs import ADAPTER_KEYS
 from .base import Hooks
 from .lora import ADAPTER, PeftAdapter
 
@@ -44,7 +44,7 @@ class Aroma(PeftAdapter):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return {name: kind for name, (kind, _) in adapter_keys().items() if name not in cls.without}
+        return {name: kind for name, (kind, _) in ADAPTER_KEYS.items() if name not in cls.without}
 
     @property
     def target_modules(self) -> list[str] | str | None:

@@ -75,10 +75,10 @@ class Lora(PeftAdapter):
         alpha: lora_alpha; None for r, so that the scale is 1.
         dropout: Dropout on the adapter's input.
         target_modules: Modules to adapt; see `head.find_targets`.
-        init: `"kaiming"`: A is random and B zero. `"eva"` (arXiv 2410.07170): A is what the inputs of a layer vary in
-            most; every layer keeps rank r. `"lora_ga"` (arXiv 2407.05000): A and B are singular directions of the
-            gradient, and their product is taken away from the base weight; the update of the original base has rank
-            2 r then, and so has what is saved. Both read `INITIALIZATION_BATCHES` batches, drawn with the run's seed.
+        init: `"kaiming"`: A is random and B zero. `"eva"` (arXiv 2410.07170): A has the directions in which a layer's
+            inputs vary most; every layer keeps rank r. `"lora_ga"` (arXiv 2407.05000): A and B are singular directions
+            of the gradient, and their product is taken away from the base weight; the update of the original base, and
+            so the saved adapter, has rank 2 r. Both read `INITIALIZATION_BATCHES` batches, drawn with the run's seed.
     """
 
     r: int = 8

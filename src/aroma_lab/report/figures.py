@@ -33,7 +33,7 @@ def draw_figure(
         methods: Labels of the methods, in the order shown; None for all.
 
     Raises:
-        ConfigError: A choice names what is not there, or leaves open what has to be chosen.
+        ConfigError: A kind, task or method that does not exist, or a task that has to be named.
         DataError: There are no finished runs.
         CheckpointError: A record is damaged.
     """

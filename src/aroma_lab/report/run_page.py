@@ -1,4 +1,4 @@
-"""What a report says of a run's folder."""
+"""The report of a run, made from the files of its folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run_facts(folder: str | os.PathLike[str]) -> RunFacts:
         title=files.root.resolve().name if files.recipe.is_file() else str(row["task"]),
         about=[f"model {Path(trial['model']).name}", f"method {row['method']}", f"seed {row['seed']}"],
         results=_results(trial, result),
-        metric=metric,
+        metric="perplexity" if metric == "token_probability" else metric,  # what people know
         steps=row["steps"],
         planned_steps=row["planned_steps"],
         seconds=result.get("wall_seconds"),

@@ -36,7 +36,7 @@ _OF_MATRICES = ("effective_ranks", "relative_updates")
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
 MACHINE = ("git_revision", "platform", "device", "cpu_count", "threads")
-"""What a result says of its machine."""
+"""Keys of a result that describe the code and the machine of its run."""
 _RANKS = ("average_rank", "effective_rank", "trained_rank")
 _PARAMETERS = ("initial", "average", "head")
 _COLUMNS = (

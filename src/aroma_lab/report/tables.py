@@ -92,7 +92,7 @@ def ranks_table(runs: Runs) -> Table:
         **{key: (key, points if key == "grew" else decimals) for key in fits},
     }
     frame = runs.reported.assign(**{key: [one.get(key) for one in planted] for key in fits})
-    # What is planted is scored by its squared error already.
+    # Planted tasks are scored by their squared error already.
     if not fits and any(loss is not None for loss in losses):
         frame = frame.assign(held_out_loss=pd.Series(losses, dtype=float, index=frame.index))
         columns["held_out_loss"] = ("held-out loss", lambda value: decimals(value, 3))

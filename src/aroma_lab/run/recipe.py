@@ -16,7 +16,7 @@ from aroma.files import write_text
 from aroma.outputs import new_folder
 
 from ..settings import flatten, load_values, section_of, typed_fields, types_of
-from ..specs import Recipe, TaskSpec, adapter_keys
+from ..specs import ADAPTER_KEYS, Recipe, TaskSpec
 from .trial import Trial, TrialFiles
 
 
@@ -40,8 +40,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     for section, kind in sections.items():
         types |= types_of(kind, f"{section}.")
     del types["data.name"]  # a recipe's task is named after its data
-    if any(key.startswith("adapter.") for key in flat):  # else PyTorch need not be loaded
-        types |= {f"adapter.{name}": kind for name, (kind, _) in adapter_keys().items()}
+    types |= {f"adapter.{name}": kind for name, (kind, _) in ADAPTER_KEYS.items()}
     given = typed_fields(types, flat, "a recipe")
     made = {name: kind(**section_of(given, name)) for name, kind in sections.items()}
     output = {"output": given["output"]} if "output" in given else {}
@@ -57,7 +56,7 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
 
 def _adapter_of(recipe: Recipe) -> dict[str, Any]:
     """Return all keys of the adapter, defaults included."""
-    return {name: default for name, (_, default) in adapter_keys().items()} | recipe.adapter
+    return {name: default for name, (_, default) in ADAPTER_KEYS.items()} | recipe.adapter
 
 
 def task_of(recipe: Recipe) -> TaskSpec:

@@ -228,7 +228,7 @@ def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
         if training.bf16:  # as accelerate has it for the models that are trained beside it
             run.model.forward = torch.autocast(run.processes.device.type, torch.bfloat16)(run.model.forward)
         run.recorder.note(0, run.model)
-    if first:  # what was trained is kept before an evaluation may fail
+    if first:  # the trained model is saved before an evaluation may fail
         _leave(run)
     predictions = {split: run.job.predict(run.model, split, training.batch_size) for split in run.job.evaluated}
     found = [result_of(run, predictions) if first else {}]

@@ -27,7 +27,7 @@ class TrialFiles:
         self.root = root
         self.trial = root / "trial.json"  # the resolved configuration
         self.recipe = root / "recipe.yaml"  # of a run that has one
-        self.adapter = root / "adapter"  # what was trained: the plain LoRA adapter, where it is one
+        self.adapter = root / "adapter"  # the trained parameters: the plain LoRA adapter, where it is one
         self.checkpoints = root / "checkpoints"
         self.events = root / "events.jsonl"  # of AROMA's controller, a JSON object a line
         self.history = root / "history.json"  # losses, learning rates and evaluations by optimizer step
@@ -44,7 +44,7 @@ class Trial:
     Args:
         name: Its folder's name below the runs, as `"mrpc/lora-r8/seed-0"`.
         model: Hub name or folder of the pretrained model, or `"minilm"`: the packaged encoder.
-        task: The data, the metric, and what is held out.
+        task: The data, the metric, and the held-out share.
         method: Label of the method in tables, as `"lora-r8"`.
         kind: Kind of the method; one of `METHODS`.
         options: Fields of the method.

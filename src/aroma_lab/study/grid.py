@@ -35,15 +35,15 @@ class Selection:
 
     Args:
         over: Values to try, by dotted key; every combination is tried.
-        by: What the best of them has: the highest `"score"`, or the lowest `"loss"`, which says more where few
+        by: The measure of the best of them: the highest `"score"`, or the lowest `"loss"`, which says more where few
             examples are held out. The other decides between equal ones.
         seed: Seed of all these runs.
         training: Training settings that differ in them, such as a smaller `max_steps`.
         overrides: Further settings of some of them, and as `over` other values to try; later ones win.
-        widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of what
-            was tried; the best is compared with all values next to it then.
-        again: Further seeds with which the two best are run, too, and then what is best by the mean. Without any, one
-            run of each decides, which may be lucky or collapse.
+        widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of
+            those tried; the best is compared with all values next to it then.
+        again: Further seeds with which the two best are run, too; the better mean wins. Without any, one run of each
+            decides, which may be lucky or collapse.
     """
 
     over: dict[str, list[Any]]

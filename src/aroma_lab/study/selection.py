@@ -1,6 +1,6 @@
 """Settings chosen on held-out training data, per task and method.
 
-An optimum at the edge of what was tried says nothing about what lies beyond. `beyond` gives the next value, which
+An optimum at the edge of the tried values says nothing about values beyond it. `beyond` gives the next value, which
 tables ask for and a selection with `widen` tries by itself, as it tries all values next to the best.
 """
 
@@ -141,11 +141,6 @@ def _finals(rule: Selection, tried: Sequence[Candidate], ranked: Sequence[Settin
         if name not in names:
             found.append(Candidate(replace(first, name=name, training=training), values))
     return found
-
-
-def first_of(name: str) -> str:
-    """Return the name of the first run with the settings of a run of a selection, of any seed."""
-    return name.partition(_FURTHER)[0]
 
 
 def preference(score: float, loss: float, by: str) -> tuple[float, float]:

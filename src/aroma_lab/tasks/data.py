@@ -154,7 +154,7 @@ def held_apart(
                 range(len(train)), test_size=spec.held_out, random_state=spec.split_seed, stratify=classes
             )
         except ValueError as error:
-            reason = f"{len(train)} training examples cannot be split so ({error}); give another share"
+            reason = f"{len(train)} training examples cannot be split that way ({error}); give another share"
             raise bad_value("data.held_out", spec.held_out, reason, DataError) from error
         train, held_out = ([everything[index] for index in sorted(some)] for some in chosen)
     drawn = {"train": _draw(spec, "train_examples", train), HELD_OUT: _draw(spec, "held_out_examples", held_out)}

@@ -34,7 +34,7 @@ FRESH = "fresh"
 _EXAMPLES, _FRESH, _NOISE, _LAYERS, _WIDTH = 1500, 2000, 0.1, 12, 64
 
 
-# What is planted -----------------------------------------------------------------------------------------------------
+# The planted updates -------------------------------------------------------------------------------------------------
 
 
 def deal_ranks(spec: TaskSpec, shapes: Mapping[str, Sequence[int]], generator: torch.Generator) -> dict[str, int]:
@@ -207,7 +207,7 @@ def squared_error(h: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tenso
     return (squared * mask.unsqueeze(-1)).sum(), int(mask.sum()) * h.shape[-1]
 
 
-# What was found ------------------------------------------------------------------------------------------------------
+# The ranks that were found -------------------------------------------------------------------------------------------
 
 
 def compare_ranks(planted: Mapping[str, int], found: Mapping[str, int], began: Mapping[str, int]) -> dict[str, Any]:

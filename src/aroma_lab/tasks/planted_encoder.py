@@ -98,7 +98,7 @@ def encoder_job(spec: TaskSpec, seed: int, model: str) -> MadeJob:
     """Return the job of a planted encoder.
 
     Args:
-        seed: Of what is planted.
+        seed: Seed of the planted updates.
         model: Hub name or folder of the encoder.
 
     Raises:
@@ -166,7 +166,7 @@ def split_texts(spec: TaskSpec) -> dict[str, list[str]]:
     different = list(dict.fromkeys(text for text in texts if text and text.strip()))
     size = int(spec.held_out * len(different))
     if size < 1 or len(different) - 2 * size < 1:
-        remedy = f"{len(different)} different texts cannot be split so; give more, or another share"
+        remedy = f"{len(different)} different texts cannot be split that way; give more, or another share"
         raise bad_value("data.held_out", spec.held_out, remedy, DataError)
     order = torch.randperm(len(different), generator=torch.Generator().manual_seed(spec.split_seed)).tolist()
     shuffled = [different[place] for place in order]

@@ -98,7 +98,7 @@ def open_classifier(
         text, text_pair, label: Columns; None for those of the training, where `aroma_task.json` names them.
         max_length: Most tokens of an example; None for that of the training or, if unknown, as many as the model
             takes.
-        adapter: What is known of the adapter; None: it is read, and must be plain LoRA.
+        adapter: The adapter, if it was read before; None: it is read, and must be plain LoRA.
 
     Raises:
         CheckpointError: The adapter is missing, damaged, or no classifier's; or nothing names its columns.
