@@ -21,7 +21,7 @@ base = AutoModelForSequenceClassification.from_pretrained(
 )
 train, test = (
     [
-        {**tokenizer(article.text, truncation=True, max_length=64), "labels": TOPICS.index(article.topic)}
+        {**tokenizer(article.text, truncation=True, max_length=16), "labels": TOPICS.index(article.topic)}
         for article in part
     ]
     for part in split_articles(load_articles())
@@ -45,17 +45,18 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+config = LoraConfig(r=16, lora_alpha=16, task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["pooler"])
+model = get_peft_model(base, config)
+
 # README: begin
 from aroma import EvidenceCallback, hold_out  # noqa: E402
 
 train, held_out = hold_out(train)
-config = LoraConfig(r=16, lora_alpha=16, task_type="SEQ_CLS", target_modules="all-linear")
-model = get_peft_model(base, config)
 evidence = EvidenceCallback(held_out)
 trainer = Trainer(model, args, collate, train, test, compute_metrics=accuracy, callbacks=[evidence])
-trainer.train()
-model.save_pretrained("out/adapter")
 # README: end
 
+trainer.train()
+model.save_pretrained("out/adapter")
 print(evidence.explanation())
 print(trainer.evaluate())

@@ -55,7 +55,7 @@ def test_inspect_loads_no_pytorch(tmp_path):
         "assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "1 matrices · rank 2 in all, 2 to 2 · effective 2.0 · 14 parameters" in done.stdout
+    assert "1 matrix · ranks 2 to 2, 2 in all · effective 2.0 · 14 parameters" in done.stdout
 
 
 def test_version(capsys):

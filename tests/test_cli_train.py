@@ -246,7 +246,7 @@ def test_inspect_shows_a_summary_a_grid_and_a_picture(run, tmp_path, capsys, mon
     ranks = result["ranks"]
     assert lines[0] == str(run / "adapter")
     least, most = min(ranks.values()), max(ranks.values())
-    assert lines[1].startswith(f"{len(ranks)} matrices · rank {result['total_rank']} in all, {least} to {most} · ")
+    assert lines[1].startswith(f"{len(ranks)} matrices · ranks {least} to {most}, {result['total_rank']} in all · ")
     (head,) = [line.split() for line in lines if line.startswith("rank by layer")]
     layers = [int(number) for number in head[3:]]
     grid = {kind: cells for kind, *cells in map(str.split, filter(None, lines)) if "." in kind}

@@ -43,11 +43,8 @@ def test_the_links_lead_somewhere() -> None:
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script = EXAMPLE.read_text(encoding="utf-8")
-    # The demo trains as long and reads as much, of the same articles.
-    for whole, part in (("max_steps=220,", "max_steps=100,"), ("max_length=64)", "max_length=32)")):
-        assert whole in script
-        script = script.replace(whole, part)
-    Path("short.py").write_text(script, encoding="utf-8")
+    assert "max_steps=220," in script
+    Path("short.py").write_text(script.replace("max_steps=220,", "max_steps=100,"), encoding="utf-8")
     end = runpy.run_path("short.py")
     assert end["trainer"].state.log_history[-1]["eval_accuracy"] > 0.85
     ranks = {rank for ranks in end["evidence"].history[-1].ranks.values() for rank in ranks}

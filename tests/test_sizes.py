@@ -35,3 +35,8 @@ def test_the_pages_can_be_read_in_an_hour() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def test_code_on_the_first_page_is_not_cut() -> None:
+    blocks = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").split("```")[1::2]
+    assert max(len(line) for block in blocks for line in block.splitlines()) <= 80

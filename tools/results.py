@@ -1,22 +1,29 @@
-"""The tables of docs/results.md, out of the runs in results/lab: a row for each method, a column for each task.
+"""The tables of README.md and docs/results.md, out of the runs in results/lab, which are written into both pages.
 
-python tools/results.py            # prints them
+python tools/results.py
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 
-LAB = Path(__file__).parents[1] / "results" / "lab"
+from aroma.files import write_text
+
+ROOT = Path(__file__).parents[1]
+LAB = ROOT / "results" / "lab"
+SEEDS = 5
+"""Some runs have further seeds; all rows are to have the same."""
 TABLES = {
     "nets": (["planted-nets"], ["graded", "graded-b4", "noisy", "noisy-b4", "uniform", "nothing"]),
     "texts": (["minilm-six", "mrpc"], ["trec", "sst2", "banking77", "bbc-news", "mrpc"]),
 }
+FIXED = {f"lora-r{r}": f"LoRA r = {r}" for r in (1, 2, 4, 8, 16)}
 METHODS = {
     "head-only": "head alone",
-    **{f"lora-r{r}": f"LoRA r = {r}" for r in (1, 2, 4, 8, 16)},
+    **FIXED,
     "adalora-r8": "AdaLoRA r = 8",
     "adalora": "AdaLoRA r = 8",
     "full": "full fine-tuning",
@@ -28,17 +35,47 @@ METHODS = {
     "squeeze": "LoRA r = 16, LoRA-Squeeze at evidence's size",
     "aroma-paper": "AROMA as published",
 }
+README_ROWS = {
+    "trec": "TREC",
+    "sst2": "SST-2",
+    "banking77": "BANKING77",
+    "bbc-news": "BBC News",
+    "mrpc": "MRPC",
+    "noisy": "planted ranks, few noisy examples",
+    "graded-b4": "planted ranks, batches of four",
+    "nothing": "nothing planted (0 is best)",
+}
+
+
+def reported(grids: list[str]) -> pd.DataFrame:
+    """Return the finished runs of some grids that are no part of a selection."""
+    runs = pd.concat([pd.read_parquet(LAB / grid / "runs.parquet") for grid in grids])
+    return runs[(runs["selects"].isna() | ~runs["selects"].astype(bool)) & (runs["seed"] < SEEDS)]
 
 
 def table(grids: list[str], tasks: list[str]) -> str:
     """Return mean ± standard deviation in points over the seeds and, in brackets, the mean rank that is saved."""
-    runs = pd.concat([pd.read_parquet(LAB / grid / "runs.parquet") for grid in grids])
-    runs = runs[runs["selects"].isna() | ~runs["selects"].astype(bool)]
+    runs = reported(grids)
     lines = [f"| | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     for method, title in METHODS.items():
         cells = [_cell(runs[(runs["method"] == method) & (runs["task"] == task)]) for task in tasks]
         if any(cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def readme() -> str:
+    """Return the table of the README: means and, in brackets, the mean rank that is saved."""
+    runs = reported([grid for grids, _ in TABLES.values() for grid in grids])
+    means = runs.groupby(["task", "method"])[["score", "average_rank"]].mean()
+    titles = ["LoRA r = 16", "best fixed r of LoRA", "evidence from r = 16", "compressed at the end", "AROMA as published"]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * 6 + "|"]
+    for task, title in README_ROWS.items():
+        of_task = means.loc[task]
+        best = of_task.loc[[*FIXED], "score"].idxmax()
+        shown = [of_task.loc[method] for method in ("lora-r16", best, "evidence", "evidence-10", "aroma-paper")]
+        cells = [f"{100 * one['score']:.1f} ({one['average_rank']:.1f})".replace(".0)", ")") for one in shown]
+        lines.append(f"| {title} | {' | '.join(cells)} |".replace("-0.0", "0.0").replace("| -", "| −"))
     return "\n".join(lines)
 
 
@@ -49,6 +86,15 @@ def _cell(runs: pd.DataFrame) -> str:
     return f"{score.mean():.1f} ± {score.std():.1f}" + ("" if pd.isna(rank) else f" ({rank:.1f})")
 
 
+def put(page: Path, new: str) -> None:
+    """Replace the table of a page that has the same head by a new one."""
+    text, head = page.read_text(encoding="utf-8"), new.partition(" |\n")[0][:24]
+    pattern = rf"^{re.escape(head)}.*\n(?:\|.*\n)+"
+    assert len(re.findall(pattern, text, flags=re.MULTILINE)) == 1, f"{page} has no such table: {head}"
+    write_text(page, re.sub(pattern, lambda _: new + "\n", text, flags=re.MULTILINE))
+
+
 if __name__ == "__main__":
+    put(ROOT / "README.md", readme())
     for grids, tasks in TABLES.values():
-        print(table(grids, tasks), end="\n\n")
+        put(ROOT / "docs" / "results.md", table(grids, tasks))

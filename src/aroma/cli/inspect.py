@@ -75,9 +75,9 @@ def _show(rows: list[RankRow], title: str) -> None:
 
 def summary_line(rows: Sequence[RankRow]) -> str:
     """Return the totals of an adapter in one line."""
-    ranks = [row.rank for row in rows]
+    ranks, noun = [row.rank for row in rows], "matrix" if len(rows) == 1 else "matrices"
     return (
-        f"{len(rows)} matrices · rank {sum(ranks)} in all, {min(ranks)} to {max(ranks)} · effective "
+        f"{len(rows)} {noun} · ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all · effective "
         f"{sum(row.effective_rank for row in rows):.1f} · {sum(map(_parameters, rows)):,} parameters"
     )
 
