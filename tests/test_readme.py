@@ -42,11 +42,8 @@ def test_the_links_lead_somewhere() -> None:
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    script = EXAMPLE.read_text(encoding="utf-8")
-    assert "max_steps=220," in script
-    Path("short.py").write_text(script.replace("max_steps=220,", "max_steps=100,"), encoding="utf-8")
-    end = runpy.run_path("short.py")
-    assert end["trainer"].state.log_history[-1]["eval_accuracy"] > 0.85
+    end = runpy.run_path(str(EXAMPLE))
+    assert end["trainer"].state.log_history[-1]["eval_accuracy"] > 0.87
     ranks = {rank for ranks in end["evidence"].history[-1].ranks.values() for rank in ranks}
     assert len(ranks) > 1, "matrices are meant to end with ranks of their own"
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()

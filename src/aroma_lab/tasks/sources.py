@@ -54,7 +54,7 @@ def read_rows(field: str, path: str) -> list[Row]:
     tables = {".csv": _read_table, ".tsv": _read_table, ".parquet": _read_parquet, ".json": _read_json}
     read = tables.get(suffix, _read_json_lines)
     try:
-        rows = read(file)
+        rows = [{name.strip(): value for name, value in row.items()} for row in read(file)]
     except UnicodeDecodeError as error:
         raise bad_value(field, path, f"not UTF-8 text (byte {error.start}); convert the file", DataError) from error
     except (ValueError, csv.Error) as error:
@@ -78,8 +78,8 @@ def fitting_columns(rows: Sequence[Located], choices: Sequence[Sequence[str]]) -
     lacking = [[name for name in wanted if name not in names] for wanted in choices]
     if nearest := min(lacking, key=len):
         missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
-        like = get_close_matches(nearest[0], names, n=1)
-        remedy = f"did you mean {like[0]!r}? Name them" if like else "name them"
+        like = ", ".join(repr(name) for one in nearest for name in get_close_matches(one, names, n=1))
+        remedy = f"did you mean {like}? Name them" if like else "name them"
         said = f"it has no column {missing}; its columns are {there}; {remedy} by text, text_pair and label"
         raise DataError(f"{rows[0][0]}: {said}")
     return lacking.index([])
@@ -133,7 +133,6 @@ def _read_table(file: Path) -> list[Row]:
     rows = []
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, **options)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num}: its number of fields is not that of the first line")
