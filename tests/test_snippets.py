@@ -31,13 +31,14 @@ def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
 def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = examples(160)
+    model = get_peft_model(
+        tiny_bert(), LoraConfig(r=16, lora_alpha=16, task_type="SEQ_CLS", target_modules="all-linear")
+    )
     names = run(
         EVIDENCE,
         {
-            "LoraConfig": LoraConfig,
-            "get_peft_model": get_peft_model,
             "Trainer": Trainer,
-            "base": tiny_bert(),
+            "model": model,
             "collate": None,
             "train": data,
             "test": data[:8],
@@ -54,7 +55,9 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             ),
         },
     )
-    model = names["model"].eval()
+    names["trainer"].train()
+    model.save_pretrained("out/adapter")
+    model.eval()
     batch = {key: torch.stack([row[key] for row in data[:8]]) for key in data[0]}
     with torch.no_grad():
         expected, start = model(**batch).logits, tiny_bert().eval()(**batch).logits
