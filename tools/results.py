@@ -68,7 +68,13 @@ def readme() -> str:
     """Return the table of the README: means and, in brackets, the mean rank that is saved."""
     runs = reported([grid for grids, _ in TABLES.values() for grid in grids])
     means = runs.groupby(["task", "method"])[["score", "average_rank"]].mean()
-    titles = ["LoRA r = 16", "best fixed r of LoRA", "evidence from r = 16", "compressed at the end", "AROMA as published"]
+    titles = [
+        "LoRA r = 16",
+        "best fixed r of LoRA",
+        "evidence from r = 16",
+        "compressed at the end",
+        "AROMA as published",
+    ]
     lines = [f"| | {' | '.join(titles)} |", "|---" * 6 + "|"]
     for task, title in README_ROWS.items():
         of_task = means.loc[task]

@@ -3,8 +3,6 @@
 .. code-block:: python
 
     model = method.build(model, planned_steps)
-    if method.needs_data:
-        method.initialize(model, batches)
     optimizer = torch.optim.AdamW(method.parameters(model), lr=...)
     hooks = method.hooks(model).begin(optimizer, planned_steps)
     for step, batch in enumerate(batches, start=1):
@@ -20,7 +18,7 @@ a name in `METHODS`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
@@ -35,12 +33,6 @@ from .head import head_of
 
 TRAINED_FILE = "trained.safetensors"
 """File of the trained parameters of a method that is no PEFT adapter, by their names in the built model."""
-
-INITIALIZATION_BATCHES = 16
-"""Batches of training data that a start is computed from."""
-
-Batch = Mapping[str, Any]
-"""Arguments of a model, `labels` included."""
 
 
 class Hooks(TrainerCallback):
@@ -92,19 +84,6 @@ class Method(ABC):
 
         ConfigError if the method cannot adapt the model, or cannot plan for a run of this length.
         """
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether `initialize` computes the start from training data."""
-        return False
-
-    def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
-        """Compute the start of a model from training data; only of a method that `needs_data`.
-
-        A run that resumes calls it again, with the same batches, before its checkpoint is loaded. `batches` are
-        `INITIALIZATION_BATCHES` at most, on the model's device.
-        """
-        raise NotImplementedError
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the parameters that the optimizer trains."""

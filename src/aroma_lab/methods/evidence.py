@@ -38,7 +38,6 @@ class Evidence(Lora):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.init == "kaiming", "init", "with checkups LoRA starts as usual; leave it out")
         moments(self.at, 2**53)
         require_standard_errors(self.standard_errors)
         self._require(0 < self.held_out_share < 1, "held_out_share", "give a share in (0, 1), such as 0.1")
@@ -79,7 +78,6 @@ class Truncated(Lora):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.init == "kaiming", "init", "a cut LoRA starts as usual; leave it out")
         self._require(0 <= self.size <= self.r, "size", f"give a mean rank from 0 to r={self.r}")
 
     def callbacks(

@@ -7,14 +7,12 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader
 from transformers import ProgressCallback, set_seed
 
 from aroma.checkpoint import verify_checkpoint
@@ -24,9 +22,7 @@ from aroma.files import read_json, write_json, write_text
 from aroma.outputs import new_folder, open_folder
 
 from ..methods import METHODS, Method, make_method
-from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
-from ..tasks.classification import ClassifierJob
 from ..tasks.model import placed
 from ..training.job import Job
 from ..training.trainer import make_trainer
@@ -176,9 +172,6 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
         require_as_many(checkpoint)
     method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
     job = job_of(trial)
-    if method.needs_data and (processes.num_processes > 1 or not isinstance(job, ClassifierJob)):
-        remedy = "one process computes it from texts of a classification or regression; leave it out"
-        raise bad_value("options.init", trial.options["init"], remedy)
     train, held_out = method.hold_out(job.rows["train"])
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
@@ -191,13 +184,6 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     found = provenance()
     set_seed(training.seed)
     model = method.build(job.load_model(), steps)
-    if method.needs_data:
-        model.to(processes.device)
-        # Drawn without repetition, with the run's seed.
-        order, collator = torch.Generator().manual_seed(training.seed), job.collator
-        loader = DataLoader(train, training.batch_size, shuffle=True, generator=order, collate_fn=collator)
-        batches = [batch.to(processes.device) for batch in islice(loader, INITIALIZATION_BATCHES)]
-        method.initialize(model, batches)
     recorder.method = method
     return Run(trial, files, processes, method, job, train, held_out, model, steps, checkpoint, recorder, found)
 
