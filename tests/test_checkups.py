@@ -304,7 +304,8 @@ def test_an_adapter_that_keeps_nothing_still_loads(tmp_path: Path) -> None:
 
 def test_only_the_active_adapter_is_evaluated_and_cut() -> None:
     model = adapted()
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["middle"]))
+    config = LoraConfig(r=3, target_modules=["middle"])
+    model.add_adapter("other", config)
     model.set_adapter("other")
     nn.init.normal_(model.base_model.model.middle.lora_B["other"].weight)
     before = {name: value for name, value in all_parameters(model).items() if ".default." in name}
@@ -314,7 +315,8 @@ def test_only_the_active_adapter_is_evaluated_and_cut() -> None:
     assert compact(model) == {"middle": 1}
     after = all_parameters(model)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert model.peft_config["default"].r == R
+    assert (model.peft_config["default"].r, model.peft_config["other"].r) == (R, 1)
+    assert config.r == 3, "a third adapter may be made with it"
 
 
 def test_trained_heads_are_left_alone() -> None:

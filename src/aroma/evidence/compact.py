@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -92,7 +93,9 @@ def _remove(update: Update) -> None:
 
 def _describe(updates: Updates, ranks: dict[str, int]) -> None:
     """Let the adapter's configuration name the weights that it adapts, and their ranks."""
-    config: Any = updates.model.peft_config[updates.adapter]  # type: ignore[index]
+    configs: Any = updates.model.peft_config
+    # The caller's own configuration stays as it is: another adapter may be made with it.
+    config = configs[updates.adapter] = copy.copy(configs[updates.adapter])
     experts = {update.name for update in updates.each if isinstance(update.layer, ParamWrapper)}
     config.r = config.lora_alpha = min(ranks.values())
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
