@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -377,6 +377,22 @@ def test_a_grad_scaler_changes_nothing() -> None:
     assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
 
 
+def test_a_loss_may_take_labels_out_of_its_batch_and_a_loop_may_go_on_for_a_step() -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["x"]) - batch.pop("labels")).square().mean()
+
+    model, held_out = adapted(), [{"x": x, "labels": y} for x, y in batches()]
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.05)
+    checkups = Checkups(model, optimizer, 4, held_out, loss=loss, at=(0.5,))
+    for batch in batches(count=6, seed=2):
+        squares(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        checkups.step()
+    assert len(checkups.history) == 1
+    assert not checkups._updates._pairs, "a copy of the adapter"
+
+
 def test_a_state_of_another_run_is_refused() -> None:
     _, (*_, state) = run(adapted(start=True), until=10)
     checkups, _ = run(adapted(start=True), until=0)
@@ -427,6 +443,7 @@ def test_compress_leaves_the_base_of_a_loaded_adapter_frozen(tmp_path: Path) -> 
     [
         ({"init_lora_weights": "pissa"}, "it changes the base weights"),
         ({"lora_bias": True}, "a bias is no direction"),
+        ({"kasa_config": KasaConfig()}, "kasa_config=.*no products B A"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(options: dict[str, Any], message: str) -> None:

@@ -46,7 +46,7 @@ def test_help_imports_nothing_heavy():
 def test_inspect_loads_no_pytorch(tmp_path):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    factors = {"lora_A": np.eye(2, 4, dtype=np.float32), "lora_B": np.eye(3, 2, dtype=np.float32)}
+    factors = {"lora_A": np.eye(2, 4, dtype=np.float32), "lora_B": np.eye(3, 2, dtype=np.float32) * [1, 0]}
     named = {f"base_model.model.layer.0.query.{name}.weight": factor for name, factor in factors.items()}
     save_file(named, tmp_path / "adapter_model.safetensors")
     program = (
@@ -55,7 +55,7 @@ def test_inspect_loads_no_pytorch(tmp_path):
         "assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "1 matrix · ranks 2 to 2, 2 in all · effective 2.0 · 14 parameters" in done.stdout
+    assert "1 matrix · ranks 1 to 1, 1 in all · effective 1.0 · 7 parameters" in done.stdout
 
 
 def test_version(capsys):

@@ -153,6 +153,7 @@ def test_the_best_checkpoint_brings_its_ranks(tmp_path: Path) -> None:
         {"bf16": True},
         {"eval_strategy": "steps", "eval_steps": 1},
         {"optim": "adafactor"},
+        {"label_smoothing_factor": 0.1},
         {"max_steps": -1, "num_train_epochs": 5},
         {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
@@ -219,6 +220,8 @@ def test_what_cannot_decide_is_refused(tmp_path: Path) -> None:
         trainer_for(tmp_path, with_evidence(), model=tiny_bert()).train()
     with pytest.raises(ConfigError, match="at="):
         EvidenceCallback(examples(40), at=(2,))
+    with pytest.raises(ConfigError, match="restore_callback_states_from_checkpoint=True"):
+        trainer_for(tmp_path, with_evidence(), restore_callback_states_from_checkpoint=True).train()
 
 
 def test_the_eval_dataset_cannot_decide_and_report(tmp_path: Path) -> None:

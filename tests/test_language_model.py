@@ -286,7 +286,7 @@ def test_what_is_no_language_models_adapter_is_refused(llama, adapter, tmp_path)
 
     with pytest.raises(CheckpointError, match=r"adapter='.*absent': no such folder"):
         load_for_inference(tmp_path / "absent")
-    with pytest.raises(ConfigError, match=r"its task_type is not CAUSAL_LM"):
+    with pytest.raises(ConfigError, match="it is not a causal language model's"):
         load_for_inference(edited("classifier", task_type="SEQ_CLS"))
     nameless = edited("nameless", base_model_name_or_path=None)
     with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):

@@ -30,10 +30,6 @@ class ResetError(AromaError):
     """An optimizer whose state for a component cannot be reset."""
 
 
-class IncompatibleError(AromaError, ImportError):
-    """A release of another package that lacks something AROMA needs."""
-
-
 class NonFiniteError(AromaError):
     """NaN or infinity in a loss or in a component."""
 

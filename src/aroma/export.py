@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ MODEL_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """Class of transformers that loads the base model, by PEFT's task type."""
+
+
+def model_class_of(config: Mapping[str, Any]) -> str:
+    """Return the class of an adapter's model by its task type or, without one, as PEFT recorded it; `"None"` if not."""
+    recorded = (config.get("auto_mapping") or {}).get("base_model_class")
+    return str(MODEL_CLASSES.get(config["task_type"]) if config.get("task_type") else recorded)
+
+
+def is_causal_lm(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's configuration is of a causal language model."""
+    return model_class_of(config).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
@@ -159,12 +171,11 @@ def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
     """
     import transformers
 
-    base_name, task_type = base_name_of(adapter, base_model), adapter.config.get("task_type")
-    named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    model_class: Any = getattr(transformers, str(MODEL_CLASSES.get(task_type) if task_type else named), None)
+    base_name = base_name_of(adapter, base_model)
+    model_class: Any = getattr(transformers, model_class_of(adapter.config), None)
     if not hasattr(model_class, "from_pretrained"):
         remedy = "it does not tell the model class; set it in adapter_config.json to one of"
-        raise bad_value("task_type", task_type, f"{remedy} {sorted(MODEL_CLASSES)}")
+        raise bad_value("task_type", adapter.config.get("task_type"), f"{remedy} {sorted(MODEL_CLASSES)}")
     labels, count, problem_type = (about_of(adapter)[key] for key in UNKNOWN)
     # The adapter brings its head, so that of the base model may have another size.
     options: dict[str, Any] = {} if count is None else {"num_labels": count, "ignore_mismatched_sizes": True}

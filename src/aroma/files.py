@@ -143,7 +143,9 @@ def finish_save(folder: str | os.PathLike[str]) -> None:
 
 def _sync(path: Path) -> None:
     """Let a file, or the entries of a folder, reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":  # it syncs no folder, and no file that is open for reading only
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     except OSError:

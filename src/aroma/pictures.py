@@ -49,7 +49,7 @@ class Position(NamedTuple):
     kind: str
 
 
-def rank_picture(matrices: Sequence[Any], path: str | os.PathLike[str], title: str = "Ranks grown by AROMA") -> None:
+def rank_picture(matrices: Sequence[Any], path: str | os.PathLike[str], title: str = "Ranks") -> None:
     """Draw ranks and effective ranks of matrices in the order of the model, with the attributes of `MatrixRank`.
 
     Raises:

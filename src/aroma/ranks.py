@@ -64,7 +64,8 @@ def _row(module: str, B: np.ndarray[Any, Any], A: np.ndarray[Any, Any]) -> RankR
     shares = shares[shares > 0] / max(shares.sum(), math.ulp(0.0))
     if not len(shares):
         return RankRow(module, 0, 0.0, (len(B), A.shape[1]))
-    return RankRow(module, len(A), float(np.exp(-(shares * np.log(shares)).sum())), (len(B), A.shape[1]))
+    rank = int((A.any(1) & B.any(0)).sum())  # directions that a checkup has cut are zero
+    return RankRow(module, rank, float(np.exp(-(shares * np.log(shares)).sum())), (len(B), A.shape[1]))
 
 
 def in_order(name: str) -> list[tuple[int, int | str]]:

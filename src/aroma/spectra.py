@@ -17,7 +17,7 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
         B: m×R, any floating dtype.
         A: R×n, on the same device. R = 0 gives an empty result.
     """
-    B, A = _double(B), _double(A)
+    B, A = double(B), double(A)
     sigma: Tensor = torch.linalg.svdvals(_triangle(B) @ _triangle(A.mT).mT)
     return sigma
 
@@ -43,7 +43,7 @@ def _triangle(matrix: Tensor) -> Tensor:
     return triangle
 
 
-def _double(matrix: Tensor) -> Tensor:
-    """Return a matrix (m, n) in float64."""
+def double(matrix: Tensor) -> Tensor:
+    """Return a matrix, or several (…, m, n), in float64."""
     # MPS knows neither float64 nor these factorizations.
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()

@@ -20,7 +20,7 @@ from aroma.evidence.checkup import Checkup, model_loss
 from aroma.evidence.checkups import compress, require_standard_errors
 from aroma.evidence.schedule import FEWEST, WANTED
 from aroma.evidence.statistics import SIZES
-from aroma.export import MODEL_CLASSES, base_of
+from aroma.export import base_of, is_causal_lm, model_class_of
 from aroma.files import read_tensors, write_json, write_tensors
 from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from aroma.pictures import kept_picture
@@ -116,10 +116,8 @@ def split_evenly(examples: Sequence[Any], most: int) -> list[list[Any]]:
 
 def _speaks(folder: Path, config: Mapping[str, Any]) -> bool:
     """Return whether an adapter is a language model's; ConfigError if it is not a classifier's either."""
-    mapped = (config.get("auto_mapping") or {}).get("base_model_class")
-    named = str(MODEL_CLASSES.get(config.get("task_type") or "", mapped))
-    if named.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
-        return not named.endswith("ForSequenceClassification")
+    if is_causal_lm(config) or model_class_of(config).endswith("ForSequenceClassification"):
+        return is_causal_lm(config)
     remedy = f"{folder} must be of a classifier or regression (SEQ_CLS), or of a causal language model (CAUSAL_LM)"
     raise bad_value("task_type", config.get("task_type"), f"{remedy}; for others, aroma.compress(model, batches)")
 

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         _show(rows, str(arguments.adapter))
     if arguments.plot is not None:
-        rank_picture(rows, picture)
+        rank_picture(rows, picture, str(arguments.adapter))
         print(f"picture: {arguments.plot}", file=sys.stderr if arguments.json else None)
 
 

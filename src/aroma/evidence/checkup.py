@@ -36,16 +36,16 @@ class Checkup:
 
     Args:
         step: Optimizer steps taken before it.
-        ranks_before: Directions of each matrix before, by the name of its weight; of experts, of each.
+        ranks_before: Rank of every matrix before, by the name of its weight: one number, or one for each expert.
         ranks: The same after.
-        r: Rank that the adapter has room for, in its largest matrix.
+        r: Largest rank that a layer has room for.
         sizes: Total numbers of directions whose held-out loss was measured, ascending: from none to all.
         losses: Held-out loss at each of these sizes. Other trained parameters, such as a head, are as trained.
         saves: Held-out loss with no direction, less that with the kept ones.
         standard_error: Standard error of that difference.
         gains: Held-out loss with all directions, less that with the kept ones.
         gains_error: Standard error of that difference.
-        smaller: Total number of directions that one standard error of loss would keep.
+        smaller: How many directions `standard_errors=1` would have kept.
         kept: Total number of directions that stay.
         kind: What event it is, in files that hold several kinds.
     """
@@ -104,12 +104,12 @@ def check(updates: Updates, held_out: HeldOut, loss: Loss, count: int, standard_
     sizes = sizes_to_measure(len(order))
     losses = torch.stack([updates.losses(batches, _first(order, size, len(sigma))) for size in sizes])
     chosen = fewest(losses, standard_errors)
-    updates.cut(_first(order, sizes[chosen], len(sigma)))
+    ranks = updates.cut(_first(order, sizes[chosen], len(sigma)))
     saves, gains = paired(losses[chosen], losses[0]), paired(losses[chosen], losses[-1])
     return Checkup(
         step=step,
         ranks_before=before,
-        ranks=updates.ranks(),
+        ranks=ranks,
         r=max(update.r for update in updates.each),
         sizes=sizes,
         losses=losses.mean(1).tolist(),
@@ -132,4 +132,5 @@ def _first(order: Tensor, size: int, directions: int) -> Tensor:
 def _loss_of(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
     # Weights that are offloaded are on the meta device, and their hooks bring inputs to where they compute.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    return loss(model, send_to_device(batch, device))
+    # A copy: a loss may take labels out of its batch, and every batch is measured at nine sizes.
+    return loss(model, send_to_device({**batch} if isinstance(batch, Mapping) else batch, device))

@@ -96,6 +96,7 @@ class Checkups:
     def finish(self) -> None:
         """Make the adapter compact; one that is sharded keeps its shape, with directions of zero."""
         if not self._updates.is_sharded:
+            self._updates.forget()  # its state has the old shapes, and the loop may take further steps
             compact(self._updates.model, self._updates.adapter)
 
     def explanation(self) -> str:

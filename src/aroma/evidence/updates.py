@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import distributed, sharding
 from ..errors import AromaWarning, bad_value
 from ..reset import check_resettable
+from ..spectra import double
 
 _NORM = 1 / math.sqrt(3)
 """Norm of a row of A of a direction that stays: that of PEFT's random start, whatever the layer's width."""
@@ -26,6 +27,8 @@ _ZERO = 1e-9
 """Singular values below this share of the largest are rounding."""
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base weights as they are."""
+_VARIANTS = ("use_dora", "velora_config", "monteclora_config", "alora_invocation_tokens")
+"""Variants of LoRA that keep A and B as they are."""
 
 Losses = Sequence[Callable[[], Tensor]]
 """Computes the loss of each batch of this process."""
@@ -96,6 +99,7 @@ class Updates:
     def __init__(self, model: nn.Module, optimizer: Any | None = None, adapter_name: str | None = None) -> None:
         self.model = distributed.unwrapped(model)
         self.adapter = adapter_name or _active_lora(self.model)
+        _require_products(self.model.peft_config[self.adapter])  # type: ignore[index]
         self._optimizer = optimizer
         self._sharding = sharding.sharding_of_model(self.model, optimizer)
         self.each = _found(self.model, self.adapter)
@@ -129,14 +133,16 @@ class Updates:
         return torch.cat(sizes)
 
     @torch.no_grad()
-    def cut(self, kept: Tensor) -> None:
+    def cut(self, kept: Tensor) -> dict[str, list[int]]:
         """Set the directions that are not `kept` (d,) to zero, in A and B, and let their optimizer state begin anew.
 
-        Both gradients of such a direction are exactly zero, so it stays zero without a mask.
+        Returns `ranks()`. Both gradients of such a direction are exactly zero, so it stays zero without a mask.
         """
         self._pairs = self._only(kept)
         self._write(self._pairs)
-        self._forget()
+        self.forget()
+        ranks, self._pairs = self.ranks(), []  # a copy of the whole adapter
+        return ranks
 
     def losses(self, losses: Losses, kept: Tensor) -> Tensor:
         """Return the loss of each batch with the directions `kept` (d,) only, (batches,), the mean over processes."""
@@ -171,7 +177,7 @@ class Updates:
                 sharding.write(parameter, values)
 
     @torch.no_grad()
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Let the optimizer's state begin anew; under ZeRO that of all it trains, which has one step count."""
         parameters = [parameter for update in self.each for parameter in update.pair]
         if self._optimizer is None:
@@ -229,13 +235,20 @@ def _active_lora(model: nn.Module) -> str:
         found = ", ".join(f"{name} ({configs[name].peft_type})" for name in names) or type(model).__name__
         remedy = "evidence needs one active LoRA adapter: get_peft_model(model, LoraConfig(...)), or set_adapter(NAME)"
         raise bad_value("model", found, remedy)
-    config = configs[names[0]]
+    return str(names[0])
+
+
+def _require_products(config: Any) -> None:
+    """Raise ConfigError for a LoRA whose updates are not products B A beside unchanged base weights."""
     if config.init_lora_weights not in _STARTS:
         remedy = "it changes the base weights, and a direction that goes would take a part of them with it; use True"
         raise bad_value("init_lora_weights", config.init_lora_weights, remedy)
     if config.lora_bias:
         raise bad_value("lora_bias", True, "a bias is no direction, and goes with a layer that keeps none; use False")
-    return str(names[0])
+    for field in fields(config):
+        is_other = field.metadata.get("is_lora_variant") and field.name not in _VARIANTS
+        if is_other and getattr(config, field.name):
+            raise bad_value(field.name, getattr(config, field.name), "its updates are no products B A; leave it out")
 
 
 def _found(model: nn.Module, adapter: str) -> list[Update]:
@@ -261,8 +274,8 @@ def _found(model: nn.Module, adapter: str) -> list[Update]:
 
 def _singular(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows (matrices, r, n), columns (matrices, m, r), singular values (matrices, r) of the same products."""
-    left, R = torch.linalg.qr(columns.double())
-    right, S = torch.linalg.qr(rows.double().mT)
+    left, R = torch.linalg.qr(double(columns))
+    right, S = torch.linalg.qr(double(rows).mT)
     U, sigma, Vh = torch.linalg.svd(R @ S.mT, full_matrices=False)
     exists = sigma > _ZERO * sigma[:, :1]
     sigma = sigma * exists
@@ -282,7 +295,7 @@ def _number(loss: Any) -> Tensor:
         raise bad_value(
             "loss", kind, "it must return a tensor of one number; give loss=, a function of model and batch"
         )
-    return loss.detach().double().cpu().reshape(())
+    return loss.detach().cpu().double().reshape(())
 
 
 def _as_of_first_rank(*tensors: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -83,14 +84,14 @@ class EvidenceCallback(TrainingCallback):
         return resume_from_checkpoint
 
     def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse a trainer that has no held-out loss, before any work."""
-        _refuse_sampling(args)
+        """Refuse a trainer that has no held-out loss, or that would make the callback anew, before any work."""
+        _refuse(args)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
         """Make batches of the held-out examples; on resume, go on where the checkpoint was."""
-        _refuse_sampling(args)
+        _refuse(args)
         batches, cost = held_out_batches(self.trainer, self.held_out)
         self._checkups = Checkups(
             model,
@@ -116,7 +117,8 @@ class EvidenceCallback(TrainingCallback):
             return
         if state.is_world_process_zero and not args.disable_tqdm:
             tqdm.write(f"step {found.step}: {found}")
-        self.trainer.log({f"evidence/{name}": value for name, value in found.totals().items()})
+        with compat.without_metrics(self.trainer.log):  # they belong to the Trainer's next log
+            self.trainer.log({f"evidence/{name}": value for name, value in found.totals().items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
@@ -130,7 +132,10 @@ class EvidenceCallback(TrainingCallback):
         return {"checkups": None if self._checkups is None else self._checkups.state_dict()}
 
 
-def _refuse_sampling(args: Any) -> None:
+def _refuse(args: Any) -> None:
+    if args.restore_callback_states_from_checkpoint:
+        remedy = "it would make EvidenceCallback anew, without held-out examples; leave it out, resuming works"
+        raise bad_value("restore_callback_states_from_checkpoint", True, remedy)
     if isinstance(getattr(args, "num_generations", None), int):
         raise bad_value(
             "callbacks",
@@ -172,7 +177,8 @@ def held_out_batches(trainer: Trainer, held_out: Any) -> tuple[list[Any], float]
     before, args.per_device_eval_batch_size = args.per_device_eval_batch_size, size
     try:
         with torch.random.fork_rng([]):  # a loader draws a seed for its workers
-            batches = [*trainer.get_test_dataloader(rows_of(examples, order[:whole].tolist()))]
+            loader = trainer.get_test_dataloader(rows_of(examples, order[:whole].tolist()))
+            batches = [send_to_device(batch, "cpu") for batch in loader]  # all at once would fill an accelerator
     finally:
         args.per_device_eval_batch_size = before
     return batches, size / (args.per_device_train_batch_size * args.gradient_accumulation_steps)

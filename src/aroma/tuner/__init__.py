@@ -1,11 +1,9 @@
 """The PEFT tuner of AROMA."""
 
-from .. import compat
 from .config import AromaConfig
 from .layer import AromaLinear, LiveAdapter, live_adapter
 from .model import AromaModel, aroma_layers, register
 
-compat.require_names(compat.TUNER_NAMES)
 register()
 
 __all__ = ["AromaConfig", "AromaLinear", "AromaModel", "LiveAdapter", "aroma_layers", "live_adapter"]

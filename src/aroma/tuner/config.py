@@ -171,8 +171,8 @@ class AromaConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration.
 
-        While PEFT saves a model, that is the plain LoRA configuration of the tensors it has just collected, with
-        `aroma_state.json` beside it. Called at any other moment it writes this configuration itself.
+        Once after PEFT has collected the adapter's tensors, as when it saves a model, that is their plain LoRA
+        configuration, with `aroma_state.json` beside it. At any other moment it is this configuration itself.
         """
         collected: Collected | None = self.__dict__.pop("collected", None)
         if collected is None:

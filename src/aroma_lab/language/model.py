@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aroma.errors import bad_value
-from aroma.export import put_into
+from aroma.export import is_causal_lm, put_into
 from aroma.files import require_adapter_folder
 from aroma.saved import is_plain, read_adapter
 from aroma.state import read_config
@@ -132,7 +132,7 @@ def is_language_model(folder: str | os.PathLike[str]) -> bool:
     """
     if (task := read_task(folder)) is not None:
         return task.kind == "causal_lm"
-    return _is_whole_model(folder) or read_config(folder).get("task_type") == "CAUSAL_LM"
+    return _is_whole_model(folder) or is_causal_lm(read_config(folder))
 
 
 def base_model_of(adapter: str, name: str | None) -> str | None:
@@ -185,8 +185,8 @@ def load_for_inference(
         spec = ModelSpec(str(folder))
         return LoadedModel(placed(load_causal_lm(spec)), load_lm_tokenizer(spec, None))
     path = require_adapter_folder(folder)
-    if read_config(path).get("task_type") != "CAUSAL_LM":
-        remedy = "its task_type is not CAUSAL_LM; give a language model's adapter"
+    if not is_causal_lm(read_config(path)):
+        remedy = "it is not a causal language model's; give an adapter of one"
         raise bad_value("adapter", str(path), remedy)
     spec = language_task(path).model or ModelSpec()
     if base_model is not None:

@@ -74,7 +74,9 @@ def token_loss(model: Any, data: Dataset, collator: Any, batch_size: int) -> dic
             # Without a cache transformers keeps the examples of packed rows apart.
             logits = model(**placed, use_cache=False).logits[:, :-1]
             learned = labels != NOT_LEARNED
-            total += float(cross_entropy(logits[learned].float(), labels[learned], reduction="none").double().sum())
+            total += float(
+                cross_entropy(logits[learned].float(), labels[learned], reduction="none").cpu().double().sum()
+            )
             tokens += int(learned.sum())
     finally:
         model.train(training)
