@@ -55,7 +55,9 @@ def main():
     # PEFT copies the head for each adapter, so it has as many outputs as the largest task needs.
     outputs = max(len(names) for (_, names), _ in read_task.values())
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=outputs)
-    config = LoraConfig(r=16, lora_alpha=16, task_type="SEQ_CLS", target_modules="all-linear")
+    # This encoder's pooler was never trained, so LoRA alone would learn nothing.
+    train_too = {"modules_to_save": ["classifier", "pooler"]}
+    config = LoraConfig(r=16, lora_alpha=16, task_type="SEQ_CLS", target_modules="all-linear", **train_too)
     model = get_peft_model(base, config, adapter_name=TASKS[0])
     arguments = TrainingArguments(
         str(options.out / "checkpoints"),

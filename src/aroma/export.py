@@ -39,7 +39,7 @@ MODEL_CLASSES = {
 
 
 def model_class_of(config: Mapping[str, Any]) -> str:
-    """Return the class of an adapter's model by its task type or, without one, as PEFT recorded it; `"None"` if not."""
+    """Return the class of an adapter's model, by its task type or as PEFT recorded it; `"None"` if unknown."""
     recorded = (config.get("auto_mapping") or {}).get("base_model_class")
     return str(MODEL_CLASSES.get(config["task_type"]) if config.get("task_type") else recorded)
 
