@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoConfig, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from aroma.errors import DataError, bad_value
@@ -29,7 +30,6 @@ from aroma.state import read_config
 from .language.data import load_examples
 from .language.encode import NOT_LEARNED, encode_rows
 from .language.model import language_task, load_for_inference, model_source, positions_of, with_adapter
-from .progress import Progress
 from .specs import ModelSpec
 from .tasks.data import checked_examples
 from .tasks.model import placed
@@ -64,9 +64,7 @@ class _Loaded(NamedTuple):
     note: str = ""
 
 
-def compress_adapter(
-    folder: Path, data: str, out: str | os.PathLike[str], want: Wishes, progress: Progress
-) -> dict[str, Any]:
+def compress_adapter(folder: Path, data: str, out: str | os.PathLike[str], want: Wishes) -> dict[str, Any]:
     """Compress the adapter in `folder` by the examples of a file into the new folder `out`, and return the report.
 
     Raises:
@@ -78,10 +76,10 @@ def compress_adapter(
         raise bad_value("peft_type", config["peft_type"], f"{folder} is no LoRA adapter; give one of those")
     types = {name: tensor.dtype for name, tensor in read_tensors(weights).items()}
     loaded = (_language if _speaks(folder, config) else _classifier)(folder, config, data, want)
-    with progress("evaluating held-out examples", len(loaded.batches) * (SIZES + 1)) as advance:
+    with tqdm(desc="evaluating held-out examples", total=len(loaded.batches) * (SIZES + 1)) as bar:
 
         def loss(model: Any, batch: Any) -> Any:
-            advance(1)
+            bar.update()
             return model_loss(model, batch)
 
         found = compress(loaded.model, loaded.batches, standard_errors=want.standard_errors, loss=loss)

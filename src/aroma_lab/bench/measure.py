@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from tqdm.auto import tqdm
 
 from aroma.errors import bad_value
 
-from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
 from .cases import FLOOR, Case, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
@@ -32,7 +32,7 @@ Result = dict[str, Any]
 """What `measure` returns, and JSON holds: settings, provenance, cases."""
 
 
-def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
+def measure(settings: BenchSettings, progress: bool = False) -> Result:
     """Run the benchmark.
 
     Raises:
@@ -48,14 +48,14 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     batch = make_batch(base, settings)
     contenders = [Contender(case, base, batch, settings.seed) for case in cases]
     sizes: dict[str, dict[str, int]] = {}
-    with progress("counting bytes", len(contenders)) as advance:
+    with tqdm(desc="counting bytes", total=len(contenders), disable=not progress) as bar:
         for one in contenders:
             trained = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
             kept = kept_bytes(one.forward, one.model)
             sizes[one.case.key] = {"kept_bytes": kept, "trainable_parameters": trained}
-            advance(1)
-    with progress("taking turns", len(contenders) * settings.rounds) as advance:
-        times = take_turns(contenders, settings.rounds, advance)
+            bar.update()
+    with tqdm(desc="taking turns", total=len(contenders) * settings.rounds, disable=not progress) as bar:
+        times = take_turns(contenders, settings.rounds, bar.update)
     for one in contenders:
         sizes[one.case.key]["optimizer_bytes"] = optimizer_bytes(one.optimizer)
     return {

@@ -8,8 +8,6 @@ from typing import Any
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
 
-from ..progress import progress_bar
-
 _SETTINGS = ("model", "batch_size", "length", "rounds", "dtype", "device", "threads", "seed")
 
 
@@ -64,6 +62,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: getattr(arguments, name) for name in _SETTINGS}
     only = tuple(arguments.only) if arguments.only else None
-    result = measure(BenchSettings(**given, only=only), progress=progress_bar)
+    result = measure(BenchSettings(**given, only=only), progress=True)
     write_json(out, result)
     print(table(result), f"Left: {out}.", sep="\n")

@@ -13,8 +13,6 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command
 from aroma.errors import OutputError, bad_value
 
-from ..progress import progress_bar
-
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
@@ -67,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     print(f"loading {folder} and its base model", file=sys.stderr)  # which takes a while
     wishes = Wishes(**{field.name: getattr(arguments, field.name) for field in fields(Wishes)})
-    _show(compress_adapter(folder, arguments.data, out, wishes, progress_bar))
+    _show(compress_adapter(folder, arguments.data, out, wishes))
     print(f"plain LoRA adapter: {out}")
     if not (out / PICTURE).exists():
         print("no picture of the ranks, which matplotlib draws; run: pip install 'aroma-peft[plot]'")

@@ -12,7 +12,6 @@ from aroma.cli.texts import add_command, add_force
 from aroma.errors import bad_value
 
 from ..preflight import require_saved
-from ..progress import progress_bar
 
 
 def add_parser(commands: Any) -> None:
@@ -95,7 +94,7 @@ def _classify(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[
         raise bad_value("--data", arguments.data, "only a language model takes several files, or --predictions")
     names = ("base_model", "max_length", "batch_size", "text", "text_pair", "label")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    result = evaluate_adapter(arguments.adapter, arguments.data[0], progress=progress_bar, **given)
+    result = evaluate_adapter(arguments.adapter, arguments.data[0], progress=True, **given)
     table = Table("metric", "value", title=f"all {result.examples} examples of {arguments.data[0]}")
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")

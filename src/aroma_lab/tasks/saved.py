@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import AutoConfig, DataCollatorWithPadding
 
 from aroma.about import unnamed
@@ -23,7 +24,6 @@ from aroma.outputs import TOKENIZER_FILES
 from aroma.saved import AdapterWeights, read_adapter
 from aroma.state import STATE_FILE, read_config
 
-from ..progress import Progress, no_progress
 from .classification import encode, load_tokenizer, logits_of
 from .data import checked_examples
 from .metrics import metrics_of
@@ -125,7 +125,7 @@ def evaluate_adapter(
     data: str,
     *,
     batch_size: int = 32,
-    progress: Progress = no_progress,
+    progress: bool = False,
     **options: Any,
 ) -> Evaluation:
     """Evaluate a saved classifier or regression on all examples of a file, in plain PEFT, as its recipients will.
@@ -133,7 +133,7 @@ def evaluate_adapter(
     Args:
         data: A CSV, TSV, JSONL or Parquet file, whose labels may be names or their indices.
         batch_size: Examples of one forward pass.
-        progress: Shows how far the evaluation is.
+        progress: Whether a bar is shown.
         options: Those of `open_classifier`.
 
     Raises:
@@ -143,8 +143,8 @@ def evaluate_adapter(
     rows = read_located("data", data)
     fitting_columns(rows, [saved.task.layout.columns()])
     examples = checked_examples(rows, saved.task)
-    with progress("evaluate", len(examples)) as advance:
-        logits = saved.answer(examples, batch_size, advance)
+    with tqdm(desc="evaluate", total=len(examples), disable=not progress) as bar:
+        logits = saved.answer(examples, batch_size, bar.update)
     labels = np.array([one["labels"] for one in examples])
     return Evaluation(len(examples), metrics_of(saved.task.kind, logits, labels))
 
