@@ -94,10 +94,7 @@ def _of_growth(growth: AromaCallback | None) -> dict[str, Any]:
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Return the spectra of a model's updates by module name, JSON-able, and their means (None without modules).
-
-    `ranks` counts the columns of B and rows of A whose product is not zero, at most min(m, n): two components in one
-    direction count twice, as in the paper. `effective_ranks` are those of Appendix C.
+    """Return the effective ranks (Appendix C) of a model's updates by module name, and their mean (None without any).
 
     Args:
         components: B (m, R) and A (R, n) of the whole update, the scale folded in; R = 0 of a module at rank 0.
@@ -110,19 +107,8 @@ def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any
             if not matrix.isfinite().all():
                 remedy = "its update holds NaN or infinity: training has diverged; lower the learning rate"
                 raise bad_value(f"{name}.{factor}", "not finite", remedy, NonFiniteError)
-    ranks = {name: _rank(B, A) for name, (B, A) in components.items()}
     effective_ranks = {name: effective_rank(singular_values(B, A)) for name, (B, A) in components.items()}
-    return {
-        "average_rank": _mean(ranks),
-        "effective_rank": _mean(effective_ranks),
-        "ranks": ranks,
-        "effective_ranks": effective_ranks,
-    }
-
-
-def _rank(B: Tensor, A: Tensor) -> int:
-    used = (B != 0).any(dim=0) & (A != 0).any(dim=1)
-    return min(int(used.sum()), B.shape[0], A.shape[1])
+    return {"effective_rank": _mean(effective_ranks), "effective_ranks": effective_ranks}
 
 
 def _mean(values: Mapping[str, float]) -> float | None:
