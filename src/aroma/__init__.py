@@ -1,6 +1,6 @@
 """AROMA: LoRA without choosing ranks, by held-out examples or as published (arXiv 2504.05343).
 
-Importing the package registers the tuner with PEFT the first time a name is used; nothing heavy is imported before.
+Importing the package is light. The first use of `AromaConfig`, or of what needs it, registers the tuner with PEFT.
 """
 
 from __future__ import annotations

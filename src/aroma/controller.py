@@ -38,8 +38,8 @@ class AromaController(PaperRule):
         optimizer: Optimizer that holds the trainable pairs; wrapped by accelerate or not, or DeepSpeed's.
         total_steps: Planned optimizer steps T; needed where `max_inner_steps` is None.
         adapter_name: Name of the adapter.
-        compiled: Whether `torch.compile` wraps the model though `model` does not show it. As for a compiled `model`,
-            neither growing nor freezing then changes the graph.
+        compiled: True if the model is compiled and `model` is the module inside, as the Trainer gives it. The graph
+            then stays the same while the adapter grows.
 
     Attributes:
         live: The live state of the adapter: its seed and controller. All others are those of `PaperRule`.

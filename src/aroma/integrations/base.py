@@ -15,7 +15,8 @@ _WRAPPED = "aroma_callbacks"
 class TrainingCallback(TrainerCallback, trainer_callback.ExportableState):
     """A callback that `Trainer.train` calls first, and whose state is part of every checkpoint.
 
-    No callback sees the Trainer or the checkpoint that it resumes from; so its `train` is wrapped once.
+    The first one replaces `Trainer.train` in this process by a wrapper, because the Trainer shows callbacks neither
+    itself nor the checkpoint that it resumes from.
     """
 
     def __init__(self) -> None:

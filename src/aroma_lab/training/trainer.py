@@ -61,7 +61,7 @@ def make_trainer(
     Args:
         folder: Where checkpoints go.
         train: The examples that are trained on.
-        held_out: Examples that the method asks and that are not trained on; see `Method.hold_out`.
+        held_out: Examples that the method evaluates and does not train on; see `Method.hold_out`.
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
 
