@@ -46,7 +46,7 @@ def main():
     parser.add_argument("out", type=Path, help="folder of adapters and table")
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {', '.join(TASKS)}")
     parser.add_argument("--model", default=None, help="encoder: a folder or hub name (the packaged MiniLM)")
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a task")
+    parser.add_argument("--steps", type=int, default=320, help="optimizer steps of a task")
     options = parser.parse_args()
     set_seed(0)
     name = options.model or str(packaged_encoder())
