@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", default="aroma-demo", help="new or empty folder (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and adapters (%(default)s)")
-    parser.add_argument("--steps", type=int, default=175, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps (%(default)s)")
     parser.set_defaults(run=run)
 
 
