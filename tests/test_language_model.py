@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from aroma import AromaConfig
 from aroma.checkpoint import save_adapter
 from aroma.errors import CheckpointError, ConfigError, DataError
+from aroma.export import is_causal_lm
 from aroma_lab.language import gguf_source
 from aroma_lab.language.gguf_source import resolve_gguf
 from aroma_lab.language.model import (
@@ -292,3 +293,11 @@ def test_what_is_no_language_models_adapter_is_refused(llama, adapter, tmp_path)
     with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):
         load_for_inference(nameless)
     assert isinstance(load_for_inference(nameless, str(llama)).model, PeftModel)
+
+
+def test_an_adapter_without_a_task_type_is_known_by_its_class() -> None:
+    """As TRL's trainers leave it."""
+    assert is_causal_lm({"task_type": None, "auto_mapping": {"base_model_class": "LlamaForCausalLM"}})
+    assert is_causal_lm({"task_type": "CAUSAL_LM"})
+    assert not is_causal_lm({"task_type": "SEQ_CLS", "auto_mapping": None})
+    assert not is_causal_lm({"auto_mapping": {"base_model_class": "BertForSequenceClassification"}})
