@@ -452,6 +452,8 @@ def test_what_cannot_be_cut_is_refused(options: dict[str, Any], message: str) ->
 
 
 def test_a_model_without_one_active_lora_adapter_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no layer of this adapter"):
+        compact(adapted(), "absent")
     with pytest.raises(ConfigError, match="needs one active LoRA adapter"):
         Updates(Net("linear"))
 

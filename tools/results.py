@@ -94,8 +94,8 @@ def _cell(runs: pd.DataFrame) -> str:
 
 def put(page: Path, new: str) -> None:
     """Replace the table of a page that has the same head by a new one."""
-    text, head = page.read_text(encoding="utf-8"), new.partition(" |\n")[0][:24]
-    pattern = rf"^{re.escape(head)}.*\n(?:\|.*\n)+"
+    text, head = page.read_text(encoding="utf-8"), new.partition("\n")[0]
+    pattern = rf"^{re.escape(head)}\n(?:\|.*\n)+"
     assert len(re.findall(pattern, text, flags=re.MULTILINE)) == 1, f"{page} has no such table: {head}"
     write_text(page, re.sub(pattern, lambda _: new + "\n", text, flags=re.MULTILINE))
 

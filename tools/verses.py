@@ -1,6 +1,6 @@
 """The figure and the table of a new language (examples/lab/verses.yaml), out of results/lab/verses.
 
-python tools/verses.py             # prints the table, and draws results/lab/verses/figures/languages.png
+python tools/verses.py             # writes both: into docs/results.md, and as figures/languages.png
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    from results import put
+
     found = read()
-    print(table(found))
+    put(Path(__file__).parents[1] / "docs" / "results.md", table(found))
     draw(found, FOLDER / "figures" / "languages.png")

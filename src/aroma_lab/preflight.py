@@ -5,6 +5,8 @@ Everything is checked again, and whole, where it is read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -29,13 +31,17 @@ def check_sources(recipe: Recipe) -> None:
 
     data = task_of(recipe)
     if data.kind not in MADE_KINDS and (source_of(data).folder is not None or data.source == BBC_NEWS):
+        readers: dict[str | None, Callable[..., object]] = {
+            "causal_lm": partial(example_of, text=data.text),
+            "commonsense": question_of,
+        }
+        read = readers.get(data.kind)
         for rows in read_splits(data).values():
-            if data.kind == "causal_lm":
-                _ = [example_of(where, row, data.text) for where, row in rows]
-            elif data.kind == "commonsense":
-                _ = [question_of(where, row) for where, row in rows]
-            else:
+            if read is None:
                 fitting_columns(rows, [layout_of(data).columns()])
+                continue
+            for where, row in rows:
+                read(where, row)
     if recipe.model.gguf_file is None:
         require_model("model.name", recipe.model.name or "")
 

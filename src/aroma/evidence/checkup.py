@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -133,4 +134,4 @@ def _loss_of(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
     # Weights that are offloaded are on the meta device, and their hooks bring inputs to where they compute.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # A copy: a loss may take labels out of its batch, and every batch is measured at nine sizes.
-    return loss(model, send_to_device({**batch} if isinstance(batch, Mapping) else batch, device))
+    return loss(model, send_to_device(copy.copy(batch), device))

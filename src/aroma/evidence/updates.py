@@ -99,10 +99,11 @@ class Updates:
     def __init__(self, model: nn.Module, optimizer: Any | None = None, adapter_name: str | None = None) -> None:
         self.model = distributed.unwrapped(model)
         self.adapter = adapter_name or _active_lora(self.model)
-        _require_products(self.model.peft_config[self.adapter])  # type: ignore[index]
         self._optimizer = optimizer
         self._sharding = sharding.sharding_of_model(self.model, optimizer)
         self.each = _found(self.model, self.adapter)
+        configs: Any = self.model.peft_config
+        _require_products(configs[self.adapter])
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     @property
