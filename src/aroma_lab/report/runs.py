@@ -137,7 +137,7 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
 
 
 def has_fixed_rank(trial: Mapping[str, Any]) -> bool:
-    """Whether a trial is one of plain LoRA; recorded ones whose start was computed from data are another method."""
+    """Whether a trial is one of plain LoRA; older runs with a start computed from data are another method."""
     return bool(trial["kind"] == "lora" and trial["options"].get("init", "kaiming") == "kaiming")
 
 
