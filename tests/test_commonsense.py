@@ -12,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from aroma.cli import main
 from aroma.errors import DataError, NonFiniteError
 from aroma_lab.language import evaluate
-from aroma_lab.language.data import Question, load_questions
+from aroma_lab.language.data import Question, questions_of
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat, encode_rows
 from aroma_lab.language.evaluate import evaluate_questions
 from aroma_lab.language.model import load_for_inference
 from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks.sources import read_located
 from aroma_lab.tasks.task import Task, save_task
 from tiny_lm import learn, questions, save_tiny_lm, write_json_lines
 
@@ -38,7 +39,7 @@ def llama(folders):
 
 
 def asked_questions(path, count=5, seed=1):
-    return load_questions("data", str(write_json_lines(path / "asked.jsonl", questions(count, seed))))
+    return questions_of(read_located("data", str(write_json_lines(path / "asked.jsonl", questions(count, seed)))))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def row_of(labels, right=0):
 def test_a_question_is_read_with_the_labels_that_it_lists(tmp_path):
     labels = [("true", "false"), tuple(f"ending{number}" for number in range(1, 5)), ("answer1", "answer2", "answer3")]
     rows = [row_of(some, right=1) for some in labels]
-    loaded = load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)))
+    loaded = questions_of(read_located("data", str(write_json_lines(tmp_path / "rows.jsonl", rows))))
     assert [question.candidates for question in loaded] == labels
     for question, row in zip(loaded, rows, strict=True):
         assert [one["content"] for one in question.example.content] == [row["instruction"], row["output"]]
@@ -73,7 +74,7 @@ def test_a_question_is_read_with_the_labels_that_it_lists(tmp_path):
 def test_a_bad_row_is_named(tmp_path, change, message):
     rows = [row_of(("answer1", "answer2")), {**row_of(("answer1", "answer2")), **change}]
     with pytest.raises(DataError, match=message):
-        load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)))
+        questions_of(read_located("data", str(write_json_lines(tmp_path / "rows.jsonl", rows))))
 
 
 # Likelihood ----------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_results_equal_those_of_lm_eval(folders, tmp_path, monkeypatch, kind):
     loaded = load_for_inference(folders[kind])
     (tmp_path / "openbookqa").mkdir()
     path = write_json_lines(tmp_path / "openbookqa" / "test.jsonl", questions(40, seed=3))
-    asked = load_questions("data", str(path))
+    asked = questions_of(read_located("data", str(path)))
     rows = encode_rows([question.example for question in asked], loaded.tokenizer, 128, "data").rows
     learn(loaded.model, rows, 25)
     ranked = evaluate_questions(loaded, asked, batch_size=7)
@@ -185,7 +186,7 @@ def trained(folders):
     """A tiny model that has learned the form of an answer, and some of the answers."""
     model, tokenizer = load_for_inference(folders["llama"])
     root = folders["llama"].parent
-    asked = load_questions("data", str(write_json_lines(root / "train.jsonl", questions(64, seed=11))))
+    asked = questions_of(read_located("data", str(write_json_lines(root / "train.jsonl", questions(64, seed=11)))))
     learn(model, encode_rows([question.example for question in asked], tokenizer, 128, "data").rows, 60)
     folder = root / "trained"
     model.save_pretrained(folder)
@@ -227,7 +228,7 @@ def test_the_command_evaluates_sets_and_their_average(adapter, sets, tmp_path, c
     assert [part["examples"] for part in told["sets"].values()] == [13, 7]
     loaded = load_for_inference(adapter)
     for name, path in (("one", one), (str(two), two)):
-        asked = load_questions("data", str(path))
+        asked = questions_of(read_located("data", str(path)))
         found = evaluate_questions(loaded, asked, max_length=40)
         assert told["sets"][name]["metrics"] == {"accuracy": found.accuracy}
     first, second = (part["metrics"]["accuracy"] for part in told["sets"].values())

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from trl import pack_dataset
 
 from aroma.errors import DataError
-from aroma_lab.language.data import Example, load_examples
+from aroma_lab.language.data import Example, examples_of
 from aroma_lab.language.encode import NOT_LEARNED, PLAIN_TEMPLATE, encode_chat, encode_rows
 from aroma_lab.language.sft import make_collator, token_loss
+from aroma_lab.tasks.sources import read_located
 from tiny_lm import (
     CHAT_TEMPLATE,
     FORGETFUL,
@@ -41,7 +42,7 @@ CHAT = [{"role": "system", "content": "choose"}, ASK, ANSWER, {"role": "user", "
     ],
 )
 def test_rows_of_every_form(tmp_path, row, content):
-    (found,) = load_examples("data.train", str(write_json_lines(tmp_path / "rows.jsonl", [row])))
+    (found,) = examples_of(read_located("data.train", str(write_json_lines(tmp_path / "rows.jsonl", [row]))))
     assert content == (found.content if isinstance(content, str) else [one["content"] for one in found.content])
 
 
@@ -60,7 +61,7 @@ def test_rows_of_every_form(tmp_path, row, content):
 def test_bad_data_is_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=f"data.train.*{words}"):
-        load_examples("data.train", str(tmp_path / name))
+        examples_of(read_located("data.train", str(tmp_path / name)))
 
 
 # Encoding ------------------------------------------------------------------------------------------------------------

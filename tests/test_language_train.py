@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.language.data import load_examples
+from aroma_lab.language.data import examples_of
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat
 from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import load_for_inference
@@ -27,6 +28,7 @@ from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.run.work import job_of
 from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec
+from aroma_lab.tasks.sources import read_located
 from quick import slow_but
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
@@ -113,6 +115,8 @@ def test_it_learns_and_plain_peft_loads_it(files: Path, finished: Path) -> None:
     measured = result["reported"]["test"]
     assert mean_loss(loaded, files) == pytest.approx(measured["loss"], rel=1e-5)
     assert measured["perplexity"] == pytest.approx(math.exp(measured["loss"]))
+    page = (finished / "report.html").read_text()
+    assert re.search(rf"perplexity, test</\w+>\s*<[^>]*>\s*{measured['perplexity']:.4f}", page), "the headline"
 
 
 def test_its_adapter_merges_into_the_model_that_the_recipe_names(files: Path, finished: Path, tmp_path: Path) -> None:
@@ -130,7 +134,7 @@ def mean_loss(model: Any, files: Path) -> float:
     """Mean over the tokens of all test responses, one example after the other, by hand."""
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
     total, tokens = 0.0, 0
-    for example in load_examples("data.test", str(files / "test.jsonl")):
+    for example in examples_of(read_located("data.test", str(files / "test.jsonl"))):
         assert isinstance(example.content, list)
         ids, labels = encode_chat(tokenizer, example.content, "row")
         with torch.no_grad():

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aroma.errors import ConfigError
-from aroma_lab.language.data import load_questions
+from aroma_lab.language.data import questions_of
 from aroma_lab.language.evaluate import evaluate_questions
 from aroma_lab.language.model import LoadedModel
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.specs import TaskSpec, TrainSpec
+from aroma_lab.tasks.sources import read_located
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 from trial_runs import read, save_material
 
@@ -58,7 +59,7 @@ def classify(words: Path, model: str, **changes: Any) -> Trial:
 
 def metrics_by_hand(files: Path, autocast: bool = False) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
-    asked = load_questions("data", str(files / "test.jsonl"))
+    asked = questions_of(read_located("data", str(files / "test.jsonl")))
     model = AutoModelForCausalLM.from_pretrained(files / "model")
     loaded = LoadedModel(model, tokenizer)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -76,7 +76,9 @@ def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same(one, other)
 
 
-def test_it_stops_early_and_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+def test_it_stops_early_and_resuming_a_finished_run_changes_and_says_nothing(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     # There is no head: nothing at all is left to train in the step that the Trainer takes before it stops.
     runs = []
     for resume in (False, True):
@@ -84,7 +86,9 @@ def test_it_stops_early_and_resuming_a_finished_run_changes_nothing(tmp_path: Pa
         trainer.train(resume_from_checkpoint=resume)
         assert growth(trainer).controller.finished
         assert trainer.state.global_step < 12
+        trainer.save_model(str(tmp_path / f"saved-{resume}"))
         runs.append(trainer)
+    assert not [warning for warning in recwarn if "controller" in str(warning.message)]
     last = runs[0].state.global_step
     verify_adapter(tmp_path / f"checkpoint-{last}")
     assert not (tmp_path / f"checkpoint-{last + 1}").exists()

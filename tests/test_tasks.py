@@ -208,7 +208,7 @@ def test_fewer_training_examples_leave_the_held_out_ones_alone(own):
     ("changes", "message"),
     [
         ({"source": "./no/folder"}, r"data\.source='\./no/folder': no such folder"),
-        ({"source": "no/such-data"}, r"data\.train='train': cannot be loaded from no/such-data"),
+        ({"source": "no/such-data"}, r"data\.source='no/such-data': cannot be loaded with"),
         ({"train": "tarin.jsonl"}, r"train='tarin\.jsonl': no such file in .*; it holds test\.jsonl, train\.jsonl"),
         ({"reported": {"x": "train"}}, r"reported\.x='train': every example of it is a training example too"),
         ({"text": "body"}, r"data\.train \(.*, row 1\): it has no column 'body'; its columns are 'text', 'label'"),
@@ -245,11 +245,15 @@ def test_one_message_names_the_problems_of_several_rows_and_the_nearest_column(t
     assert len(load_task(TaskSpec(train=whole, reported={})).parts["train"]) == 18
     rows[3:10:2] = [",x", "b,", "c,", "d,"]
     damaged = write(tmp_path, "damaged.csv", "\n".join(rows))
-    said = r"row 3.*column 'text'; fill .*row 5.*column 'label'; fill .*row 7.*; and 1 more rows$"
+    said = r"row 3.*column 'text'; fill .*row 5.*column 'label'; fill .*row 7.*; and 1 more$"
     with pytest.raises(DataError, match=said):
         load_task(TaskSpec(train=damaged, reported={}))
     with pytest.raises(DataError, match="no column 'lable'; its columns are 'text', 'label'; did you mean 'label'"):
         load_task(TaskSpec(train=whole, label="lable", reported={}))
+    broken = write(tmp_path, "broken.jsonl", '{"text": "a", "label": "x"}\n{\n[]\n')
+    said = r"broken.jsonl.*line 2: Expecting.*; line 3: a list, .*; data.reported.test.*whole.csv.*no column 'lable'"
+    with pytest.raises(DataError, match=said):
+        load_task(TaskSpec(train=broken, label="lable", reported={"test": whole}))
 
 
 def test_an_unseen_label_is_refused(own):

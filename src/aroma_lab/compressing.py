@@ -27,7 +27,7 @@ from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folde
 from aroma.pictures import kept_picture
 from aroma.state import read_config
 
-from .language.data import load_examples
+from .language.data import examples_of
 from .language.encode import NOT_LEARNED, encode_rows
 from .language.model import language_task, load_for_inference, model_source, positions_of, with_adapter
 from .specs import ModelSpec
@@ -163,7 +163,7 @@ def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) 
     task = language_task(folder)
     spec = task.model if want.base is None and task.model is not None else ModelSpec(want.base)
     _base_name(spec.name)
-    examples = load_examples("--data", data, want.text)
+    examples = examples_of(read_located("--data", data), want.text)
     known = AutoConfig.from_pretrained(model_source(spec))
     length = want.max_length or task.max_length or min(_TOKENS, positions_of(known) or _TOKENS)
     is_free = not (folder / TASK_FILE).exists() and torch.accelerator.is_available()

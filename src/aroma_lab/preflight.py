@@ -14,11 +14,11 @@ from huggingface_hub import hf_hub_download
 from aroma.errors import bad_value
 from aroma.files import require_adapter_folder
 
-from .language.data import example_of, question_of
+from .language.data import examples_of, questions_of
 from .language.gguf_source import PACKAGED as PACKAGED_LANGUAGE_MODEL
 from .specs import MADE, MADE_KINDS, Recipe
 from .tasks.articles import BBC_NEWS
-from .tasks.sources import fitting_columns, require_data_file
+from .tasks.sources import Located, require_data_file
 
 PACKAGED = ("minilm", PACKAGED_LANGUAGE_MODEL, MADE)
 """Models that come with pip."""
@@ -27,21 +27,15 @@ PACKAGED = ("minilm", PACKAGED_LANGUAGE_MODEL, MADE)
 def check_sources(recipe: Recipe) -> None:
     """Raise AromaError if a file, a column of it, or the model of a recipe is missing."""
     from .run.recipe import task_of
-    from .tasks.data import layout_of, read_splits, source_of
+    from .tasks.data import layout_of, read_splits, source_of, with_columns
 
     data = task_of(recipe)
     if data.kind not in MADE_KINDS and (source_of(data).folder is not None or data.source == BBC_NEWS):
-        readers: dict[str | None, Callable[..., object]] = {
-            "causal_lm": partial(example_of, text=data.text),
-            "commonsense": question_of,
+        readers: dict[str | None, Callable[[list[Located]], object]] = {
+            "causal_lm": partial(examples_of, text=data.text),
+            "commonsense": questions_of,
         }
-        read = readers.get(data.kind)
-        for rows in read_splits(data).values():
-            if read is None:
-                fitting_columns(rows, [layout_of(data).columns()])
-                continue
-            for where, row in rows:
-                read(where, row)
+        read_splits(data, readers.get(data.kind) or partial(with_columns, layout=layout_of(data)))
     if recipe.model.gguf_file is None:
         require_model("model.name", recipe.model.name or "")
 

@@ -106,13 +106,14 @@ def _ask_language_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     from rich.table import Table
 
     require_extra("language")
-    from ..language.data import load_questions
+    from ..language.data import questions_of
     from ..language.evaluate import evaluate_questions
     from ..language.model import language_task, load_for_inference
+    from ..tasks.sources import read_located
 
     named = {text if Path(text).exists() else text.partition("=")[0]: text for text in arguments.data}
     named = {name: text.removeprefix(f"{name}=") for name, text in named.items()}
-    sets = {name: load_questions("data", path) for name, path in named.items()}  # before the model
+    sets = {name: questions_of(read_located("data", path)) for name, path in named.items()}  # before the model
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
     length = arguments.max_length or language_task(arguments.adapter).max_length
     told, answers, table = {}, [], Table("set", "questions", "accuracy")

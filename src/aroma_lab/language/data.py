@@ -9,7 +9,7 @@ from typing import Any
 
 from aroma.errors import DataError, bad_value
 
-from ..tasks.sources import read_located
+from ..tasks.sources import Located, of_each
 
 Messages = list[dict[str, str]]
 """A chat as chat templates take it: messages, each with `role` and `content`."""
@@ -30,17 +30,16 @@ class Example:
     where: str = field(default="", compare=False, repr=False)
 
 
-def load_examples(key: str, path: str, text: str | None = None) -> list[Example]:
-    """Read every row of a file, or of several joined by `+`; see `example_of`.
+def examples_of(rows: list[Located], text: str | None = None) -> list[Example]:
+    """Return the example of every row.
 
     Args:
-        key: The recipe's key of the file, for errors.
         text: Column of plain text, whatever other columns there are; None: as in `example_of`.
 
     Raises:
-        DataError: No such file, no rows, or a damaged row, with its number.
+        DataError: Damaged rows, with their numbers.
     """
-    return [example_of(where, row, text) for where, row in read_located(key, path)]
+    return of_each(rows, lambda located: example_of(*located, text))
 
 
 def messages_of(where: str, row: Mapping[str, Any]) -> Messages:
@@ -133,9 +132,9 @@ class Question:
         return Example([*self.prompt, _message("assistant", self.output)])
 
 
-def load_questions(key: str, path: str) -> list[Question]:
-    """Read every row of a file, or of several joined by `+`, as a question; see `question_of`."""
-    return [question_of(where, row) for where, row in read_located(key, path)]
+def questions_of(rows: list[Located]) -> list[Question]:
+    """Return the question of every row; one DataError names the problems of several."""
+    return of_each(rows, lambda located: question_of(*located))
 
 
 def question_of(where: str, row: Mapping[str, Any]) -> Question:

@@ -14,7 +14,7 @@ from ..tasks.data import held_apart, read_splits
 from ..tasks.metrics import resolve_metric
 from ..tasks.task import Task, save_task
 from ..training.job import Job, Prediction
-from .data import Example, Question, example_of, question_of
+from .data import Example, Question, examples_of, questions_of
 from .encode import NOT_LEARNED, encode_rows
 from .model import LoadedModel, load_causal_lm, load_lm_tokenizer
 
@@ -46,11 +46,9 @@ class LanguageJob(Job):
 
         from .sft import MethodSFTTrainer, make_collator
 
-        asks, located = spec.kind == "commonsense", read_splits(spec, reported)
-        made: dict[str, list[Any]] = {
-            split: [question_of(*row) if asks else example_of(*row, spec.text) for row in some]
-            for split, some in located.items()
-        }
+        asks = spec.kind == "commonsense"
+        read: Any = questions_of if asks else partial(examples_of, text=spec.text)
+        made: dict[str, list[Any]] = read_splits(spec, read, reported)
         self.parts = held_apart(spec, made)
         self.questions: dict[str, list[Question]] = self.parts if asks else {}
         self.model, self.max_length = model, spec.max_length

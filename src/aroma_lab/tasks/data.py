@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,11 +16,8 @@ from ..specs import HELD_OUT, TaskSpec
 from .articles import BBC_NEWS, TOPICS, load_articles, split_articles
 from .glue import GLUE, HUB, GlueTask, glue_key
 from .metrics import resolve_metric
-from .sources import FORMATS, Located, Row, fitting_columns, hub_splits, read_hub, read_located
+from .sources import FORMATS, Located, Made, Row, fitting_columns, hub_splits, of_each, read_hub, read_located
 from .task import Layout, Task
-
-_SHOWN = 3
-"""Rows with problems that an error names."""
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,25 +100,27 @@ def source_of(spec: TaskSpec) -> Source:
     return Source(None, source, spec.config or (glue_key(spec.name) if source == HUB else None))
 
 
-def read_splits(spec: TaskSpec, reported: bool = True) -> dict[str, list[Located]]:
-    """Return the rows of the training set, the held-out set if the task names one, and the reported sets.
+def read_splits(spec: TaskSpec, make: Callable[[list[Located]], Made], reported: bool = True) -> dict[str, Made]:
+    """Return the training set, the held-out set if the task names one, and the reported sets.
 
     Args:
+        make: What is made of the rows of each split; one DataError names the problems of all splits.
         reported: Whether the reported splits are read; if not, none of their files is opened.
     """
     source, glue, splits = source_of(spec), glue_of(spec), spec.reported
-    rows = {"train": source.read("train", spec.train or "train")}
+    named = [("train", "train", spec.train or "train")]
     if spec.validation is not None:
-        rows[HELD_OUT] = source.read("validation", spec.validation)
+        named.append((HELD_OUT, "validation", spec.validation))
     if reported and splits is None:
         splits = dict(glue.reported) if glue else None
         splits = splits or next(({split: split} for split in ("test", "validation") if source.has(split)), None)
         if splits is None:
             remedy = "there is no split test or validation; name one, as {test: test.jsonl}, or none, as {}"
             raise bad_value("data.reported", None, remedy, DataError)
-    for label, split in (splits or {}).items() if reported else ():
-        rows[label] = source.read(f"reported.{label}", split)
-    return rows
+    if reported:
+        named += [(label, f"reported.{label}", split) for label, split in (splits or {}).items()]
+
+    return dict(of_each(named, lambda one: (one[0], make(source.read(*one[1:])))))
 
 
 # Splitting -----------------------------------------------------------------------------------------------------------
@@ -196,9 +196,8 @@ def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
 
     glue = glue_of(spec)
     kind: Any = spec.kind or ("regression" if glue is not None and glue.label_names is None else "classification")
-    layout, rows = layout_of(spec), read_splits(spec, reported)
-    for some in rows.values():
-        fitting_columns(some, [layout.columns()])
+    layout = layout_of(spec)
+    rows = read_splits(spec, partial(with_columns, layout=layout), reported)
     names = None
     if kind == "classification":
         names = glue.label_names if glue else class_names(layout.label, (row for _, row in rows["train"]))
@@ -220,6 +219,12 @@ def layout_of(spec: TaskSpec) -> Layout:
     return layout
 
 
+def with_columns(rows: list[Located], layout: Layout) -> list[Located]:
+    """Return the rows; DataError if a column is missing."""
+    fitting_columns(rows, [layout.columns()])
+    return rows
+
+
 def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
     """Return `text`, `pair` (if the task has pairs) and `labels` of every row: a class's index, or a number.
 
@@ -233,7 +238,8 @@ def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
     index |= {name: number for number, name in enumerate(names)}
     layout = task.layout
 
-    def example_of(where: str, row: Row) -> Row:
+    def example_of(located: Located) -> Row:
+        where, row = located
         label = _value(where, row, task.label)
         labels = _number(where, label) if task.label_names is None else index.get(str(label))
         if labels is None:
@@ -242,21 +248,7 @@ def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
         return {**_texts_of(where, row, layout), "labels": labels}
 
     fitting_columns(rows, [layout.columns()])
-    return _of_each(rows, example_of)
-
-
-def _of_each(rows: Sequence[Located], make: Callable[[str, Row], Row]) -> list[Row]:
-    """Return what `make` makes of every row; one DataError names the problems of several."""
-    made, problems = [], []
-    for where, row in rows:
-        try:
-            made.append(make(where, row))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        others = f"; and {len(problems) - _SHOWN} more rows" if len(problems) > _SHOWN else ""
-        raise DataError("; ".join(problems[:_SHOWN]) + others)
-    return made
+    return of_each(rows, example_of)
 
 
 def _texts_of(where: str, row: Row, layout: Layout) -> Row:

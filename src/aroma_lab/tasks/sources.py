@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aroma.errors import DataError, bad_value
 
@@ -23,6 +23,26 @@ Row = dict[str, Any]
 
 Located = tuple[str, Row]
 """A row, after where it is, for errors: `data.train (train.csv, row 3)`."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+_SHOWN = 3
+"""Problems that an error names."""
+
+
+def of_each(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
+    """Return what `make` makes of each item; one DataError names the problems of several."""
+    made, problems = [], []
+    for item in items:
+        try:
+            made.append(make(item))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        others = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError("; ".join(problems[:_SHOWN]) + others)
+    return made
 
 
 def read_located(field: str, path: str) -> list[Located]:
@@ -141,17 +161,18 @@ def _read_table(file: Path) -> list[Row]:
 
 
 def _read_json_lines(file: Path) -> list[Row]:
-    rows = []
+    def row_of(numbered: tuple[int, str]) -> Row:
+        number, line = numbered
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"line {number}: a {type(row).__name__}, not an object")
+        return row
+
     with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number}: a {type(row).__name__}, not an object")
-            rows += [row] if row else []
-    return rows
+        return [row for row in of_each(enumerate(stream, start=1), row_of) if row]
 
 
 def _read_json(file: Path) -> list[Row]:
