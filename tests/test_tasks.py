@@ -250,6 +250,8 @@ def test_one_message_names_the_problems_of_several_rows_and_the_nearest_column(t
         load_task(TaskSpec(train=damaged, reported={}))
     with pytest.raises(DataError, match="no column 'lable'; its columns are 'text', 'label'; did you mean 'label'"):
         load_task(TaskSpec(train=whole, label="lable", reported={}))
+    with pytest.raises(DataError, match=r"data.train .*row 3.*; data.reported.test .*row 3"):
+        load_task(TaskSpec(train=damaged, reported={"test": damaged}))
     broken = write(tmp_path, "broken.jsonl", '{"text": "a", "label": "x"}\n{\n[]\n')
     said = r"broken.jsonl.*line 2: Expecting.*; line 3: a list, .*; data.reported.test.*whole.csv.*no column 'lable'"
     with pytest.raises(DataError, match=said):

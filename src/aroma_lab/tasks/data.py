@@ -203,7 +203,7 @@ def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
         names = glue.label_names if glue else class_names(layout.label, (row for _, row in rows["train"]))
     metric = resolve_metric(spec, kind, glue.metric if glue else None, names)
     task = Task(kind, names, *layout, spec.max_length)
-    examples = {split: checked_examples(some, task) for split, some in rows.items()}
+    examples = dict(of_each(rows.items(), lambda one: (one[0], checked_examples(one[1], task))))
     classes = None if names is None else [one["labels"] for one in examples["train"]]
     parts = held_apart(spec, examples, classes)
     return TaskData(task, metric, {split: Dataset.from_list(part) for split, part in parts.items()})
