@@ -11,7 +11,6 @@ import torch
 import transformers.integrations.peft
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from aroma import AromaConfig, Event, aroma_layers, attach, save_adapter, verify_adapter
@@ -136,10 +135,6 @@ def test_an_adapter_added_by_transformers_grows_and_is_saved(tmp_path: Path, mon
     next(iter(aroma_layers(model).values())).finished("default").storage_A.mul_(2)
     model.save_pretrained(tmp_path)
     verify_adapter(tmp_path)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    save_file({name: tensor * 2 for name, tensor in weights.items()}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: edited, or of another save"):
-        verify_adapter(tmp_path)
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from .card import CARD_FILE
 from .distributed import rank, refuse_together, world_size
 from .errors import CheckpointError, bad_value
-from .files import read_json, read_manifest, replacing_files, require_files, told_of, write_manifest
+from .files import read_manifest, replacing_files, require_files, told_of, write_manifest
 from .saved import read_adapter
 from .sharding import sharding_of_model
 from .state import read_state
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "aroma_checkpoint.json"
 RECORD_FORMAT = 2
-TRAINER_STATE_FILE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
 _LEFT = re.compile(r"\..+\.tmp")
 """Names of files that killed writes have left."""
@@ -98,12 +97,9 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
 # Checkpoints of a Trainer --------------------------------------------------------------------------------------------
 
 
-def record_checkpoint(folder: str | os.PathLike[str], step: int, is_complete: bool = True) -> None:
-    """Write `aroma_checkpoint.json`: optimizer steps, and the SHA-256 of every file, so that it is whole or not used.
-
-    `is_complete`: whether `trainer_state.json` is there too, the last file that the Trainer writes.
-    """
-    root, apart = Path(folder), {RECORD_FILE, CARD_FILE, *([] if is_complete else [TRAINER_STATE_FILE])}
+def record_checkpoint(folder: str | os.PathLike[str], step: int) -> None:
+    """Write `aroma_checkpoint.json`: the step, and the SHA-256 of every file, so that it is whole or not used."""
+    root, apart = Path(folder), {RECORD_FILE, CARD_FILE}
     files = (Path(parent) / name for parent, _, names in os.walk(root) for name in names if not _LEFT.fullmatch(name))
     names = sorted({file.relative_to(root).as_posix() for file in files} - apart)
     write_manifest(root / RECORD_FILE, {"format": RECORD_FORMAT, "step": step}, names)
@@ -129,20 +125,12 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
         )
     record = read_manifest(path / RECORD_FILE, RECORD_FORMAT)
     require_files(path, record)
-    # A run that was killed right after that file was written had no time to record it.
-    if TRAINER_STATE_FILE not in record["files"] and _step_of(path / TRAINER_STATE_FILE) != record["step"]:
-        raise CheckpointError(f"{path / TRAINER_STATE_FILE}: edited, or of another save; use another checkpoint")
     if not any("optim" in name for name in record["files"]):
         raise CheckpointError(
             f"{path}: it was saved without the optimizer (save_only_model?), so no run can go on from it exactly; use "
             "another checkpoint, or load its adapter and start a new run"
         )
     return record
-
-
-def _step_of(file: Path) -> object:
-    content = read_json(file)
-    return content.get("global_step") if isinstance(content, dict) else None
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -173,19 +161,16 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 # In a Trainer --------------------------------------------------------------------------------------------------------
 
 
-def record_save(args: TrainingArguments, state: TrainerState, is_complete: bool) -> None:
-    """Record the checkpoint that the Trainer saves; called before its last file, and by all processes after it.
+def record_save(args: TrainingArguments, state: TrainerState) -> None:
+    """Record the checkpoint that the Trainer has saved; called by all processes.
 
-    A single process records it twice, because after the last file the Trainer removes older checkpoints. Several
-    record it once, after all have saved their parts: keep two checkpoints or more, in case of a kill between.
+    The Trainer has removed older checkpoints by then: keep two or more, in case of a kill in between.
     """
-    if world_size() > 1:
-        if not is_complete:
-            return
+    if world_size() > 1:  # all have saved their parts
         dist.barrier()
     folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
     if args.should_save and folder.is_dir():
-        record_checkpoint(folder, state.global_step, is_complete)
+        record_checkpoint(folder, state.global_step)
 
 
 def whole_checkpoint(resumed: Any, args: TrainingArguments) -> str:

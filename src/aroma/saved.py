@@ -111,7 +111,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     file = own_file(path, WEIGHTS_NAME)
     others = read_tensors(file)
     try:
-        updates = _take_updates(others, config, is_folded=state is not None)
+        updates = _take_updates(others, config)
     except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError, re.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -136,8 +136,8 @@ def _variant(config: Mapping[str, Any]) -> str | None:
     return next((name for name in _OFF if config.get(name)), None)
 
 
-def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
-    """Take the updates of modules out of `tensors` (any shapes); `is_folded`: B has the scale in it, as in AROMA's."""
+def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Update]:
+    """Take the updates of modules out of `tensors` (any shapes), with the scale folded into B."""
     found: dict[str, Update] = {}
     for name, tensor in tensors.items():
         if not tensor.numel() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
@@ -149,7 +149,7 @@ def _take_updates(tensors: dict[str, Tensor], config: Mapping[str, Any], is_fold
         if not (tensor.is_floating_point() and B.is_floating_point()):
             raise ValueError(f"{module} has components of {tensor.dtype} and {B.dtype}")
         module = module.removeprefix(PEFT_PREFIX)
-        scale = 1.0 if is_folded else _scale(module, len(tensor), config)
+        scale = _scale(module, len(tensor), config)
         kernel, is_embedding = tuple(tensor.shape[1:]) if tensor.ndim > 2 else (), bool(part["embedding"])
         found[module] = Update(B.float().flatten(1) * scale, tensor.float().flatten(1), kernel, is_embedding)
         del tensors[part.string], tensors[name_of_B]

@@ -62,11 +62,6 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = files.require_adapter_folder(folder)
     state = files.read_manifest(files.own_file(path, STATE_FILE), STATE_FORMAT)
     files.require_files(path, state)
-    weights = path / WEIGHTS_NAME
-    is_vouched = weights.name in state["files"] or not os.path.lexists(weights)
-    tensors = {} if is_vouched else files.read_tensors(files.own_file(path, weights.name))
-    if not is_vouched and components_digest(tensors) != state["components"]:
-        raise CheckpointError(f"{weights}: edited, or of another save; use another checkpoint")
     config = files.read_json(files.own_file(path, CONFIG_NAME))
     if not isinstance(config, dict) or _config_digest(config) != state["adapter_config"]:
         raise CheckpointError(f"{path / CONFIG_NAME}: edited since the adapter was saved; use another checkpoint")
@@ -130,8 +125,3 @@ def factors(names: Iterable[str]) -> Iterator[tuple[re.Match[str], str]]:
     for name in names:
         if part := _FACTOR_A.fullmatch(name):
             yield part, f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}"
-
-
-def components_digest(saved: Mapping[str, Tensor]) -> str:
-    """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
-    return files.tensors_digest({module_name(name): saved[name] for name in saved if is_component(name)})

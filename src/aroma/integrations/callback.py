@@ -57,7 +57,6 @@ class AromaCallback(TrainingCallback):
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
         self._growth: Attachment | None = None
-        self._training: tuple[TrainingArguments, TrainerState] | None = None
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
@@ -80,7 +79,6 @@ class AromaCallback(TrainingCallback):
         self, args: Any, state: TrainerState, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
-        self._training = (args, state)
         self.controller = AromaController(
             model,
             optimizer,
@@ -111,8 +109,6 @@ class AromaCallback(TrainingCallback):
 
     def attributes(self) -> dict[str, Any]:
         """Return nothing: the state of the run is beside the adapter, in `aroma_state.json`."""
-        if self._training is not None:
-            record_save(*self._training, is_complete=False)
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -135,8 +131,8 @@ class AromaCallback(TrainingCallback):
         self._guard_checkpoint(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the record of a checkpoint, which `verify_checkpoint` compares its files with."""
-        record_save(args, state, is_complete=True)
+        """Record a checkpoint's files, which `verify_checkpoint` compares with what is there."""
+        record_save(args, state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
@@ -167,7 +163,6 @@ class AromaCallback(TrainingCallback):
     ) -> None:
         """Say why growth ended; after `load_best_model_at_end`, go back to the best checkpoint. Then report."""
         best = state.best_model_checkpoint
-        self._training = None
         self._detach()
         if self.controller is None:
             return

@@ -16,7 +16,7 @@ from ..about import about_model
 from ..errors import ConfigError
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
-from ..state import STATE_FORMAT, components_digest, is_component, module_name
+from ..state import STATE_FORMAT, is_component, module_name
 from .config import PEFT_TYPE, AromaConfig, Collected
 from .finished import with_pair
 from .graph import GraphKeeper, hide_from_ddp
@@ -145,7 +145,6 @@ class AromaModel(LoraModel):
             "format": STATE_FORMAT,
             "config": live.method(),
             "modules": modules,
-            "components": components_digest(saved),
             "about": about_model(model, config.task_type),
             "controller": run["state"],
         }

@@ -118,8 +118,9 @@ class Recorder(TrainerCallback, ExportableState):
         self._begin()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the record of the checkpoint."""
-        self._record(is_complete=True)
+        """Record the checkpoint's files, so that a run resumes from whole ones only; AromaCallback records its own."""
+        if self.curve.parameters and self.trainer is not None and self.trainer.has_hooks:
+            record_save(args, state)
         self._begin()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -133,7 +134,6 @@ class Recorder(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer stores in a checkpoint, where it sorts keys: modules keep their order in a list."""
-        self._record(is_complete=False)  # it asks when all files are there but its last
         return {
             "args": {},
             "attributes": {
@@ -144,11 +144,6 @@ class Recorder(TrainerCallback, ExportableState):
                 "logged": getattr(self.trainer, "_globalstep_last_logged", 0),
             },
         }
-
-    def _record(self, is_complete: bool) -> None:
-        """Record a checkpoint's files, so that a run resumes from whole ones only; AromaCallback records its own."""
-        if self.curve.parameters and self.trainer is not None and self.trainer.has_hooks:
-            record_save(self.trainer.args, self.trainer.state, is_complete)
 
     def _begin(self) -> None:
         if torch.cuda.is_available():
