@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from sacrebleu import corpus_chrf
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -314,3 +315,31 @@ def test_whatever_a_run_leaves_is_asked_as_in_training(files: Path, tmp_path: Pa
     chat = [{"role": "system", "content": "bird"}, {"role": "user", "content": "Please choose"}]
     prompts = [one.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for one in tokenizers]
     assert prompts == ["Context:\nbird\n\nRequest:\nPlease choose\n\nReply:\n"] * 5
+
+
+def test_generated_responses_are_scored_by_chrf(files: Path, finished: Path) -> None:
+    spec = {"kind": "causal_lm", "source": str(files), "train": "train.jsonl", "metric": "chrf", "max_length": 64}
+    job = texts_of({**spec, "reported": {"test": "test.jsonl"}}, files)
+    model = PeftModel.from_pretrained(job.load_model(), str(finished / "adapter")).eval()
+    said = [greedy_response(model, job.tokenizer, example) for example in job.parts["test"]]
+    expected = [example.content[-1]["content"] for example in job.parts["test"]]
+    by_hand = corpus_chrf(said, [expected]).score / 100
+    assert 0.2 < by_hand < 1
+    for batch_size in (1, 5):
+        assert job.predict(model, "test", batch_size).metrics["chrf"] == pytest.approx(by_hand, abs=1e-9)
+
+
+def greedy_response(model: Any, tokenizer: Any, example: Any) -> str:
+    prompt = tokenizer.apply_chat_template(example.content[:-1], tokenize=False, add_generation_prompt=True)
+    given = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = [*given]
+    while len(ids) < 64 and ids[-1] != tokenizer.eos_token_id:
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[len(given) :], skip_special_tokens=True).strip()
+
+
+def test_plain_texts_have_no_responses_to_score(files: Path, tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "train.jsonl", [{"text": f"bird {number} sings"} for number in range(8)])
+    with pytest.raises(ConfigError, match=r"^data\.metric='chrf': it compares responses, and these are plain texts"):
+        texts_of({"kind": "causal_lm", "source": str(tmp_path), "metric": "chrf"}, files, reported=False)

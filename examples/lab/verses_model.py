@@ -4,7 +4,7 @@
 
 VERSES holds train.jsonl, validation.jsonl and test.jsonl with the columns `english` and `spanish`: the same verse. OUT
 gets the model and its tokenizer, and beside them the texts of the grid: Spanish to learn, to choose by and to report,
-and the unseen English that shows what is forgotten. A quarter of an hour on one core.
+the unseen English that shows what is forgotten, and pairs to translate. A quarter of an hour on one core.
 
 One verse in fifty is Spanish, as a little of what English models read is. Without it, the tokens of Spanish have no
 embeddings, and no adapter that leaves embeddings alone learns the language.
@@ -64,9 +64,13 @@ def main(verses: Path, out: Path) -> None:
     found = read_verses(verses)
     tokenizer = make_tokenizer(found["english", "train"] + found["spanish", "train"])
     tokenizer.save_pretrained(out)
-    texts = {f"spanish-{split}": found["spanish", split] for split in SPLITS} | {"english": found["english", "test"]}
-    for name, lines in texts.items():
-        content = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines)
+    files = {f"spanish-{split}": [{"text": text} for text in found["spanish", split]] for split in SPLITS}
+    files["english"] = [{"text": text} for text in found["english", "test"]]
+    for split in SPLITS:
+        pairs = zip(found["english", split], found["spanish", split], strict=True)
+        files[f"translation-{split}"] = [{"prompt": one, "completion": other} for one, other in pairs]
+    for name, rows in files.items():
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(content, encoding="utf-8")
 
     torch.manual_seed(SEED)

@@ -99,7 +99,7 @@ class TaskSpec:
     metric: str | None = None
     """What the score is: `accuracy`, `f1` (of the second of two classes), `macro_f1`, `mcc`, `pearson` or `spearman`;
     null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy`.
-    Of causal_lm: `token_probability`, 1 / perplexity."""
+    Of causal_lm: `token_probability`, 1 / perplexity, or `chrf` of generated responses."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
     split_seed: int = 0

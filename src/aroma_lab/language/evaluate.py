@@ -1,4 +1,4 @@
-"""Language models against whole sets of commonsense questions, each asked once, by lm-evaluation-harness."""
+"""Language models against whole sets: commonsense questions, by lm-evaluation-harness, and responses, by chrF."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from transformers import GenerationConfig
+
 from aroma.errors import NonFiniteError, bad_value
 
-from .data import Question
+from .data import Messages, Question
+from .encode import encode_chat
 from .model import LoadedModel, positions_of
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model it is given is a model
@@ -79,3 +83,38 @@ def evaluate_questions(
         rows.append({"answer": question.answer, "chosen": chosen, "log_probs": log_probs})
     accuracy = sum(row["chosen"] == row["answer"] for row in rows) / len(rows)
     return QuestionEvaluation(accuracy, -sum(row["log_probs"][row["answer"]] for row in rows) / len(rows), rows)
+
+
+@torch.no_grad()
+def chrf_of(loaded: LoadedModel, chats: Sequence[Messages], *, batch_size: int, max_length: int) -> float:
+    """Return chrF of the generated responses against those of the chats, in [0, 1].
+
+    chrF is the F-score of character n-grams (Popović, 2015), as sacrebleu computes it by default. Each chat's last
+    response is generated greedily, after the prompt of training.
+
+    Args:
+        loaded: A causal language model; it runs where it is, in evaluation mode, and is left in its own.
+        batch_size: Responses that are generated at once.
+        max_length: Most tokens of prompt and response together, as in training; the left of longer prompts is cut.
+    """
+    from sacrebleu import corpus_chrf
+
+    model, tokenizer = loaded
+    prompts = [encode_chat(tokenizer, chat[:-1], "prompt")[0][1 - max_length :] for chat in chats]
+    padding = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    greedy = GenerationConfig(do_sample=False, max_length=max_length, **padding)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    responses = [""] * len(prompts)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            given = {"input_ids": [prompts[index] for index in batch]}
+            inputs = tokenizer.pad(given, padding_side="left", return_tensors="pt").to(model.device)
+            made = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
+            for index, text in zip(batch, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+                responses[index] = text.strip()
+    finally:
+        model.train(training)
+    return float(corpus_chrf(responses, [[chat[-1]["content"].strip() for chat in chats]]).score / 100)

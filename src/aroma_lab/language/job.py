@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
+from aroma.errors import bad_value
 
 from ..specs import HELD_OUT, ModelSpec, TaskSpec
 from ..tasks.data import held_apart, read_splits
@@ -61,6 +62,9 @@ class LanguageJob(Job):
         learned: dict[str, list[Example]] = self.parts
         if asks:
             learned = {split: [one.example for one in self.parts[split]] for split in ("train", HELD_OUT)}
+        if self.metric == "chrf" and any(isinstance(one.content, str) for part in learned.values() for one in part):
+            remedy = "it compares responses, and these are plain texts; give chats, or leave the metric out"
+            raise bad_value("data.metric", self.metric, remedy)
         encoded = {
             split: encode_rows(part, self.tokenizer, spec.max_length, f"data.{split}")
             for split, part in learned.items()
@@ -85,18 +89,22 @@ class LanguageJob(Job):
         """Return loss and perplexity of the learned tokens of a split, or the accuracy of its questions.
 
         Of plain texts also `bits_per_byte`, which tokenizers have in common: -log2 p of all learned tokens over the
-        bytes of the texts in UTF-8.
+        bytes of the texts in UTF-8. Where the score is chrF, responses are generated.
         """
+        from .evaluate import chrf_of, evaluate_questions
+
+        loaded = LoadedModel(model, self.tokenizer)
         if not self.questions:
             metrics, loss = super().predict(model, split, batch_size)
             texts = [one.content for one in self.parts[split] if isinstance(one.content, str)]
             if len(texts) == len(self.parts[split]):
                 learned = sum(label != NOT_LEARNED for row in self.rows[split]["labels"] for label in row)
                 metrics["bits_per_byte"] = loss * learned / math.log(2) / len("".join(texts).encode())
+            if self.metric == "chrf":
+                sizes = {"batch_size": batch_size, "max_length": self.max_length}
+                metrics["chrf"] = chrf_of(loaded, [one.content for one in self.parts[split]], **sizes)
             return Prediction(metrics, loss)
-        from .evaluate import evaluate_questions
-
-        loaded, questions = LoadedModel(model, self.tokenizer), self.questions[split]
+        questions = self.questions[split]
         ranked = evaluate_questions(loaded, questions, batch_size=batch_size, max_length=self.max_length)
         return Prediction({"accuracy": ranked.accuracy}, ranked.loss)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "mcc"),
     "regression": ("pearson", "spearman"),
-    "causal_lm": ("token_probability",),
+    "causal_lm": ("token_probability", "chrf"),
     "commonsense": ("accuracy",),
 }
 """Metrics that can be the score of a task, by kind, the usual one first; 1 is perfect in all of them."""
