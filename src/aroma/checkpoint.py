@@ -16,7 +16,7 @@ import torch.distributed as dist
 from .card import CARD_FILE
 from .distributed import rank, refuse_together, world_size
 from .errors import CheckpointError, bad_value
-from .files import read_manifest, replacing_files, require_files, told_of, write_manifest
+from .files import read_manifest, replacing_files, require_files, write_errors, write_manifest
 from .saved import read_adapter
 from .sharding import sharding_of_model
 from .state import read_state
@@ -62,7 +62,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
         stack.callback(dist.barrier)  # last: until rank 0 has written, or failed
         is_first = dist.get_rank() == 0
         # Before any rank gathers: it would wait for a first one that has no place to write to.
-        with refuse_together(), told_of(target):
+        with refuse_together(), write_errors(target):
             if is_first:
                 new = stack.enter_context(replacing_files(target))
             else:

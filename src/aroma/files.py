@@ -30,7 +30,7 @@ _SAVING = ".aroma-saving-"
 
 
 @contextmanager
-def told_of(path: str | os.PathLike[str]) -> Iterator[None]:
+def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn a failure to write, of the operating system, safetensors or torch, into one that names the right file.
 
     Raises:
@@ -44,9 +44,9 @@ def told_of(path: str | os.PathLike[str]) -> Iterator[None]:
         if type(error) is RuntimeError and not any(text in str(error) for text in _TORCH_COULD_NOT_WRITE):
             raise
         reason = getattr(error, "strerror", None) or ("disk full?" if type(error) is RuntimeError else error)
-        told = OutputError(f"{os.fspath(path)}: cannot be written ({reason}); make room, or give another place")
-        told.strerror = str(reason)
-        raise told from error
+        named = OutputError(f"{os.fspath(path)}: cannot be written ({reason}); make room, or give another place")
+        named.strerror = str(reason)
+        raise named from error
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: It cannot be written.
     """
     target = Path(path)
-    with told_of(target):
+    with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         os.close(handle)

@@ -26,7 +26,6 @@ def export_gguf(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     base_model: str | None = None,
-    overwrite: bool | None = None,
 ) -> dict[str, int]:
     """Write an adapter as a GGUF file, in float32, and return the rank of every matrix by its name there.
 
@@ -37,7 +36,6 @@ def export_gguf(
         folder: A plain LoRA adapter.
         out: File to write, named `*.gguf`.
         base_model: Folder or hub name of the base model, whose configuration is read; the adapter's own by default.
-        overwrite: Whether `out` may exist, and is replaced.
 
     Raises:
         ConfigError: The base model is not a Llama, or not the one that the adapter was trained on; the adapter has
@@ -47,7 +45,7 @@ def export_gguf(
     """
     if Path(out).suffix != ".gguf":
         raise bad_value("out", str(out), "a GGUF adapter is one file; give a name that ends in .gguf")
-    target = new_file("out", out, force=overwrite)
+    target = new_file("out", out)
     if find_spec("gguf") is None:
         raise ConfigError("gguf: not installed; run: pip install 'aroma-peft[gguf]'")
     adapter = read_adapter(folder)

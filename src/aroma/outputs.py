@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError, bad_value
-from .files import own_file, told_of
+from .files import own_file, write_errors
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
@@ -73,7 +73,7 @@ def _try_writing(field: str, path: str | os.PathLike[str], target: Path) -> None
 @contextmanager
 def filled_at_once(target: Path) -> Iterator[Path]:
     """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted."""
-    with told_of(target):
+    with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             staging = Path(scratch) / target.name

@@ -66,10 +66,10 @@ def encode_rows(examples: Sequence[Example], tokenizer: Any, max_length: int, ke
     for _, labels in rows:
         labels[0] = NOT_LEARNED  # in a packed row it must not be predicted from the example before it
     learned = sum(label != NOT_LEARNED for _, labels in rows for label in labels)
-    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    cut = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     note = (
         f"{len(examples)} examples make {len(rows)} rows of {sum(len(ids) for ids, _ in rows)} tokens, {learned} of "
-        f"them learned ({told or 'none cut, none left out'})"
+        f"them learned ({cut or 'none cut, none left out'})"
     )
     if not learned:
         remedy = f"no example is left to learn from with max_length={max_length}; mend the file or raise the limit"

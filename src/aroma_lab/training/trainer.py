@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aroma.errors import CheckpointError
 from aroma.events import Event
-from aroma.files import read_tensors, told_of, write_tensors
+from aroma.files import read_tensors, write_errors, write_tensors
 
 from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, trained_tensors
@@ -192,7 +192,7 @@ class ExactResume:
         return named
 
     def _save_checkpoint(self, *options: Any) -> None:
-        with told_of(self.args.output_dir):
+        with write_errors(self.args.output_dir):
             super()._save_checkpoint(*options)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
