@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
 from aroma.errors import bad_value
@@ -67,23 +67,20 @@ def encode(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
 
 
 @torch.no_grad()
-def logits_of(
-    model: Any, rows: Dataset, collate: Any, batch_size: int, on_batch: Callable[[int], None] = lambda done: None
-) -> NDArray[Any]:
+def logits_of(model: Any, rows: Dataset, collate: Any, batch_size: int, progress: bool = False) -> NDArray[Any]:
     """Return the logits, shape (examples, outputs), of encoded rows; those of similar lengths are batched together.
 
     Args:
         model: It runs where it is, and is left in its mode.
-        on_batch: Called after each batch with its number of examples.
+        progress: Whether a bar of the batches is shown.
     """
     lengths, was_training = [len(ids) for ids in rows["input_ids"]], model.training
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     model.eval()
-    logits = []
-    for batch in DataLoader(rows, batch_size, sampler=order, collate_fn=collate):
+    batches, logits = DataLoader(rows, batch_size, sampler=order, collate_fn=collate), []
+    for batch in tqdm(batches, "evaluate", disable=not progress):
         batch.pop("labels", None)
         logits.append(model(**batch.to(model.device)).logits.float().cpu())
-        on_batch(len(logits[-1]))
     model.train(was_training)
     found = torch.cat(logits).numpy()
     found[order] = found.copy()

@@ -221,7 +221,7 @@ def layout_of(spec: TaskSpec) -> Layout:
 
 def with_columns(rows: list[Located], layout: Layout) -> list[Located]:
     """Return the rows; DataError if a column is missing."""
-    fitting_columns(rows, [layout.columns()])
+    fitting_columns(rows, [layout])
     return rows
 
 
@@ -247,7 +247,7 @@ def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
             raise bad_value(where, label, remedy, DataError)
         return {**_texts_of(where, row, layout), "labels": labels}
 
-    fitting_columns(rows, [layout.columns()])
+    fitting_columns(rows, [layout])
     return of_each(rows, example_of)
 
 

@@ -92,10 +92,10 @@ def require_data_file(field: str, path: str) -> Path:
     return file
 
 
-def fitting_columns(rows: Sequence[Located], choices: Sequence[Sequence[str]]) -> int:
+def fitting_columns(rows: Sequence[Located], choices: Sequence[Sequence[str | None]]) -> int:
     """Return the index of the first set of columns that all exist; DataError says what the nearest set lacks."""
     names = list(dict.fromkeys(name for _, row in rows for name in row))
-    lacking = [[name for name in wanted if name not in names] for wanted in choices]
+    lacking = [[name for name in wanted if name is not None and name not in names] for wanted in choices]
     if nearest := min(lacking, key=len):
         missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
         like = ", ".join(repr(name) for one in nearest for name in get_close_matches(one, names, n=1))

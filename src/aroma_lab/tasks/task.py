@@ -22,10 +22,6 @@ class Layout(NamedTuple):
     text_pair: str | None
     label: str
 
-    def columns(self) -> list[str]:
-        """Return the columns to read."""
-        return [name for name in self if name is not None]
-
 
 def common_layouts(text: str | None, text_pair: str | None, label: str | None) -> list[Layout]:
     """Return columns by names in common use, pairs first, but for those that are given."""
