@@ -11,8 +11,8 @@ from aroma.errors import AromaError, ConfigError, DataError
 from aroma_lab.specs import TaskSpec
 from aroma_lab.tasks.classification import check_positions, load_tokenizer
 from aroma_lab.tasks.data import Source, held_apart, load_task, source_of
-from aroma_lab.tasks.glue import GLUE
 from aroma_lab.tasks.sources import read_located
+from aroma_lab.tasks.task import GLUE
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 EARLIER, EARLIER_STRATIFIED = [0, 2, 16, 18, 30, 37, 41, 59, 79], [8, 38, 39, 42, 46, 51, 54, 66, 76]

@@ -14,10 +14,9 @@ from aroma.errors import DataError, bad_value
 
 from ..specs import HELD_OUT, TaskSpec
 from .articles import BBC_NEWS, TOPICS, load_articles, split_articles
-from .glue import GLUE, HUB, GlueTask, glue_key
 from .metrics import resolve_metric
 from .sources import FORMATS, Located, Made, Row, fitting_columns, hub_splits, of_each, read_hub, read_located
-from .task import Layout, Task
+from .task import GLUE, HUB, GlueTask, Layout, Task, glue_key
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,7 +19,7 @@ from aroma.errors import bad_value
 
 from ..specs import TaskSpec
 from ..training.job import Prediction
-from .made import MadeJob
+from .planted import MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset

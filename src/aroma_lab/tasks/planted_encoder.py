@@ -19,8 +19,7 @@ from ..methods.head import encoder_linears
 from ..specs import HELD_OUT, TaskSpec
 from .classification import check_positions, load_tokenizer
 from .data import source_of
-from .made import MadeJob
-from .planted import FRESH, METRIC, GivenModel, deal_ranks, evaluate, planted_update, rows_of, squared_error
+from .planted import FRESH, METRIC, GivenModel, MadeJob, deal_ranks, evaluate, planted_update, rows_of, squared_error
 
 _STRENGTH = 0.5
 
