@@ -47,11 +47,8 @@ def deal_ranks(spec: TaskSpec, shapes: Mapping[str, Sequence[int]], generator: t
         generator: Draws the order.
 
     Raises:
-        ConfigError: No matrices, or a rank that is larger than the smallest side of a matrix.
+        ConfigError: A rank is larger than the smallest side of a matrix.
     """
-    if not shapes:
-        remedy = "it has no linear module in numbered layers to plant updates in; take an encoder that has"
-        raise bad_value("model", "encoder", remedy)
     ranks = list(GRADED if spec.ranks is None else spec.ranks)
     most = min(min(shape) for shape in shapes.values())
     if max(ranks) > most:
