@@ -23,7 +23,7 @@ from aroma.evidence.schedule import FEWEST, WANTED
 from aroma.evidence.statistics import SIZES
 from aroma.export import is_causal_lm
 from aroma.files import read_tensors, write_json, write_tensors
-from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
+from aroma.outputs import TASK_FILE, TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from aroma.pictures import kept_picture
 from aroma.state import read_config
 
@@ -33,7 +33,7 @@ from .language.model import language_task, load_for_inference, model_source, pos
 from .specs import ModelSpec
 from .tasks.saved import open_classifier
 from .tasks.sources import read_located
-from .tasks.task import TASK_FILE, Task, save_task
+from .tasks.task import Task, save_task
 
 REPORT, PICTURE, WEIGHTS = "compression.json", "ranks.png", "adapter_model.safetensors"
 _TOKENS = 1024

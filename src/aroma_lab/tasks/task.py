@@ -10,10 +10,9 @@ from typing import Literal, NamedTuple
 
 from aroma.errors import CheckpointError
 from aroma.files import read_json, write_json
+from aroma.outputs import TASK_FILE
 
 from ..specs import ModelSpec
-
-TASK_FILE = "aroma_task.json"
 
 
 class Layout(NamedTuple):
