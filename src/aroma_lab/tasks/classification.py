@@ -47,12 +47,10 @@ def check_positions(name: str, max_length: int) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or positions < 0:  # XLNet has −1: no limit
-        return
+    positions = getattr(config, "max_position_embeddings", None) or 0
     if "roberta" in config.model_type or config.model_type == "camembert":
         positions -= config.pad_token_id + 1  # their positions begin behind the padding's
-    if max_length > positions:
+    if 0 < positions < max_length:  # XLNet has −1: no limit
         raise bad_value("data.max_length", max_length, f"{name} takes at most {positions} tokens")
 
 
