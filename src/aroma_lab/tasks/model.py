@@ -29,7 +29,7 @@ _HEAD_MODULES = [
 
 
 def load_classifier(
-    name: str | ModelSpec,
+    spec: ModelSpec,
     label_names: tuple[str, ...] | None,
     pad_token_id: int | None,
     train_pooler: TrainPooler = "auto",
@@ -37,7 +37,7 @@ def load_classifier(
     """Load a pretrained model with a fresh classification head, or a regression head of one output.
 
     Args:
-        name: Hub name or local folder of a model to load in float32, or how it is loaded.
+        spec: The model, and how it is loaded.
         label_names: Names of the classes by index; None for a regression.
         pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other token.
         train_pooler: Whether the backbone's pooler trains with the head; see `methods.head.remember_head`.
@@ -47,7 +47,6 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if label_names is not None:
         index = {label: number for number, label in enumerate(label_names)}
