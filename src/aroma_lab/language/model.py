@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aroma.errors import bad_value
-from aroma.export import is_causal_lm, put_into
+from aroma.export import is_causal_lm
 from aroma.files import require_adapter_folder
-from aroma.saved import is_plain, read_adapter
 from aroma.state import read_config
 
 from ..specs import ModelSpec
-from ..tasks.model import loading_options, placed
+from ..tasks.model import loading_options, placed, with_adapter
 from ..tasks.task import Task, read_task
 from .encode import PLAIN_TEMPLATE, begins_with
 from .gguf_source import PACKAGED, packaged_gguf, resolve_gguf
@@ -196,24 +195,4 @@ def load_for_inference(
     if not spec.name:
         raise bad_value("base_model", spec.name, "the adapter does not name its base model; give its folder or name")
     tokenizer = load_lm_tokenizer(spec, None, path if (path / "tokenizer_config.json").exists() else None)
-    return LoadedModel(placed(with_adapter(load_causal_lm(spec), path, spec)), tokenizer)
-
-
-def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
-    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it.
-
-    Raises:
-        CheckpointError: The adapter is damaged.
-        ConfigError: The base model is not the one that the adapter was trained on.
-    """
-    from peft import PeftModel
-
-    config = read_config(path)
-    if is_plain(config):
-        return put_into(base, read_adapter(path), spec.name or "")
-    try:
-        return PeftModel.from_pretrained(base, str(path)).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        remedy = f"not the model of the adapter {path}: PEFT cannot put the one into the other: {reason}; give that"
-        raise bad_value("base_model", spec.name, remedy) from error
+    return LoadedModel(placed(with_adapter(load_causal_lm(spec), path, spec.name)), tokenizer)

@@ -10,6 +10,9 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from aroma.errors import bad_value
+from aroma.export import put_into
+from aroma.saved import AdapterWeights, is_plain, read_adapter
+from aroma.state import read_config
 
 from ..methods.head import TrainPooler, head_of, remember_head
 from ..specs import ModelSpec
@@ -93,6 +96,18 @@ def placed(model: Any) -> Any:
     if getattr(model, "quantization_method", None) is not None or not torch.accelerator.is_available():
         return model  # quantized weights are where they were loaded
     return model.to(torch.accelerator.current_accelerator())
+
+
+def with_adapter(base: Any, folder: Path, base_name: str) -> Any:
+    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it.
+
+    Raises:
+        CheckpointError: The adapter is damaged.
+        ConfigError: The base model is not the one that the adapter was trained on.
+    """
+    config = read_config(folder)
+    adapter = read_adapter(folder) if is_plain(config) else AdapterWeights(folder, config, {}, {}, None)
+    return put_into(base, adapter, base_name)
 
 
 def count_trainable(model: Any) -> dict[str, int]:

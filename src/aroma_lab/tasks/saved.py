@@ -22,12 +22,10 @@ from aroma.outputs import TOKENIZER_FILES
 from aroma.saved import AdapterWeights
 from aroma.state import STATE_FILE, WEIGHTS_NAME, read_config
 
-from ..language.model import with_adapter
-from ..specs import ModelSpec
 from .classification import encode, load_tokenizer, logits_of
 from .data import checked_examples
 from .metrics import metrics_of
-from .model import placed
+from .model import placed, with_adapter
 from .sources import Located, Row, fitting_columns, read_located
 from .task import Layout, Task, common_layouts, read_task
 
@@ -106,7 +104,7 @@ def open_classifier(
     longest = tokenizer.model_max_length if tokenizer.model_max_length < 2**20 else _LONGEST
     task = replace(task, max_length=max_length or task.max_length or longest)
     examples = checked_examples(rows, task)
-    return SavedClassifier(placed(with_adapter(base, path, ModelSpec(name))), tokenizer, task, examples)
+    return SavedClassifier(placed(with_adapter(base, path, name)), tokenizer, task, examples)
 
 
 def evaluate_adapter(
