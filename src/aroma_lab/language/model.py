@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from aroma.files import require_adapter_folder
 from aroma.state import read_config
 
 from ..specs import ModelSpec
-from ..tasks.model import loading_options, placed, with_adapter
+from ..tasks.model import loading, loading_options, placed, with_adapter
 from ..tasks.task import Task, read_task
 from .encode import PLAIN_TEMPLATE, begins_with
 from .gguf_source import PACKAGED, packaged_gguf, resolve_gguf
@@ -32,9 +30,9 @@ def load_causal_lm(spec: ModelSpec) -> Any:
     from transformers import AutoModelForCausalLM
 
     source, options = model_source(spec), loading_options(spec)
-    with _loading(spec):
-        model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    if missing := sorted(loading["missing_keys"]):
+    with loading(spec.name, "cannot be loaded as a causal language model"):
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
         remedy = f"its checkpoint lacks {', '.join(missing[:3])}, so it is no trained causal language model; give one"
         raise bad_value("model.name", spec.name, remedy)
     return model
@@ -54,7 +52,7 @@ def load_lm_tokenizer(spec: ModelSpec, max_length: int | None, folder: Path | No
     from transformers import AutoConfig, AutoTokenizer
 
     source = model_source(spec)
-    with _loading(spec, "its tokenizer "):
+    with loading(spec.name, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder or source)
         config = AutoConfig.from_pretrained(source)
     if tokenizer.eos_token_id is None:
@@ -97,16 +95,6 @@ def positions_of(config: Any) -> int | None:
     """Return the most tokens that a model of this configuration takes; None: no limit, or not known."""
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None
-
-
-@contextmanager
-def _loading(spec: ModelSpec, what: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        remedy = f"{what}cannot be loaded as a causal language model ({reason}); check it"
-        raise bad_value("model.name", spec.name, remedy) from error
 
 
 def language_task(folder: str | os.PathLike[str]) -> Task:

@@ -18,7 +18,7 @@ from ..specs import ModelSpec, TaskSpec
 from ..training.job import Job, Prediction
 from .data import load_task
 from .metrics import loss_of, metrics_of
-from .model import load_classifier
+from .model import load_classifier, loading
 from .task import save_task
 
 if TYPE_CHECKING:
@@ -30,11 +30,8 @@ def load_tokenizer(name: str, max_length: int) -> Any:
     """Return the tokenizer of a model, with a padding token; ConfigError if the model takes fewer tokens."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(name, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise bad_value("model.name", name, f"its tokenizer cannot be loaded ({reason}); check the name") from error
     if max_length > tokenizer.model_max_length:
         raise bad_value("data.max_length", max_length, f"{name} takes at most {tokenizer.model_max_length} tokens")
     if tokenizer.pad_token is None:

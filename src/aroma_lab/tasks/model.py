@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,15 @@ _HEAD_MODULES = [
 """Patterns of the modules of heads, as a quantizer of transformers takes them."""
 
 
+@contextmanager
+def loading(name: str | None, problem: str) -> Iterator[None]:
+    """Turn errors of transformers into a ConfigError that tells the problem with the model `name`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise bad_value("model.name", name, f"{problem} ({' '.join(str(error).split())}); check it") from error
+
+
 def load_classifier(
     spec: ModelSpec,
     label_names: tuple[str, ...] | None,
@@ -58,17 +69,13 @@ def load_classifier(
     options |= loading_options(spec)
     if "quantization_config" in options:
         options["quantization_config"].llm_int8_skip_modules = _HEAD_MODULES  # the head trains, so it is not quantised
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+    with loading(spec.name, "cannot be loaded as a classifier"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             spec.name, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        remedy = f"cannot be loaded as a classifier ({reason}); check the name"
-        raise bad_value("model.name", spec.name, remedy) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
-    remember_head(model, loading["missing_keys"], train_pooler)
+    remember_head(model, info["missing_keys"], train_pooler)
     return model
 
 
