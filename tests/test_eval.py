@@ -69,7 +69,8 @@ def reference(home: Path, name: str, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("text,label\na,b\n", [], "no aroma_task.json, as adapters that `aroma train` saves, so its columns are not"),
+        ("words,label\na,0\n", [], "row 1): it has no column 'text'; its columns are 'words', 'label'; name them by"),
+        ("text,label\na,b\n", [], "row 1)='b': no training example has this label; they have low, middle, high"),
         (
             "text,label\na,0\n",
             ["--text", "words"],
@@ -105,14 +106,14 @@ def test_eval_of_a_trainer_s_adapter_needs_its_columns_only(
         data, told = write_json_lines(tmp_path / f"{kind}.jsonl", rows), tmp_path / f"{kind}.json"
         arguments = ["eval", str(home / "named"), "--data", str(data), "--json", str(told)]
         assert main([*arguments, "--text", "sentence"]) == 2
-        assert "name them with --label" in capsys.readouterr().err
+        assert "it has no column 'label'; its columns are 'sentence', 'class'; name" in capsys.readouterr().err
         assert main([*arguments, "--text", "sentence", "--label", "class"]) == 0
         assert json.loads(told.read_text())["metrics"]["accuracy"] == pytest.approx(share)
     numbers = reference(home, "regression", num_labels=1)[:, 0].tolist()
     rows = [{"text": row["text"], "score": 2 * number} for row, number in zip(ROWS, numbers, strict=True)]
     data = write_json_lines(tmp_path / "numbers.jsonl", rows)
     arguments = ["eval", str(home / "regression"), "--data", str(data), "--json", str(tmp_path / "n.json")]
-    assert main([*arguments, "--text", "text", "--label", "score"]) == 0
+    assert main(arguments) == 0, "the columns have names in common use"
     assert json.loads((tmp_path / "n.json").read_text())["metrics"]["pearson"] == pytest.approx(1.0)
     assert main(["eval", str(home / "several"), "--data", str(data), "--text", "text", "--label", "score"]) == 2
     assert "an example has several labels or numbers; ask its model in plain PEFT" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def folders(tmp_path_factory):
 
 def load(folders, name):
     torch.manual_seed(9)
-    return load_classifier(str(folders / name), LABELS, 0)
+    return load_classifier(ModelSpec(str(folders / name)), LABELS, 0)
 
 
 def method_of(kind, **options):
@@ -156,14 +156,14 @@ def test_a_pooler_trains_unless_its_checkpoint_shows_that_pretraining_did(folder
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [saved_by]}))
     for choice, expected in (("auto", trains), (True, True), (False, False)):
-        head = head_of(load_classifier(str(tmp_path), LABELS, 0, choice))
+        head = head_of(load_classifier(ModelSpec(str(tmp_path)), LABELS, 0, choice))
         assert head.modules == (("bert.pooler",) if expected else ()) + ("classifier",)
         assert head.holds("bert.pooler.dense.weight") == expected
 
 
 def test_a_pooler_that_cannot_be_left_is_refused(folders):
     with pytest.raises(ConfigError, match=r"parameter='bert\.pooler.*': the checkpoint lacks it"):
-        load_classifier(str(folders / "bert without pooler"), LABELS, 0, False)
+        load_classifier(ModelSpec(str(folders / "bert without pooler")), LABELS, 0, False)
 
 
 def test_a_quantised_encoder_keeps_its_head_whole(folders):

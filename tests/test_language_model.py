@@ -12,6 +12,7 @@ from aroma import AromaConfig
 from aroma.checkpoint import save_adapter
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma.export import is_causal_lm
+from aroma.outputs import TASK_FILE
 from aroma_lab.language import gguf_source
 from aroma_lab.language.gguf_source import resolve_gguf
 from aroma_lab.language.model import (
@@ -23,7 +24,7 @@ from aroma_lab.language.model import (
     model_source,
 )
 from aroma_lab.specs import ModelSpec
-from aroma_lab.tasks.task import TASK_FILE, Task, save_task
+from aroma_lab.tasks.task import Task, save_task
 from models import METHOD, set_ranks
 from tiny_classifier import save_tiny_bert
 from tiny_gguf import POSITIONS, tiny_llama, write_gguf

@@ -18,11 +18,9 @@ from .about import LABELLED_TASKS, UNKNOWN
 from .card import CARD_FILE
 from .errors import bad_value
 from .files import write_json, write_tensors
-from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
+from .outputs import TASK_FILE, TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from .saved import AdapterWeights, read_adapter, zero_update
 from .state import write_adapter_state
-
-TASK_FILE = "aroma_task.json"
 
 SERVING_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that vLLM, TGI and SGLang all serve."""

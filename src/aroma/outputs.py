@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import OutputError, bad_value
 from .files import own_file, write_errors
 
+TASK_FILE = "aroma_task.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
 

@@ -21,21 +21,19 @@ from aroma.evidence.checkup import Checkup, model_loss
 from aroma.evidence.checkups import compress, require_standard_errors
 from aroma.evidence.schedule import FEWEST, WANTED
 from aroma.evidence.statistics import SIZES
-from aroma.export import base_of, is_causal_lm, model_class_of
+from aroma.export import is_causal_lm
 from aroma.files import read_tensors, write_json, write_tensors
-from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
+from aroma.outputs import TASK_FILE, TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from aroma.pictures import kept_picture
 from aroma.state import read_config
 
 from .language.data import examples_of
 from .language.encode import NOT_LEARNED, encode_rows
-from .language.model import language_task, load_for_inference, model_source, positions_of, with_adapter
+from .language.model import language_task, load_for_inference, model_source, positions_of
 from .specs import ModelSpec
-from .tasks.data import checked_examples
-from .tasks.model import placed
-from .tasks.saved import known_by_base, open_classifier
-from .tasks.sources import fitting_columns, read_located
-from .tasks.task import TASK_FILE, Layout, Task, common_layouts, read_task, save_task
+from .tasks.saved import open_classifier
+from .tasks.sources import read_located
+from .tasks.task import Task, save_task
 
 REPORT, PICTURE, WEIGHTS = "compression.json", "ranks.png", "adapter_model.safetensors"
 _TOKENS = 1024
@@ -75,7 +73,7 @@ def compress_adapter(folder: Path, data: str, out: str | os.PathLike[str], want:
     if config["peft_type"] != "LORA":
         raise bad_value("peft_type", config["peft_type"], f"{folder} is no LoRA adapter; give one of those")
     types = {name: tensor.dtype for name, tensor in read_tensors(weights).items()}
-    loaded = (_language if _is_language(folder, config) else _classifier)(folder, config, data, want)
+    loaded = (_language if is_causal_lm(config) else _classifier)(folder, config, data, want)
     with tqdm(desc="evaluating held-out examples", total=len(loaded.batches) * (SIZES + 1)) as bar:
 
         def loss(model: Any, batch: Any) -> Any:
@@ -112,14 +110,6 @@ def split_evenly(examples: Sequence[Any], most: int) -> list[list[Any]]:
     return [shuffled[start::count] for start in range(count)]
 
 
-def _is_language(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Return whether an adapter is a language model's; ConfigError if it is not a classifier's either."""
-    if is_causal_lm(config) or model_class_of(config).endswith("ForSequenceClassification"):
-        return is_causal_lm(config)
-    remedy = f"{folder} must be of a classifier or regression (SEQ_CLS), or of a causal language model (CAUSAL_LM)"
-    raise bad_value("task_type", config.get("task_type"), f"{remedy}; for others, aroma.compress(model, batches)")
-
-
 def _base_name(name: str | None) -> str:
     if not name:
         raise bad_value("--base", name, "the adapter does not name its base model; give its folder or hub name")
@@ -139,24 +129,20 @@ def _batches(data: str, rows: Mapping[str, Sequence[Any]], collate: Callable[[An
 
 
 def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Loaded:
-    name = _base_name(want.base or config.get("base_model_name_or_path"))
-    layouts = common_layouts(want.text, want.text_pair, want.label)
-    if known := read_task(folder):
-        layouts = [Layout(want.text or known.text, want.text_pair or known.text_pair, want.label or known.label)]
-    located = read_located("--data", data)
-    layout = layouts[fitting_columns(located, [one.columns() for one in layouts])]
-    adapter = known_by_base(folder, want.base)
-    saved = open_classifier(
-        folder, adapter=adapter, base_model=want.base, max_length=want.max_length, **layout._asdict()
+    _base_name(want.base or config.get("base_model_name_or_path"))
+    model, tokenizer, task, examples = open_classifier(
+        folder,
+        read_located("--data", data),
+        base_model=want.base,
+        text=want.text,
+        text_pair=want.text_pair,
+        label=want.label,
+        max_length=want.max_length,
     )
-    task, tokenizer = saved.task, saved.tokenizer
-    examples = checked_examples(located, task)
     texts, pairs, labels = ([one.get(key) for one in examples] for key in ("text", "pair", "labels"))
     encoded = tokenizer(texts, pairs if task.text_pair else None, truncation=True, max_length=task.max_length)
     batches = _batches(data, {**encoded, "labels": labels}, DataCollatorWithPadding(tokenizer), want.batch_size or 16)
-    base = base_of(adapter, want.base)
-    base.config.pad_token_id = tokenizer.pad_token_id  # of decoders, which pool at the last other token
-    return _Loaded(placed(with_adapter(base, folder, ModelSpec(name))), batches, task)
+    return _Loaded(model, batches, task)
 
 
 def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Loaded:

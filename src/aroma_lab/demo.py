@@ -20,7 +20,7 @@ from .run.run import run_trial
 from .run.trial import Trial
 from .specs import TaskSpec, TrainSpec
 from .tasks.articles import BBC_NEWS, SOURCE
-from .tasks.data import checked_examples, source_of
+from .tasks.data import source_of
 from .tasks.model import ENCODER_SOURCE, packaged_encoder
 from .tasks.saved import open_classifier
 
@@ -111,9 +111,8 @@ def row_of(name: str, result: dict[str, Any], adapter: Path) -> dict[str, Any]:
 
 def require_same_answers(adapter: Path, accuracy: float) -> None:
     """Raise CheckpointError unless plain PEFT loads the adapter and gets as many test articles right."""
-    saved = open_classifier(adapter)
-    articles = checked_examples(source_of(TASK).read("reported.test", "test"), saved.task)
-    right = sum(saved.answer(articles).argmax(-1) == [article["labels"] for article in articles])
-    if right != round(accuracy * len(articles)):
-        said = f"plain PEFT gets {right} of {len(articles)} articles right, and the trained model {accuracy:.2%}"
+    saved = open_classifier(adapter, source_of(TASK).read("reported.test", "test"))
+    right = sum(saved.answer().argmax(-1) == [article["labels"] for article in saved.examples])
+    if right != round(accuracy * len(saved.examples)):
+        said = f"plain PEFT gets {right} of {len(saved.examples)} articles right, and the trained model {accuracy:.2%}"
         raise CheckpointError(f"adapter={str(adapter)!r}: {said}; this is a defect of AROMA, please report it")

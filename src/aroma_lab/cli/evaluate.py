@@ -30,8 +30,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        help="folder of an adapter, or of a language model without one; columns of one that neither `aroma train` nor "
-        "`demo` saved are named with --text and --label",
+        help="folder of an adapter, or of a language model without one; where neither `aroma train` nor `demo` saved "
+        "it, columns have usual names, as for `aroma compress`, or are named with --text and --label",
     )
     parser.add_argument(
         "--data",

@@ -5,20 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aroma.errors import bad_value
-from aroma.export import is_causal_lm, put_into
+from aroma.export import is_causal_lm
 from aroma.files import require_adapter_folder
-from aroma.saved import is_plain, read_adapter
 from aroma.state import read_config
 
 from ..specs import ModelSpec
-from ..tasks.model import loading_options, placed
+from ..tasks.model import loading, loading_options, placed, with_adapter
 from ..tasks.task import Task, read_task
 from .encode import PLAIN_TEMPLATE, begins_with
 from .gguf_source import PACKAGED, packaged_gguf, resolve_gguf
@@ -33,9 +30,9 @@ def load_causal_lm(spec: ModelSpec) -> Any:
     from transformers import AutoModelForCausalLM
 
     source, options = model_source(spec), loading_options(spec)
-    with _loading(spec):
-        model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    if missing := sorted(loading["missing_keys"]):
+    with loading(spec.name, "cannot be loaded as a causal language model"):
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
         remedy = f"its checkpoint lacks {', '.join(missing[:3])}, so it is no trained causal language model; give one"
         raise bad_value("model.name", spec.name, remedy)
     return model
@@ -55,7 +52,7 @@ def load_lm_tokenizer(spec: ModelSpec, max_length: int | None, folder: Path | No
     from transformers import AutoConfig, AutoTokenizer
 
     source = model_source(spec)
-    with _loading(spec, "its tokenizer "):
+    with loading(spec.name, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder or source)
         config = AutoConfig.from_pretrained(source)
     if tokenizer.eos_token_id is None:
@@ -98,16 +95,6 @@ def positions_of(config: Any) -> int | None:
     """Return the most tokens that a model of this configuration takes; None: no limit, or not known."""
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None
-
-
-@contextmanager
-def _loading(spec: ModelSpec, what: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        remedy = f"{what}cannot be loaded as a causal language model ({reason}); check it"
-        raise bad_value("model.name", spec.name, remedy) from error
 
 
 def language_task(folder: str | os.PathLike[str]) -> Task:
@@ -196,24 +183,4 @@ def load_for_inference(
     if not spec.name:
         raise bad_value("base_model", spec.name, "the adapter does not name its base model; give its folder or name")
     tokenizer = load_lm_tokenizer(spec, None, path if (path / "tokenizer_config.json").exists() else None)
-    return LoadedModel(placed(with_adapter(load_causal_lm(spec), path, spec)), tokenizer)
-
-
-def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
-    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it.
-
-    Raises:
-        CheckpointError: The adapter is damaged.
-        ConfigError: The base model is not the one that the adapter was trained on.
-    """
-    from peft import PeftModel
-
-    config = read_config(path)
-    if is_plain(config):
-        return put_into(base, read_adapter(path), spec.name or "")
-    try:
-        return PeftModel.from_pretrained(base, str(path)).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        remedy = f"not the model of the adapter {path}: PEFT cannot put the one into the other: {reason}; give that"
-        raise bad_value("base_model", spec.name, remedy) from error
+    return LoadedModel(placed(with_adapter(load_causal_lm(spec), path, spec.name)), tokenizer)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
 from aroma.errors import bad_value
@@ -18,7 +18,7 @@ from ..specs import ModelSpec, TaskSpec
 from ..training.job import Job, Prediction
 from .data import load_task
 from .metrics import loss_of, metrics_of
-from .model import load_classifier
+from .model import load_classifier, loading
 from .task import save_task
 
 if TYPE_CHECKING:
@@ -30,11 +30,8 @@ def load_tokenizer(name: str, max_length: int) -> Any:
     """Return the tokenizer of a model, with a padding token; ConfigError if the model takes fewer tokens."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(name, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise bad_value("model.name", name, f"its tokenizer cannot be loaded ({reason}); check the name") from error
     if max_length > tokenizer.model_max_length:
         raise bad_value("data.max_length", max_length, f"{name} takes at most {tokenizer.model_max_length} tokens")
     if tokenizer.pad_token is None:
@@ -47,12 +44,10 @@ def check_positions(name: str, max_length: int) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or positions < 0:  # XLNet has −1: no limit
-        return
+    positions = getattr(config, "max_position_embeddings", None) or 0
     if "roberta" in config.model_type or config.model_type == "camembert":
         positions -= config.pad_token_id + 1  # their positions begin behind the padding's
-    if max_length > positions:
+    if 0 < positions < max_length:  # XLNet has −1: no limit
         raise bad_value("data.max_length", max_length, f"{name} takes at most {positions} tokens")
 
 
@@ -67,23 +62,20 @@ def encode(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
 
 
 @torch.no_grad()
-def logits_of(
-    model: Any, rows: Dataset, collate: Any, batch_size: int, on_batch: Callable[[int], None] = lambda done: None
-) -> NDArray[Any]:
+def logits_of(model: Any, rows: Dataset, collate: Any, batch_size: int, progress: bool = False) -> NDArray[Any]:
     """Return the logits, shape (examples, outputs), of encoded rows; those of similar lengths are batched together.
 
     Args:
         model: It runs where it is, and is left in its mode.
-        on_batch: Called after each batch with its number of examples.
+        progress: Whether a bar of the batches is shown.
     """
     lengths, was_training = [len(ids) for ids in rows["input_ids"]], model.training
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     model.eval()
-    logits = []
-    for batch in DataLoader(rows, batch_size, sampler=order, collate_fn=collate):
+    batches, logits = DataLoader(rows, batch_size, sampler=order, collate_fn=collate), []
+    for batch in tqdm(batches, "evaluate", disable=not progress):
         batch.pop("labels", None)
         logits.append(model(**batch.to(model.device)).logits.float().cpu())
-        on_batch(len(logits[-1]))
     model.train(was_training)
     found = torch.cat(logits).numpy()
     found[order] = found.copy()

@@ -14,10 +14,9 @@ from aroma.errors import DataError, bad_value
 
 from ..specs import HELD_OUT, TaskSpec
 from .articles import BBC_NEWS, TOPICS, load_articles, split_articles
-from .glue import GLUE, HUB, GlueTask, glue_key
 from .metrics import resolve_metric
 from .sources import FORMATS, Located, Made, Row, fitting_columns, hub_splits, of_each, read_hub, read_located
-from .task import Layout, Task
+from .task import GLUE, HUB, GlueTask, Layout, Task, glue_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +38,7 @@ class Source(NamedTuple):
     def has(self, split: str) -> bool:
         """Return whether there is a split of this name; of the articles it may be of a topic, as `train/tech`."""
         if self.folder is not None:
-            return any((self.folder / f"{split}{ending}").is_file() for ending in _ENDINGS)
+            return _file_of(self.folder, split) is not None
         if self.name == BBC_NEWS:
             name, _, topic = split.partition("/")
             return name in ("train", "test") and topic in ("", *TOPICS)
@@ -54,7 +53,7 @@ class Source(NamedTuple):
         field = f"data.{key}"
         if self.folder is not None:
             names = [split] if self.has(split) else split.split("+")
-            return [row for name in names for row in read_located(field, self._file(field, name))]
+            return [row for name in names for row in _read_split(self.folder, field, name)]
         if self.name == BBC_NEWS:
             if not self.has(split):
                 remedy = f"{BBC_NEWS} has no such split; it has train and test, and of a topic such as train/tech"
@@ -66,14 +65,18 @@ class Source(NamedTuple):
         rows = read_hub(field, split, self.name, self.config)
         return [(f"{field} ({self.name}, row {number})", row) for number, row in enumerate(rows, start=1)]
 
-    def _file(self, field: str, split: str) -> str:
-        assert self.folder is not None
-        for ending in _ENDINGS:
-            if (file := self.folder / f"{split}{ending}").is_file():
-                return str(file)
-        there = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.suffix in FORMATS))
-        remedy = f"no such file in {self.folder}, with or without {', '.join(FORMATS)}; it holds {there or 'no data'}"
-        raise bad_value(field, split, remedy, DataError)
+
+def _file_of(folder: Path, split: str) -> Path | None:
+    files = (folder / f"{split}{ending}" for ending in _ENDINGS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _read_split(folder: Path, field: str, split: str) -> list[Located]:
+    if (file := _file_of(folder, split)) is not None:
+        return read_located(field, str(file))
+    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in FORMATS))
+    remedy = f"no such file in {folder}, with or without {', '.join(FORMATS)}; it holds {there or 'no data'}"
+    raise bad_value(field, split, remedy, DataError)
 
 
 def glue_of(spec: TaskSpec) -> GlueTask | None:
@@ -213,15 +216,12 @@ def layout_of(spec: TaskSpec) -> Layout:
     """Return the columns of a classification or regression."""
     glue = glue_of(spec)
     known = glue.layout if glue else Layout("text", None, "label")
-    layout = Layout(spec.text or known.text, spec.text_pair or known.text_pair, spec.label or known.label)
-    if layout.label in layout[:2]:
-        raise bad_value("data.label", layout.label, "the label and a text cannot be the same column")
-    return layout
+    return Layout(spec.text or known.text, spec.text_pair or known.text_pair, spec.label or known.label)
 
 
 def with_columns(rows: list[Located], layout: Layout) -> list[Located]:
     """Return the rows; DataError if a column is missing."""
-    fitting_columns(rows, [layout.columns()])
+    fitting_columns(rows, [layout])
     return rows
 
 
@@ -236,31 +236,22 @@ def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
     names = task.label_names or ()
     index = {str(number): number for number in range(len(names))} if not any(map(_is_whole, names)) else {}
     index |= {name: number for number, name in enumerate(names)}
-    layout = task.layout
+    columns = {key: name for key, name in zip(("text", "pair", "labels"), task.layout, strict=True) if name}
 
     def example_of(located: Located) -> Row:
         where, row = located
-        label = _value(where, row, task.label)
+        example = {key: row.get(name) for key, name in columns.items()}
+        if missing := next((columns[key] for key, value in example.items() if value is None), None):
+            remedy = f"nothing is in column {missing!r}; fill it in, or leave the row out"
+            raise bad_value(where, None, remedy, DataError)
+        label = example.pop("labels")
         labels = _number(where, label) if task.label_names is None else index.get(str(label))
         if labels is None:
             remedy = f"no training example has this label; they have {', '.join(names)}. Mend the label"
             raise bad_value(where, label, remedy, DataError)
-        return {**_texts_of(where, row, layout), "labels": labels}
+        return {**{key: str(text) for key, text in example.items()}, "labels": labels}
 
-    fitting_columns(rows, [layout.columns()])
     return of_each(rows, example_of)
-
-
-def _texts_of(where: str, row: Row, layout: Layout) -> Row:
-    columns = {key: name for key, name in zip(("text", "pair"), layout[:2], strict=True) if name is not None}
-    return {key: str(_value(where, row, name)) for key, name in columns.items()}
-
-
-def _value(where: str, row: Row, column: str) -> Any:
-    if row.get(column) is None:
-        remedy = f"nothing is in column {column!r}; fill it in, or leave the row out"
-        raise bad_value(where, None, remedy, DataError)
-    return row[column]
 
 
 def class_names(column: str, rows: Iterable[Row]) -> tuple[str, ...]:

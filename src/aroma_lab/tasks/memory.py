@@ -8,7 +8,6 @@ held out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from aroma.errors import bad_value
 
 from ..specs import TaskSpec
 from ..training.job import Prediction
-from .made import MadeJob
+from .planted import MadeJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,6 +96,7 @@ def memory_job(spec: TaskSpec, seed: int) -> MadeJob:
         raise bad_value("data.width", width, remedy)
 
     from datasets import Dataset
+    from transformers import default_data_collator
 
     def rows(tokens: Tensor) -> Dataset:
         labels = tokens.clone()
@@ -110,7 +110,7 @@ def memory_job(spec: TaskSpec, seed: int) -> MadeJob:
     vocabulary = VOCABULARY + (templates if templates > 1 else 0)
     load = partial(make_language_model, spec.layers or _LAYERS, width, seed, vocabulary)
     parts = {"train": rows(trained), split: rows(evaluated)}
-    return MadeJob(METRIC, (split,), load, _collate, parts, _evaluate, counts_items=True)
+    return MadeJob(METRIC, (split,), load, default_data_collator, parts, _evaluate, counts_items=True)
 
 
 @torch.no_grad()
@@ -140,7 +140,3 @@ def recall(logits: Tensor, values: Tensor) -> dict[str, float]:
     bits = max(0.0, there - nats / math.log(2))
     right = (logits.argmax(-1) == values).all(1).double().mean().item()
     return {METRIC: bits / there, "accuracy": right, "bits": bits, "loss": nats / values.numel()}
-
-
-def _collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}

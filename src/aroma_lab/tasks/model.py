@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from aroma.errors import bad_value
+from aroma.export import put_into
+from aroma.saved import AdapterWeights, is_plain, read_adapter
+from aroma.state import read_config
 
 from ..methods.head import TrainPooler, head_of, remember_head
 from ..specs import ModelSpec
@@ -28,8 +33,17 @@ _HEAD_MODULES = [
 """Patterns of the modules of heads, as a quantizer of transformers takes them."""
 
 
+@contextmanager
+def loading(name: str | None, problem: str) -> Iterator[None]:
+    """Turn errors of transformers into a ConfigError that tells the problem with the model `name`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise bad_value("model.name", name, f"{problem} ({' '.join(str(error).split())}); check it") from error
+
+
 def load_classifier(
-    name: str | ModelSpec,
+    spec: ModelSpec,
     label_names: tuple[str, ...] | None,
     pad_token_id: int | None,
     train_pooler: TrainPooler = "auto",
@@ -37,7 +51,7 @@ def load_classifier(
     """Load a pretrained model with a fresh classification head, or a regression head of one output.
 
     Args:
-        name: Hub name or local folder of a model to load in float32, or how it is loaded.
+        spec: The model, and how it is loaded.
         label_names: Names of the classes by index; None for a regression.
         pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other token.
         train_pooler: Whether the backbone's pooler trains with the head; see `methods.head.remember_head`.
@@ -47,7 +61,6 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if label_names is not None:
         index = {label: number for number, label in enumerate(label_names)}
@@ -56,17 +69,13 @@ def load_classifier(
     options |= loading_options(spec)
     if "quantization_config" in options:
         options["quantization_config"].llm_int8_skip_modules = _HEAD_MODULES  # the head trains, so it is not quantised
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+    with loading(spec.name, "cannot be loaded as a classifier"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             spec.name, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        remedy = f"cannot be loaded as a classifier ({reason}); check the name"
-        raise bad_value("model.name", spec.name, remedy) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
-    remember_head(model, loading["missing_keys"], train_pooler)
+    remember_head(model, info["missing_keys"], train_pooler)
     return model
 
 
@@ -94,6 +103,18 @@ def placed(model: Any) -> Any:
     if getattr(model, "quantization_method", None) is not None or not torch.accelerator.is_available():
         return model  # quantized weights are where they were loaded
     return model.to(torch.accelerator.current_accelerator())
+
+
+def with_adapter(base: Any, folder: Path, base_name: str) -> Any:
+    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it.
+
+    Raises:
+        CheckpointError: The adapter is damaged.
+        ConfigError: The base model is not the one that the adapter was trained on.
+    """
+    config = read_config(folder)
+    adapter = read_adapter(folder) if is_plain(config) else AdapterWeights(folder, config, {}, {}, None)
+    return put_into(base, adapter, base_name)
 
 
 def count_trainable(model: Any) -> dict[str, int]:

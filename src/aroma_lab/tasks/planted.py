@@ -7,7 +7,8 @@ random inputs, here, and a pretrained encoder on real sentences, in `planted_enc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from aroma.errors import bad_value
 
 from ..specs import HELD_OUT, TaskSpec
-from ..training.job import Prediction
-from .made import Collate, MadeJob
+from ..training.job import Job, Prediction
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +31,8 @@ METRIC = "explained"
 """The score: 1 − error, so that 1 is perfect and 0 is the base."""
 FRESH = "fresh"
 """The reported split: inputs that nothing trained on, with the teacher's outputs free of noise."""
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+"""Makes a batch of rows."""
 _EXAMPLES, _FRESH, _NOISE, _LAYERS, _WIDTH = 1500, 2000, 0.1, 12, 64
 
 
@@ -45,11 +47,8 @@ def deal_ranks(spec: TaskSpec, shapes: Mapping[str, Sequence[int]], generator: t
         generator: Draws the order.
 
     Raises:
-        ConfigError: No matrices, or a rank that is larger than the smallest side of a matrix.
+        ConfigError: A rank is larger than the smallest side of a matrix.
     """
-    if not shapes:
-        remedy = "it has no linear module in numbered layers to plant updates in; take an encoder that has"
-        raise bad_value("model", "encoder", remedy)
     ranks = list(GRADED if spec.ranks is None else spec.ranks)
     most = min(min(shape) for shape in shapes.values())
     if max(ranks) > most:
@@ -155,6 +154,41 @@ def make_net(spec: TaskSpec, seed: int) -> NetData:
 
 
 # The job -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MadeJob(Job):
+    """A made base model that learns a right answer; see `Job`.
+
+    Args:
+        load: Returns the base model, a new one at every call.
+        measured: Called with model, rows and batch size, returns metrics and loss.
+    """
+
+    metric: str
+    evaluated: tuple[str, ...]
+    load: Callable[[], Any]
+    collator: Collate
+    rows: Mapping[str, Dataset]
+    measured: Callable[[Any, Dataset, int], Prediction]
+    planted: Mapping[str, int] | None = None
+    tokenizer: Any = None
+    counts_items: bool = False
+
+    keeps_columns = True
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of examples by split."""
+        return {split: len(some) for split, some in self.rows.items()}
+
+    def load_model(self) -> Any:
+        """Return the base; a new one at every call."""
+        return self.load()
+
+    def measure(self, model: Any, rows: Dataset, batch_size: int) -> Prediction:
+        """Return metrics and loss over rows."""
+        return self.measured(model, rows, batch_size)
 
 
 def planted_job(spec: TaskSpec, seed: int) -> MadeJob:

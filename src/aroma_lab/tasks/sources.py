@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 
 from aroma.errors import DataError, bad_value
 
-FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-
 Row = dict[str, Any]
 """Values by column name; a missing value is None."""
 
@@ -46,16 +44,6 @@ def of_each(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
 
 
 def read_located(field: str, path: str) -> list[Located]:
-    """Return the rows of a local file, or of several joined by `+`; see `read_rows`."""
-    files = [path] if Path(path).exists() else path.split("+")
-    return [
-        (f"{field} ({file}, row {number})", row)
-        for file in files
-        for number, row in enumerate(read_rows(field, file), start=1)
-    ]
-
-
-def read_rows(field: str, path: str) -> list[Row]:
     """Return all rows of a local file; its suffix gives the format.
 
     CSV and TSV have a header line, their values are texts, and an empty field is a missing value. CSV is quoted as
@@ -68,11 +56,8 @@ def read_rows(field: str, path: str) -> list[Row]:
         DataError: No such file, an unknown suffix, a damaged line (with its number), or no rows.
     """
     file = require_data_file(field, path)
-    suffix = file.suffix.lower()
-    if suffix not in FORMATS:
+    if (read := _READERS.get(file.suffix.lower())) is None:
         raise bad_value(field, path, f"unknown format; its name must end in {', '.join(FORMATS)}", DataError)
-    tables = {".csv": _read_table, ".tsv": _read_table, ".parquet": _read_parquet, ".json": _read_json}
-    read = tables.get(suffix, _read_json_lines)
     try:
         rows = [{name.strip(): value for name, value in row.items()} for row in read(file)]
     except UnicodeDecodeError as error:
@@ -81,7 +66,7 @@ def read_rows(field: str, path: str) -> list[Row]:
         raise bad_value(field, path, f"{error}; mend the file", DataError) from error
     if not rows:
         raise bad_value(field, path, "it has no rows; give at least one example", DataError)
-    return rows
+    return [(f"{field} ({path}, row {number})", row) for number, row in enumerate(rows, start=1)]
 
 
 def require_data_file(field: str, path: str) -> Path:
@@ -92,10 +77,10 @@ def require_data_file(field: str, path: str) -> Path:
     return file
 
 
-def fitting_columns(rows: Sequence[Located], choices: Sequence[Sequence[str]]) -> int:
+def fitting_columns(rows: Sequence[Located], choices: Sequence[Sequence[str | None]]) -> int:
     """Return the index of the first set of columns that all exist; DataError says what the nearest set lacks."""
     names = list(dict.fromkeys(name for _, row in rows for name in row))
-    lacking = [[name for name in wanted if name not in names] for wanted in choices]
+    lacking = [[name for name in wanted if name is not None and name not in names] for wanted in choices]
     if nearest := min(lacking, key=len):
         missing, there = (", ".join(map(repr, some)) for some in (nearest, names))
         like = ", ".join(repr(name) for one in nearest for name in get_close_matches(one, names, n=1))
@@ -187,3 +172,10 @@ def _read_parquet(file: Path) -> list[Row]:
 
     rows: list[Row] = read_table(file).to_pylist()
     return rows
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    **{".csv": _read_table, ".tsv": _read_table, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines},
+    **{".json": _read_json, ".parquet": _read_parquet},
+}
+FORMATS = (*_READERS,)

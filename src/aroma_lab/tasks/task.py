@@ -1,18 +1,18 @@
-"""`aroma_task.json` beside an adapter: what its outputs mean, so that the folder alone can be evaluated."""
+"""What a classification or regression is: columns and labels, as `aroma_task.json` and GLUE have them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from aroma.errors import CheckpointError
 from aroma.files import read_json, write_json
+from aroma.outputs import TASK_FILE
 
 from ..specs import ModelSpec
-
-TASK_FILE = "aroma_task.json"
 
 
 class Layout(NamedTuple):
@@ -21,10 +21,6 @@ class Layout(NamedTuple):
     text: str
     text_pair: str | None
     label: str
-
-    def columns(self) -> list[str]:
-        """Return the columns to read."""
-        return [name for name in self if name is not None]
 
 
 def common_layouts(text: str | None, text_pair: str | None, label: str | None) -> list[Layout]:
@@ -64,7 +60,7 @@ class Task:
 
 
 def save_task(task: Task, adapter: str | os.PathLike[str]) -> None:
-    """Write the task into the folder of an adapter."""
+    """Write the task into the folder of an adapter, so that the folder alone can be evaluated."""
     write_json(Path(adapter) / TASK_FILE, asdict(task))
 
 
@@ -88,3 +84,47 @@ def read_task(adapter: str | os.PathLike[str]) -> Task | None:
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error
     return task
+
+
+# GLUE ----------------------------------------------------------------------------------------------------------------
+
+HUB = "nyu-mll/glue"
+"""Data set of the hub that has them all, each as a configuration named like the task."""
+_VALIDATION = {"validation": "validation"}
+
+
+class GlueTask(NamedTuple):
+    """One of the eight tasks of GLUE in Table 2, as the hub has it."""
+
+    metric: str
+    """Its metric in Table 2."""
+    label_names: tuple[str, ...] | None
+    """Names of the classes, in the order in which the hub numbers them; None for a regression."""
+    layout: Layout
+    """Its columns."""
+    reported: Mapping[str, str] = _VALIDATION
+    """The splits whose labels are public, by label."""
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_SENTENCE = Layout("sentence", None, "label")
+_SENTENCES = Layout("sentence1", "sentence2", "label")
+_QUESTIONS = Layout("question1", "question2", "label")
+_PREMISE = Layout("premise", "hypothesis", "label")
+_MNLI_SPLITS = {"matched": "validation_matched", "mismatched": "validation_mismatched"}
+
+GLUE: dict[str, GlueTask] = {
+    "cola": GlueTask("mcc", ("unacceptable", "acceptable"), _SENTENCE),
+    "sst2": GlueTask("accuracy", ("negative", "positive"), _SENTENCE),
+    "mrpc": GlueTask("accuracy", ("not_equivalent", "equivalent"), _SENTENCES),
+    "stsb": GlueTask("pearson", None, _SENTENCES),
+    "qqp": GlueTask("accuracy", ("not_duplicate", "duplicate"), _QUESTIONS),
+    "mnli": GlueTask("accuracy", ("entailment", "neutral", "contradiction"), _PREMISE, _MNLI_SPLITS),
+    "qnli": GlueTask("accuracy", _ENTAILMENT, Layout("question", "sentence", "label")),
+    "rte": GlueTask("accuracy", _ENTAILMENT, _SENTENCES),
+}
+
+
+def glue_key(name: str) -> str:
+    """Return a name in the spelling of the keys of `GLUE`: `sst2` for `SST-2`."""
+    return name.lower().replace("-", "").replace("_", "")
