@@ -1,6 +1,6 @@
-"""The figure and the table of a new language (examples/lab/verses.yaml), out of results/lab/verses.
+"""The figure and the tables of a new language (examples/lab/verses.yaml), out of results/lab/verses.
 
-python tools/verses.py             # writes both: into docs/results.md, and as figures/languages.png
+python tools/verses.py             # writes them: into docs/results.md, and as figures/languages.png
 """
 
 from __future__ import annotations
@@ -25,22 +25,30 @@ METHODS = {
 }
 
 
-def read(folder: Path = FOLDER) -> pd.DataFrame:
-    """Return a row for each reported run: method, seed, mean rank, bits per byte of unseen Spanish and English."""
-    runs = pd.read_parquet(folder / "runs.parquet")
-    runs = runs[runs["selects"].isna() | ~runs["selects"].astype(bool)]
+MEASURES = {
+    "spanish": {"Spanish": ("test", "bits_per_byte"), "English": ("english", "bits_per_byte")},
+    "translation": {"chrF": ("test", "chrf"), "loss": ("test", "loss")},
+}
+"""What a task is measured by: column of its table, then reported split and metric."""
+
+
+def read(task: str) -> pd.DataFrame:
+    """Return a row for each reported run of a task: method, seed, mean rank, and what it is measured by."""
+    runs = pd.read_parquet(FOLDER / "runs.parquet")
+    runs = runs[(runs["task"] == task) & (runs["selects"].isna() | ~runs["selects"].astype(bool))]
     reported = [json.loads(result)["reported"] for result in runs["result"]]
-    spanish, english = ([one[key]["bits_per_byte"] for one in reported] for key in ("test", "english"))
-    return runs[["method", "seed", "average_rank"]].assign(spanish=spanish, english=english)
+    measured = {name: [one[split][key] for one in reported] for name, (split, key) in MEASURES[task].items()}
+    return runs[["method", "seed", "average_rank"]].assign(**measured)
 
 
-def table(rows: pd.DataFrame) -> str:
+def table(task: str) -> str:
     """Return mean ± standard deviation over the seeds, by method."""
-    lines = ["| bits per byte | rank | Spanish | English | seeds |", "|---|--:|--:|--:|--:|"]
+    rows, names = read(task), [*MEASURES[task]]
+    lines = [f"| {task} | rank | {' | '.join(names)} | seeds |", "|---|--:|--:|--:|--:|"]
     for method, title in METHODS.items():
         some = rows[rows["method"] == method]
         if len(some):
-            cells = [_mean(some[language]) for language in ("spanish", "english")]
+            cells = [_mean(some[name]) for name in names]
             rank = some["average_rank"].mean()
             lines.append(f"| {title} | {'' if pd.isna(rank) else f'{rank:.1f}'} | {' | '.join(cells)} | {len(some)} |")
     return "\n".join(lines)
@@ -52,16 +60,16 @@ def _mean(values: pd.Series) -> str:
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """Draw the loss of the new language against the rank that is saved, and that of the old one against it."""
-    means = rows.groupby("method")[["average_rank", "spanish", "english"]].mean()
+    means = rows.groupby("method")[["average_rank", "Spanish", "English"]].mean()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     fixed = means[means.index.str.startswith("lora-r")].sort_values("average_rank")
-    left.plot(fixed["average_rank"], fixed["spanish"], color="#767676", linewidth=1.2, zorder=1)
-    right.plot(fixed["spanish"], fixed["english"], color="#767676", linewidth=1.2, zorder=1)
+    left.plot(fixed["average_rank"], fixed["Spanish"], color="#767676", linewidth=1.2, zorder=1)
+    right.plot(fixed["Spanish"], fixed["English"], color="#767676", linewidth=1.2, zorder=1)
     for index, method in enumerate(name for name in METHODS if name in means.index):
         look = {"marker": "osD^vP*X<>hd8pH"[index], "color": f"C{index % 10}", "s": 60}
         one = means.loc[method]
-        left.scatter(one["average_rank"], one["spanish"], **look)
-        right.scatter(one["spanish"], one["english"], label=METHODS[method].strip("*"), **look)
+        left.scatter(one["average_rank"], one["Spanish"], **look)
+        right.scatter(one["Spanish"], one["English"], label=METHODS[method].strip("*"), **look)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:.3g}")
     left.set(xlabel="mean rank of the saved adapter", ylabel="bits per byte of unseen Spanish")
@@ -77,6 +85,6 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
 if __name__ == "__main__":
     from results import put
 
-    found = read()
-    put(Path(__file__).parents[1] / "docs" / "results.md", table(found))
-    draw(found, FOLDER / "figures" / "languages.png")
+    for task in MEASURES:
+        put(Path(__file__).parents[1] / "docs" / "results.md", table(task))
+    draw(read("spanish"), FOLDER / "figures" / "languages.png")
