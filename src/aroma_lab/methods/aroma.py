@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import TrainerCallback
 
 from aroma.checkpoint import save_adapter
 from aroma.integrations.callback import AromaCallback
-from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
 
 from ..specs import ADAPTER_KEYS
-from .base import Hooks
 from .lora import ADAPTER, PeftAdapter
 
 
@@ -54,10 +52,6 @@ class Aroma(PeftAdapter):
     def config(self, targets: list[str] | None, planned_steps: int = 0) -> AromaConfig:
         """Return the configuration; targets are None as long as the model is not known."""
         return AromaConfig(**{**self.defaults, **self.options, "target_modules": targets})
-
-    def hooks(self, model: Any) -> GrowthHooks:
-        """Return the controller of a plain loop; see `Method.hooks`."""
-        return GrowthHooks(model)
 
     def callbacks(
         self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
@@ -103,15 +97,3 @@ class ReLora(Aroma):
     without: ClassVar[frozenset[str]] = frozenset(
         ("inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components")
     )
-
-
-class GrowthHooks(Hooks):
-    """AROMA in a plain loop: `aroma.attach` does all of it within `optimizer.step()`, and has a state of its own."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def begin(self, optimizer: Any, planned_steps: int) -> Self:
-        """Attach the controller; see `Hooks.begin`."""
-        self.controller = attach(self.model, optimizer, total_steps=planned_steps).controller
-        return self
