@@ -11,11 +11,9 @@ from aroma.errors import bad_value
 from .adalora import AdaLora
 from .aroma import Aroma, ReLora
 from .base import Hooks, Method
-from .bottleneck import Houlsby, Pfeiffer
-from .evidence import Evidence, Truncated
 from .head import encoder_linears, find_targets
-from .lora import Lora, PeftAdapter
-from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
+from .lora import Evidence, Lora, PeftAdapter, Truncated
+from .plain import BitFit, Frozen, Full, HeadOnly, Houlsby, Pfeiffer, Pretrained
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
 __all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLora", "Truncated"]

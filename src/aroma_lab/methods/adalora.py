@@ -33,10 +33,8 @@ class AdaLora(PeftAdapter):
         target_r: Average rank at the end.
         alpha: PEFT's lora_alpha, which AdaLoRA divides by the rank; None for `init_r`, so that the scale is 1.
         dropout: Dropout on the adapter's input.
-        initial_share: Share of the planned steps before the budget shrinks (tinit).
-        final_share: Share of the planned steps after it has shrunk (tfinal).
-        initial_steps: Optimizer steps before the budget shrinks, in place of `initial_share`; None: the share decides.
-        final_steps: Optimizer steps after it has shrunk, in place of `final_share`; None: the share decides.
+        initial_steps: Optimizer steps before the budget shrinks (tinit); below 1 a share of the planned steps.
+        final_steps: Optimizer steps after it has shrunk (tfinal); below 1 a share of the planned steps.
         interval: Optimizer steps between two allocations (deltaT).
         orthogonality: Weight of the orthogonality term.
         target_modules: Modules to adapt; see `head.find_targets`.
@@ -46,10 +44,8 @@ class AdaLora(PeftAdapter):
     target_r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    initial_share: float = 0.0
-    final_share: float = 0.0
-    initial_steps: int | None = None
-    final_steps: int | None = None
+    initial_steps: int | float = 0
+    final_steps: int | float = 0
     interval: int = 1
     orthogonality: float = 0.5
     target_modules: list[str] | str | None = None
@@ -59,10 +55,9 @@ class AdaLora(PeftAdapter):
         less = f"give 1 or more, and less than init_r={self.init_r}"
         self._require(0 < self.target_r < self.init_r, "target_r", less)
 
-    def config(self, targets: list[str], planned_steps: int) -> AdaLoraConfig:
+    def config(self, planned_steps: int) -> AdaLoraConfig:
         """Return PEFT's configuration; ConfigError if no step is left for the budget to shrink in."""
-        initial = int(self.initial_share * planned_steps) if self.initial_steps is None else self.initial_steps
-        final = int(self.final_share * planned_steps) if self.final_steps is None else self.final_steps
+        initial, final = (int(n * planned_steps if n < 1 else n) for n in (self.initial_steps, self.final_steps))
         if initial + final >= planned_steps:
             remedy = f"with {initial} initial steps it leaves none of the {planned_steps} planned ones for the budget"
             raise bad_value("final_steps", final, f"{remedy} to shrink in; lower one, or train longer")
@@ -77,7 +72,7 @@ class AdaLora(PeftAdapter):
             deltaT=self.interval,
             orth_reg_weight=self.orthogonality,
             total_step=planned_steps,
-            target_modules=targets,
+            target_modules=self.target_modules,
         )
 
     def hooks(self, model: Any) -> Allocation:

@@ -37,21 +37,16 @@ class Aroma(PeftAdapter):
 
     def __init__(self, **options: Any) -> None:
         object.__setattr__(self, "options", options)  # the class is frozen
-        self.config(None)  # an impossible value is refused now, not when the model is built
+        self.config()  # an impossible value is refused now, not when the model is built
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
         return {name: kind for name, (kind, _) in ADAPTER_KEYS.items() if name not in cls.without}
 
-    @property
-    def target_modules(self) -> list[str] | str | None:
-        """Modules that grow; see `head.find_targets`."""
-        return self.options.get("target_modules")
-
-    def config(self, targets: list[str] | None, planned_steps: int = 0) -> AromaConfig:
-        """Return the configuration; targets are None as long as the model is not known."""
-        return AromaConfig(**{**self.defaults, **self.options, "target_modules": targets})
+    def config(self, planned_steps: int = 0) -> AromaConfig:
+        """Return the configuration; see `PeftAdapter.config`."""
+        return AromaConfig(**{"target_modules": None, **self.defaults, **self.options})
 
     def callbacks(
         self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
@@ -73,7 +68,7 @@ class Aroma(PeftAdapter):
 
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError if a run of `steps` optimizer steps is too short for an inner loop."""
-        self.config(None).resolve_inner_steps(steps)
+        self.config().resolve_inner_steps(steps)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
