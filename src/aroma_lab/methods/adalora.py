@@ -11,8 +11,6 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor
 
-from aroma.errors import bad_value
-
 from .base import Hooks
 from .lora import ADAPTER, PeftAdapter, layers_of
 
@@ -56,11 +54,8 @@ class AdaLora(PeftAdapter):
         self._require(0 < self.target_r < self.init_r, "target_r", less)
 
     def config(self, planned_steps: int) -> AdaLoraConfig:
-        """Return PEFT's configuration; ConfigError if no step is left for the budget to shrink in."""
+        """Return PEFT's configuration; ValueError if no step is left for the budget to shrink in."""
         initial, final = (int(n * planned_steps if n < 1 else n) for n in (self.initial_steps, self.final_steps))
-        if initial + final >= planned_steps:
-            remedy = f"with {initial} initial steps it leaves none of the {planned_steps} planned ones for the budget"
-            raise bad_value("final_steps", final, f"{remedy} to shrink in; lower one, or train longer")
         alpha: Any = self.init_r if self.alpha is None else self.alpha
         return AdaLoraConfig(
             init_r=self.init_r,
@@ -81,9 +76,9 @@ class AdaLora(PeftAdapter):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return how many triplets of every module the last allocation left; see `Method.ranks`."""
-        kept = kept_triplets(model)
-        layers = layers_of(model, SVDLinear).items()
-        return {name: sum(kept[name]) if name in kept else layer.r[ADAPTER] for name, layer in layers}
+        pattern, layers = model.peft_config[ADAPTER].rank_pattern or {}, layers_of(model, SVDLinear).items()
+        kept = {name.removesuffix(f".lora_E.{ADAPTER}"): sum(mask) for name, mask in pattern.items()}
+        return {name: kept.get(name, layer.r[ADAPTER]) for name, layer in layers}
 
     def active_parameters(self, model: Any) -> int:
         """Return the parameters of the triplets that the last allocation left; see `Method.active_parameters`."""
@@ -107,9 +102,6 @@ class Allocation(Hooks):
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        # The allocator's names are those below the tuner.
-        named = model.base_model.model.named_parameters()
-        self._parameters = {name: parameter for name, parameter in named if ".lora_" in name}
 
     def after_step(self, step: int) -> None:
         """Score every triplet by the gradients, and mask those beyond the budget."""
@@ -119,8 +111,8 @@ class Allocation(Hooks):
         """Return sensitivities, averages and masks; see `Hooks.state_dict`."""
         allocator = self._model.base_model.rankallocator
         averages = {f"{kind}.{name}": one for kind in _AVERAGES for name, one in getattr(allocator, kind).items()}
-        kept = kept_triplets(self._model).items()
-        masks = {f"{_PATTERN}.{name}.lora_E.{ADAPTER}": torch.tensor(one, dtype=torch.bool) for name, one in kept}
+        pattern = self._model.peft_config[ADAPTER].rank_pattern or {}
+        masks = {f"{_PATTERN}.{name}": torch.tensor(kept, dtype=torch.bool) for name, kept in pattern.items()}
         return {name: values.detach().clone() for name, values in (averages | masks).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -130,17 +122,11 @@ class Allocation(Hooks):
             kind, _, name = key.partition(".")
             parts[kind][name] = values
         for kind in _AVERAGES:
-            averages = {name: values.to(self._parameters[name], copy=True) for name, values in parts[kind].items()}
+            averages = {name: values.to(self._model.device, copy=True) for name, values in parts[kind].items()}
             setattr(self._model.base_model.rankallocator, kind, averages)
         # None, not empty, before the first allocation: as PEFT has it.
         masks = {name: kept.tolist() for name, kept in parts[_PATTERN].items()} or None
         self._model.peft_config[ADAPTER].rank_pattern = masks
-
-
-def kept_triplets(model: Any) -> dict[str, list[bool]]:
-    """Return which triplets the last allocation left, by module name; empty before the first."""
-    pattern = model.peft_config[ADAPTER].rank_pattern or {}
-    return {name.removesuffix(f".lora_E.{ADAPTER}"): kept for name, kept in pattern.items()}
 
 
 def _triplets_of(layer: Any) -> tuple[Tensor, Tensor]:
