@@ -71,7 +71,7 @@ def test_the_grids_of_the_results_load_and_their_selections_are_of_them(path):
             }
 
 
-def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
+def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path):
     methods = {"lora-0.5": {"kind": "lora"}, "lora": {"kind": "lora"}}
     path = write_yaml(tmp_path / "grid.yaml", grid_values(tmp_path, methods=methods))
     overrides = [
@@ -82,8 +82,9 @@ def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
         "tasks.mrpc.max_length=64",
         f"select.over.{RATE}=[1e-3]",
         "processes=2",
+        "processes=3",
     ]
-    grid = load_grid(path, overrides, processes=3, data=None)
+    grid = load_grid(path, overrides)
     trial = expand(grid)[0]
     assert (grid.seeds, trial.training.learning_rate, trial.training.max_steps) == ([3], 1e-4, 10)
     assert grid.methods == {"lora-0.5": {"kind": "lora", "r": 4}, "lora": {"kind": "lora", "alpha": 10.0}}

@@ -103,19 +103,17 @@ class Grid:
 # Reading a file -----------------------------------------------------------------------------------------------------
 
 
-def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> Grid:
+def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Grid:
     """Read a grid file.
 
     Args:
         path: A YAML file with the keys of `Grid`.
         overrides: Texts such as `"training.max_steps=60"` or `"methods.lora-r8.r=4"`; they win over the file.
-        arguments: Values by top-level key, such as `processes`; they win over both, unless they are None.
 
     Raises:
         ConfigError: No such file, no YAML, or as `make_grid`.
     """
-    values = load_values("grid", path, overrides)
-    return make_grid({**values, **{key: value for key, value in arguments.items() if value is not None}})
+    return make_grid(load_values("grid", path, overrides))
 
 
 def make_grid(values: Mapping[str, Any]) -> Grid:
