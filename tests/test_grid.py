@@ -259,7 +259,7 @@ def test_the_chosen_settings_are_run_and_written_and_a_part_is_run_as_if_in_one(
     assert all("/b/" in name for name in first.finished)
     assert list(json.loads((out / "selection.json").read_text())["mrpc"]) == ["b"]
     assert list(yaml.safe_load((out / "grid.yaml").read_text())["methods"]) == ["a", "b"]
-    assert [state for _, state in list_grid(grid, methods=["b"])] == ["finished"] * 5
+    assert [state for _, state in list_grid(grid.part(methods=["b"]))] == ["finished"] * 5
     second = run(grid)
     assert (len(second.skipped), len(second.finished)) == (5, 5)
     entries = json.loads((out / "selection.json").read_text())["mrpc"]
@@ -268,7 +268,7 @@ def test_the_chosen_settings_are_run_and_written_and_a_part_is_run_as_if_in_one(
     assert trial_json(out, "mrpc/a/seed-1")["training"]["learning_rate"] == 1e-3
     purposes = [trial_json(out, name)["purpose"] for name in (first.finished[0], "mrpc/a/seed-1")]
     assert purposes == ["select", "report"]
-    for refused in (partial(run, grid), partial(list_grid, grid)):
+    for refused in (partial(run, grid), grid.part):
         with pytest.raises(ConfigError, match=r"--methods='c'.*a, b"):
             refused(methods=["c"])
 

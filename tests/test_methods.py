@@ -22,14 +22,13 @@ from aroma_lab.methods import (
     Hooks,
     Houlsby,
     Lora,
-    PeftAdapter,
     Pfeiffer,
     ReLora,
     Truncated,
-    encoder_linears,
-    find_targets,
     make_method,
 )
+from aroma_lab.methods.head import encoder_linears, find_targets
+from aroma_lab.methods.lora import PeftAdapter
 from models import base
 
 SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     grid: Grid = load_grid(arguments.grid, arguments.overrides + workers)
     tasks, methods = arguments.tasks, arguments.methods
     if arguments.list:
-        states = list_grid(grid, tasks=tasks, methods=methods)
+        states = list_grid(grid.part(tasks, methods))
         for name, state in states:
             print(f"{state:12}{name}")
         counts = Counter(state for _, state in states).items()

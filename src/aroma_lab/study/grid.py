@@ -89,15 +89,14 @@ class Grid:
 
     def part(self, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> Grid:
         """Return the grid with some of its tasks and methods; None for all."""
-        for key, wanted, known in (("tasks", tasks, self.tasks), ("methods", methods, self.methods)):
+        kept: dict[str, Any] = {}
+        for key, wanted in (("tasks", tasks), ("methods", methods)):
+            known = getattr(self, key)
             for name in wanted or ():
                 if name not in known:
                     raise bad_value(f"--{key}", name, f"it is not in the grid, which has {', '.join(known)}")
-        return replace(
-            self,
-            tasks={name: self.tasks[name] for name in self.tasks if tasks is None or name in tasks},
-            methods={name: self.methods[name] for name in self.methods if methods is None or name in methods},
-        )
+            kept[key] = {name: entry for name, entry in known.items() if wanted is None or name in wanted}
+        return replace(self, **kept)
 
 
 # Reading a file -----------------------------------------------------------------------------------------------------
