@@ -8,7 +8,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from aroma.errors import ConfigError
 from aroma_lab.methods import Houlsby, Pfeiffer
-from aroma_lab.methods.bottleneck import Adapted
+from aroma_lab.methods.plain import Adapted
 from models import base
 
 WIDTH, LAYERS = 32, 2

@@ -71,7 +71,7 @@ def test_the_grids_of_the_results_load_and_their_selections_are_of_them(path):
             }
 
 
-def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
+def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path):
     methods = {"lora-0.5": {"kind": "lora"}, "lora": {"kind": "lora"}}
     path = write_yaml(tmp_path / "grid.yaml", grid_values(tmp_path, methods=methods))
     overrides = [
@@ -82,8 +82,9 @@ def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
         "tasks.mrpc.max_length=64",
         f"select.over.{RATE}=[1e-3]",
         "processes=2",
+        "processes=3",
     ]
-    grid = load_grid(path, overrides, processes=3, data=None)
+    grid = load_grid(path, overrides)
     trial = expand(grid)[0]
     assert (grid.seeds, trial.training.learning_rate, trial.training.max_steps) == ([3], 1e-4, 10)
     assert grid.methods == {"lora-0.5": {"kind": "lora", "r": 4}, "lora": {"kind": "lora", "alpha": 10.0}}
@@ -258,7 +259,7 @@ def test_the_chosen_settings_are_run_and_written_and_a_part_is_run_as_if_in_one(
     assert all("/b/" in name for name in first.finished)
     assert list(json.loads((out / "selection.json").read_text())["mrpc"]) == ["b"]
     assert list(yaml.safe_load((out / "grid.yaml").read_text())["methods"]) == ["a", "b"]
-    assert [state for _, state in list_grid(grid, methods=["b"])] == ["finished"] * 5
+    assert [state for _, state in list_grid(grid.part(methods=["b"]))] == ["finished"] * 5
     second = run(grid)
     assert (len(second.skipped), len(second.finished)) == (5, 5)
     entries = json.loads((out / "selection.json").read_text())["mrpc"]
@@ -267,7 +268,7 @@ def test_the_chosen_settings_are_run_and_written_and_a_part_is_run_as_if_in_one(
     assert trial_json(out, "mrpc/a/seed-1")["training"]["learning_rate"] == 1e-3
     purposes = [trial_json(out, name)["purpose"] for name in (first.finished[0], "mrpc/a/seed-1")]
     assert purposes == ["select", "report"]
-    for refused in (partial(run, grid), partial(list_grid, grid)):
+    for refused in (partial(run, grid), grid.part):
         with pytest.raises(ConfigError, match=r"--methods='c'.*a, b"):
             refused(methods=["c"])
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from aroma.errors import ConfigError
 from aroma.export import export_merged, load_with_adapter
-from aroma_lab.methods import METHODS, Lora, make_method
+from aroma.integrations.loop import attach
+from aroma_lab.methods import METHODS, Aroma, Lora, make_method
 from aroma_lab.methods.head import head_of
 from aroma_lab.methods.lora import PeftAdapter
 from aroma_lab.specs import ModelSpec, TrainSpec
@@ -93,8 +94,10 @@ def batch():
 
 
 def train(method, model, steps=STEPS):
-    optimizer = make_optimizer(model, TrainSpec(learning_rate=1e-2), method)
-    hooks = method.hooks(model).begin(optimizer, steps)
+    optimizer = make_optimizer(model, TrainSpec(learning_rate=1e-2))
+    hooks = method.hooks(model)
+    if isinstance(method, Aroma):
+        attach(model, optimizer, total_steps=steps)
     model.train()
     for step in range(1, steps + 1):
         model(**batch()).loss.backward()
@@ -207,10 +210,10 @@ def test_the_whole_head_trains_and_the_backbone_only_where_it_must_and_plain_pef
             method.build(model, STEPS)
         return
     model = method.build(model, STEPS)
-    total = sum(parameter.numel() for parameter in method.parameters(model))
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert count_trainable(model) == {"adapter": total - size, "head": size}
     assert method.active_parameters(model) == total - size
-    optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02), method)
+    optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02))
     sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
     assert sizes == ({0.02: size} if kind == "head_only" else {0.1: total - size, 0.02: size})
     train(method, model)

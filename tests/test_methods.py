@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from aroma.errors import ConfigError
 from aroma.integrations.callback import AromaCallback
+from aroma.integrations.loop import attach
 from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import (
     METHODS,
@@ -21,14 +22,13 @@ from aroma_lab.methods import (
     Hooks,
     Houlsby,
     Lora,
-    PeftAdapter,
     Pfeiffer,
     ReLora,
     Truncated,
-    encoder_linears,
-    find_targets,
     make_method,
 )
+from aroma_lab.methods.head import encoder_linears, find_targets
+from aroma_lab.methods.lora import PeftAdapter
 from models import base
 
 SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)
@@ -74,12 +74,12 @@ def started(method, model, planned_steps):
 
 
 def train(method, model, steps, planned_steps=100, lr=1e-2, on_event=None, saved=None):
-    """Train as `aroma_lab.methods.base` says, from what was `saved` on; return all that a checkpoint holds."""
+    """Train in a plain loop, from what was `saved` on; return all that a checkpoint holds."""
     batch = make_batch(model, SETTINGS)
-    optimizer = torch.optim.AdamW(method.parameters(model), lr=lr)
-    hooks = method.hooks(model).begin(optimizer, planned_steps)
-    if on_event is not None:
-        hooks.controller.subscribe(on_event)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    hooks = method.hooks(model)
+    if isinstance(method, Aroma):
+        attach(model, optimizer, total_steps=planned_steps, on_event=on_event)
     done = 0
     if saved is not None:
         done, trained, state, of_hooks = saved

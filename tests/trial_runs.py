@@ -28,7 +28,7 @@ GROWING = {"max_inner_steps": 6, "inner_check_interval": 2, "rewarmup_steps": 2}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"r": 2, "dropout": 0.1}),
     "adalora": ("adalora", {"init_r": 4, "target_r": 2}),
-    "adalora, at rest": ("adalora", {"init_r": 4, "target_r": 2, "final_share": 0.6, "interval": 2}),
+    "adalora, at rest": ("adalora", {"init_r": 4, "target_r": 2, "final_steps": 0.6, "interval": 2}),
     "relora": ("relora", {"max_components": 3, "rewarmup_steps": 2}),
     "aroma": ("aroma", {**GROWING, "outer_tolerance": 1e-3}),
     "houlsby": ("houlsby", {"size": 4}),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aroma.errors import bad_value
+from aroma.integrations.loop import attach
 from aroma.tuner import aroma_layers
 
 from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method
@@ -65,10 +66,12 @@ class Contender:
         self._steps = 0
         self.optimizer: Any = None
         self.hooks: Any = None
-        parameters = case.method.parameters(self.model)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if parameters:
             self.optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
-            self.hooks = case.method.hooks(self.model).begin(self.optimizer, PLANNED_STEPS)
+            self.hooks = case.method.hooks(self.model)
+            if isinstance(case.method, Aroma):
+                attach(self.model, self.optimizer, total_steps=PLANNED_STEPS)
 
     def forward(self) -> Tensor:
         """Return the loss, a scalar."""

@@ -52,10 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ..study.grid import load_grid
     from ..study.run import list_grid, run_grid
 
-    grid: Grid = load_grid(arguments.grid, arguments.overrides, processes=arguments.workers)
+    workers = [] if arguments.workers is None else [f"processes={arguments.workers}"]
+    grid: Grid = load_grid(arguments.grid, arguments.overrides + workers)
     tasks, methods = arguments.tasks, arguments.methods
     if arguments.list:
-        states = list_grid(grid, tasks=tasks, methods=methods)
+        states = list_grid(grid.part(tasks, methods))
         for name, state in states:
             print(f"{state:12}{name}")
         counts = Counter(state for _, state in states).items()

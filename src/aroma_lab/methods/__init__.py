@@ -11,15 +11,11 @@ from aroma.errors import bad_value
 from .adalora import AdaLora
 from .aroma import Aroma, ReLora
 from .base import Hooks, Method
-from .bottleneck import Houlsby, Pfeiffer
-from .evidence import Evidence, Truncated
-from .head import encoder_linears, find_targets
-from .lora import Lora, PeftAdapter
-from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
+from .lora import Evidence, Lora, Truncated
+from .plain import BitFit, Frozen, Full, HeadOnly, Houlsby, Pfeiffer, Pretrained
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
-__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLora", "Truncated"]
-__all__ += ["encoder_linears", "find_targets", "make_method"]
+__all__ += ["Houlsby", "Lora", "Method", "Pfeiffer", "Pretrained", "ReLora", "Truncated", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
     "pretrained": Pretrained,

@@ -11,8 +11,6 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor
 
-from aroma.errors import bad_value
-
 from .base import Hooks
 from .lora import ADAPTER, PeftAdapter, layers_of
 
@@ -33,10 +31,8 @@ class AdaLora(PeftAdapter):
         target_r: Average rank at the end.
         alpha: PEFT's lora_alpha, which AdaLoRA divides by the rank; None for `init_r`, so that the scale is 1.
         dropout: Dropout on the adapter's input.
-        initial_share: Share of the planned steps before the budget shrinks (tinit).
-        final_share: Share of the planned steps after it has shrunk (tfinal).
-        initial_steps: Optimizer steps before the budget shrinks, in place of `initial_share`; None: the share decides.
-        final_steps: Optimizer steps after it has shrunk, in place of `final_share`; None: the share decides.
+        initial_steps: Optimizer steps before the budget shrinks (tinit); below 1 a share of the planned steps.
+        final_steps: Optimizer steps after it has shrunk (tfinal); below 1 a share of the planned steps.
         interval: Optimizer steps between two allocations (deltaT).
         orthogonality: Weight of the orthogonality term.
         target_modules: Modules to adapt; see `head.find_targets`.
@@ -46,10 +42,8 @@ class AdaLora(PeftAdapter):
     target_r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    initial_share: float = 0.0
-    final_share: float = 0.0
-    initial_steps: int | None = None
-    final_steps: int | None = None
+    initial_steps: int | float = 0
+    final_steps: int | float = 0
     interval: int = 1
     orthogonality: float = 0.5
     target_modules: list[str] | str | None = None
@@ -59,13 +53,9 @@ class AdaLora(PeftAdapter):
         less = f"give 1 or more, and less than init_r={self.init_r}"
         self._require(0 < self.target_r < self.init_r, "target_r", less)
 
-    def config(self, targets: list[str], planned_steps: int) -> AdaLoraConfig:
-        """Return PEFT's configuration; ConfigError if no step is left for the budget to shrink in."""
-        initial = int(self.initial_share * planned_steps) if self.initial_steps is None else self.initial_steps
-        final = int(self.final_share * planned_steps) if self.final_steps is None else self.final_steps
-        if initial + final >= planned_steps:
-            remedy = f"with {initial} initial steps it leaves none of the {planned_steps} planned ones for the budget"
-            raise bad_value("final_steps", final, f"{remedy} to shrink in; lower one, or train longer")
+    def config(self, planned_steps: int) -> AdaLoraConfig:
+        """Return PEFT's configuration; ValueError if no step is left for the budget to shrink in."""
+        initial, final = (int(n * planned_steps if n < 1 else n) for n in (self.initial_steps, self.final_steps))
         alpha: Any = self.init_r if self.alpha is None else self.alpha
         return AdaLoraConfig(
             init_r=self.init_r,
@@ -77,7 +67,7 @@ class AdaLora(PeftAdapter):
             deltaT=self.interval,
             orth_reg_weight=self.orthogonality,
             total_step=planned_steps,
-            target_modules=targets,
+            target_modules=self.target_modules,
         )
 
     def hooks(self, model: Any) -> Allocation:
@@ -86,9 +76,9 @@ class AdaLora(PeftAdapter):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return how many triplets of every module the last allocation left; see `Method.ranks`."""
-        kept = kept_triplets(model)
-        layers = layers_of(model, SVDLinear).items()
-        return {name: sum(kept[name]) if name in kept else layer.r[ADAPTER] for name, layer in layers}
+        pattern, layers = model.peft_config[ADAPTER].rank_pattern or {}, layers_of(model, SVDLinear).items()
+        kept = {name.removesuffix(f".lora_E.{ADAPTER}"): sum(mask) for name, mask in pattern.items()}
+        return {name: kept.get(name, layer.r[ADAPTER]) for name, layer in layers}
 
     def active_parameters(self, model: Any) -> int:
         """Return the parameters of the triplets that the last allocation left; see `Method.active_parameters`."""
@@ -112,9 +102,6 @@ class Allocation(Hooks):
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        # The allocator's names are those below the tuner.
-        named = model.base_model.model.named_parameters()
-        self._parameters = {name: parameter for name, parameter in named if ".lora_" in name}
 
     def after_step(self, step: int) -> None:
         """Score every triplet by the gradients, and mask those beyond the budget."""
@@ -124,8 +111,8 @@ class Allocation(Hooks):
         """Return sensitivities, averages and masks; see `Hooks.state_dict`."""
         allocator = self._model.base_model.rankallocator
         averages = {f"{kind}.{name}": one for kind in _AVERAGES for name, one in getattr(allocator, kind).items()}
-        kept = kept_triplets(self._model).items()
-        masks = {f"{_PATTERN}.{name}.lora_E.{ADAPTER}": torch.tensor(one, dtype=torch.bool) for name, one in kept}
+        pattern = self._model.peft_config[ADAPTER].rank_pattern or {}
+        masks = {f"{_PATTERN}.{name}": torch.tensor(kept, dtype=torch.bool) for name, kept in pattern.items()}
         return {name: values.detach().clone() for name, values in (averages | masks).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -135,17 +122,11 @@ class Allocation(Hooks):
             kind, _, name = key.partition(".")
             parts[kind][name] = values
         for kind in _AVERAGES:
-            averages = {name: values.to(self._parameters[name], copy=True) for name, values in parts[kind].items()}
+            averages = {name: values.to(self._model.device, copy=True) for name, values in parts[kind].items()}
             setattr(self._model.base_model.rankallocator, kind, averages)
         # None, not empty, before the first allocation: as PEFT has it.
         masks = {name: kept.tolist() for name, kept in parts[_PATTERN].items()} or None
         self._model.peft_config[ADAPTER].rank_pattern = masks
-
-
-def kept_triplets(model: Any) -> dict[str, list[bool]]:
-    """Return which triplets the last allocation left, by module name; empty before the first."""
-    pattern = model.peft_config[ADAPTER].rank_pattern or {}
-    return {name.removesuffix(f".lora_E.{ADAPTER}"): kept for name, kept in pattern.items()}
 
 
 def _triplets_of(layer: Any) -> tuple[Tensor, Tensor]:

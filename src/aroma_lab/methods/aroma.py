@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import TrainerCallback
 
 from aroma.checkpoint import save_adapter
 from aroma.integrations.callback import AromaCallback
-from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
 
 from ..specs import ADAPTER_KEYS
-from .base import Hooks
 from .lora import ADAPTER, PeftAdapter
 
 
@@ -39,25 +37,16 @@ class Aroma(PeftAdapter):
 
     def __init__(self, **options: Any) -> None:
         object.__setattr__(self, "options", options)  # the class is frozen
-        self.config(None)  # an impossible value is refused now, not when the model is built
+        self.config()  # an impossible value is refused now, not when the model is built
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
         return {name: kind for name, (kind, _) in ADAPTER_KEYS.items() if name not in cls.without}
 
-    @property
-    def target_modules(self) -> list[str] | str | None:
-        """Modules that grow; see `head.find_targets`."""
-        return self.options.get("target_modules")
-
-    def config(self, targets: list[str] | None, planned_steps: int = 0) -> AromaConfig:
-        """Return the configuration; targets are None as long as the model is not known."""
-        return AromaConfig(**{**self.defaults, **self.options, "target_modules": targets})
-
-    def hooks(self, model: Any) -> GrowthHooks:
-        """Return the controller of a plain loop; see `Method.hooks`."""
-        return GrowthHooks(model)
+    def config(self, planned_steps: int = 0) -> AromaConfig:
+        """Return the configuration; see `PeftAdapter.config`."""
+        return AromaConfig(**{"target_modules": None, **self.defaults, **self.options})
 
     def callbacks(
         self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
@@ -79,7 +68,7 @@ class Aroma(PeftAdapter):
 
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError if a run of `steps` optimizer steps is too short for an inner loop."""
-        self.config(None).resolve_inner_steps(steps)
+        self.config().resolve_inner_steps(steps)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
@@ -103,15 +92,3 @@ class ReLora(Aroma):
     without: ClassVar[frozenset[str]] = frozenset(
         ("inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components")
     )
-
-
-class GrowthHooks(Hooks):
-    """AROMA in a plain loop: `aroma.attach` does all of it within `optimizer.step()`, and has a state of its own."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def begin(self, optimizer: Any, planned_steps: int) -> Self:
-        """Attach the controller; see `Hooks.begin`."""
-        self.controller = attach(self.model, optimizer, total_steps=planned_steps).controller
-        return self

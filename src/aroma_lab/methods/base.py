@@ -1,18 +1,6 @@
 """What a method of comparison is: how it builds a model, which parameters train, and what it does around a step.
 
-.. code-block:: python
-
-    model = method.build(model, planned_steps)
-    optimizer = torch.optim.AdamW(method.parameters(model), lr=...)
-    hooks = method.hooks(model).begin(optimizer, planned_steps)
-    for step, batch in enumerate(batches, start=1):
-        model(**batch).loss.backward()
-        optimizer.step()
-        hooks.after_step(step)  # before zero_grad: AdaLoRA's allocator reads the gradients
-        optimizer.zero_grad()
-
-In the Hugging Face Trainer the hooks are among `method.callbacks(model)`. To add a method, write one class and give it
-a name in `METHODS`.
+To add a method, write one class and give it a name in `METHODS`.
 """
 
 from __future__ import annotations
@@ -21,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
@@ -36,14 +24,10 @@ TRAINED_FILE = "trained.safetensors"
 
 
 class Hooks(TrainerCallback):
-    """What a method does around an optimizer step, in a plain loop or as a callback of the Trainer; most do nothing.
+    """What a method does after an optimizer step, in the Trainer or in a loop that calls it; most do nothing.
 
     Trained parameters, optimizer, schedule and the state of the hooks together make a resumed run exact.
     """
-
-    def begin(self, optimizer: Any, planned_steps: int) -> Self:
-        """Begin a training in a plain loop; return the hooks."""
-        return self
 
     def after_step(self, step: int) -> None:
         """Called after optimizer step `step`, counted from 1, before the gradients are cleared."""
@@ -85,12 +69,8 @@ class Method(ABC):
         ConfigError if the method cannot adapt the model, or cannot plan for a run of this length.
         """
 
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer trains."""
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
     def hooks(self, model: Any) -> Hooks:
-        """Return the hooks that run around each optimizer step of a model from `build`."""
+        """Return the hooks of a model from `build`."""
         return Hooks()
 
     def callbacks(

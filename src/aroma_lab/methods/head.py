@@ -7,7 +7,7 @@ where pretraining left it untrained.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,7 +135,7 @@ def encoder_linears(model: nn.Module) -> list[str]:
     return [name for name in _linears(model) if re.search(r"\.\d+\.", name)]
 
 
-def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[str]:
+def find_targets(chosen: Collection[str] | str | None, model: nn.Module) -> list[str]:
     """Return the full names of the linear modules to adapt; the head is never among them.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json, write_text
 from aroma.outputs import new_folder, open_folder
 
-from ..methods import METHODS, Method, make_method
+from ..methods import Method, make_method
 from ..specs import TrainSpec
 from ..tasks.model import placed
 from ..training.job import Job
@@ -170,7 +170,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     training, checkpoint = trial.training, resumable_checkpoint(files)
     if checkpoint is not None:
         require_as_many(checkpoint)
-    method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
+    method = make_method(trial.kind, trial.options)
     job = job_of(trial)
     train, held_out = method.hold_out(job.rows["train"])
     steps = planned_steps(training, len(train), processes.num_processes)
@@ -186,12 +186,6 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     model = method.build(job.load_model(), steps)
     recorder.method = method
     return Run(trial, files, processes, method, job, train, held_out, model, steps, checkpoint, recorder, found)
-
-
-def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return a method's options; what it draws by itself, as AROMA its components, has the trial's seed if none."""
-    seeded = METHODS[kind].option_types().keys() & {"seed", "component_seed"} if kind in METHODS else ()
-    return {**options, **{name: seed for name in seeded if options.get(name) is None}}
 
 
 def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:

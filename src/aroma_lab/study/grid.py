@@ -89,33 +89,30 @@ class Grid:
 
     def part(self, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> Grid:
         """Return the grid with some of its tasks and methods; None for all."""
-        for key, wanted, known in (("tasks", tasks, self.tasks), ("methods", methods, self.methods)):
+        kept: dict[str, Any] = {}
+        for key, wanted in (("tasks", tasks), ("methods", methods)):
+            known = getattr(self, key)
             for name in wanted or ():
                 if name not in known:
                     raise bad_value(f"--{key}", name, f"it is not in the grid, which has {', '.join(known)}")
-        return replace(
-            self,
-            tasks={name: self.tasks[name] for name in self.tasks if tasks is None or name in tasks},
-            methods={name: self.methods[name] for name in self.methods if methods is None or name in methods},
-        )
+            kept[key] = {name: entry for name, entry in known.items() if wanted is None or name in wanted}
+        return replace(self, **kept)
 
 
 # Reading a file -----------------------------------------------------------------------------------------------------
 
 
-def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> Grid:
+def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Grid:
     """Read a grid file.
 
     Args:
         path: A YAML file with the keys of `Grid`.
         overrides: Texts such as `"training.max_steps=60"` or `"methods.lora-r8.r=4"`; they win over the file.
-        arguments: Values by top-level key, such as `processes`; they win over both, unless they are None.
 
     Raises:
         ConfigError: No such file, no YAML, or as `make_grid`.
     """
-    values = load_values("grid", path, overrides)
-    return make_grid({**values, **{key: value for key, value in arguments.items() if value is not None}})
+    return make_grid(load_values("grid", path, overrides))
 
 
 def make_grid(values: Mapping[str, Any]) -> Grid:

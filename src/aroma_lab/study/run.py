@@ -104,15 +104,13 @@ def run_grid(
     return Outcome([name for name in finished if name in ran], failed, earlier)
 
 
-def list_grid(
-    grid: Grid, *, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None
-) -> list[tuple[str, State]]:
+def list_grid(grid: Grid) -> list[tuple[str, State]]:
     """Return the name and the state of every trial that is known by now, in the order of their run; writes nothing.
 
     Reported trials are known once the selection of their task and method has ended.
     """
     runs = Runs(Path(grid.output))
-    return [(name, runs.state(trial)) for name, trial in trials_of(grid.part(tasks, methods), runs).items()]
+    return [(name, runs.state(trial)) for name, trial in trials_of(grid, runs).items()]
 
 
 def _write_selection(grid: Grid, runs: Runs) -> None:

@@ -60,7 +60,7 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
     over = rule.over | overridden(rule.overrides, task, method)["over"]
     listed = {key: values for key, values in over.items() if values is not None}
     points = [dict(zip(listed, point, strict=True)) for point in itertools.product(*listed.values())]
-    tried = _candidates(grid, task, method, points)
+    tried = _candidates(grid, rule, task, method, points)
     while True:
         is_over = all(ended(one.trial.name) for one in tried)  # first: others may end a trial meanwhile
         means = _means(tried, ended)
@@ -70,7 +70,7 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
         if is_over and ranked:
             for point in _beside([values for values, _ in means], ranked[0], listed, rule.widen):
                 with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
-                    further += _candidates(grid, task, method, [point])
+                    further += _candidates(grid, rule, task, method, [point])
             further = further or _finals(rule, tried, ranked)
         if not further:
             scores = [[values, mean and (mean.loss if rule.by == "loss" else mean.score)] for values, mean in means]
@@ -79,10 +79,8 @@ def select(grid: Grid, task: str, method: str, ended: Callable[[str], Ended | No
         tried += further
 
 
-def _candidates(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
+def _candidates(grid: Grid, rule: Selection, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
     """Return the trials of combinations of values."""
-    rule = grid.select
-    assert rule is not None, "its callers check it"
     training = {f"training.{key}": value for key, value in rule.training.items()}
     settings = training | overridden(rule.overrides, task, method)
     named = zip(_labels(points), points, strict=True)
@@ -92,8 +90,7 @@ def _candidates(grid: Grid, task: str, method: str, points: Sequence[Settings]) 
 
 def _labels(points: Sequence[Settings]) -> list[str]:
     """Return a folder name for each combination of values: `learning_rate=0.001,r=8`."""
-    last = [key.rpartition(".")[2] for key in points[0]]
-    names = [name if last.count(name) == 1 else key for key, name in zip(points[0], last, strict=True)]
+    names = [key.rpartition(".")[2] for key in points[0]]
     texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point.values()] for point in points]
     labels = [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
     if len(set(labels)) < len(labels):  # values that differ only in what a folder name cannot hold

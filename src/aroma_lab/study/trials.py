@@ -134,25 +134,22 @@ def run_all(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([runner])
     before = output.all_ended()
-    seen, running = {*before}, dict[str, Any]()
-    deaths: Counter[str] = Counter()
+    seen, running, deaths = {*before}, dict[str, Any](), Counter[str]()
     trials = due()
     try:
         while True:
+            for name, process in [*running.items()]:
+                if process.exitcode is not None:
+                    del running[name]
+                    deaths[name] += process.exitcode != 0
+                    if deaths[name] >= MOST_DEATHS:
+                        _give_up(output, name, process.exitcode)
             ends = {name: output.ended(name) for name in trials}
-            new = {name: end for name, end in ends.items() if end is not None and name not in seen}
-            seen.update(new)
-            if new:
+            if new := {name: end for name, end in ends.items() if end is not None and name not in seen}:
+                seen.update(new)
                 trials = due()  # more may be due by now; it reads many files, so not at every turn
-            for name, end in new.items():
-                watch(name, end, len(seen.intersection(trials)), len(trials))
-            gone = {name: process.exitcode for name, process in running.items() if process.exitcode is not None}
-            for name, code in gone.items():
-                del running[name]
-                deaths[name] += code != 0
-                if deaths[name] >= MOST_DEATHS:
-                    _give_up(output, name, code)
-            if new or gone:
+                for name, end in new.items():
+                    watch(name, end, len(seen.intersection(trials)), len(trials))
                 continue
             open_trials = [name for name, end in ends.items() if end is None]
             if not open_trials:

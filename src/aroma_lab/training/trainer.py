@@ -79,16 +79,15 @@ def make_trainer(
         eval_dataset=job.rows[job.evaluated[0]] if training.eval_steps is not None else None,
         processing_class=job.tokenizer,
         callbacks=[*own, *callbacks, *([_Bar()] if progress else [])],
-        optimizers=(make_optimizer(model, training, method), None),
+        optimizers=(make_optimizer(model, training), None),
     )
     trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
     return trainer
 
 
-def make_optimizer(model: nn.Module, training: TrainSpec, method: Method) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, training: TrainSpec) -> torch.optim.AdamW:
     """Return AdamW over adapter or backbone, and over the head."""
-    chosen = {id(parameter) for parameter in method.parameters(model)}
-    named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     head = head_of(model)
     adapter = [parameter for name, parameter in named.items() if not head.holds(name)]
     new = [parameter for name, parameter in named.items() if head.holds(name)]
