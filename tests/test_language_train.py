@@ -24,9 +24,8 @@ from aroma_lab.language.encode import NOT_LEARNED, encode_chat
 from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import load_for_inference
 from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
-from aroma_lab.run.run import run_trial
+from aroma_lab.run.run import job_of, run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.run.work import job_of
 from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec
 from aroma_lab.tasks.sources import read_located
 from quick import slow_but

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aroma.errors import CheckpointError
-from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
 
 from ..methods import Method
@@ -24,7 +23,7 @@ from ..specs import TrainSpec
 from .job import Job
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 HOOKS_FILE = "hooks.safetensors"
 """File of a checkpoint with the state of the method's hooks."""
@@ -35,54 +34,13 @@ _MOST_EPOCHS = 10**6
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
-class _Bar(ProgressCallback):
+class Bar(ProgressCallback):
     """The Trainer's bar, with the loss beside it in place of a line for every log."""
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
+        """Show the loss."""
         if self.training_bar is not None and logs is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
-
-
-def make_trainer(
-    method: Method,
-    model: Any,
-    job: Job,
-    training: TrainSpec,
-    folder: str | os.PathLike[str],
-    train: Dataset,
-    *,
-    held_out: Dataset | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    on_event: Callable[[Event], None] | None = None,
-    progress: bool = True,
-) -> Trainer:
-    """Return a Trainer of `model`; only callbacks and trained parameters differ between methods.
-
-    Args:
-        folder: Where checkpoints go.
-        train: The examples that are trained on.
-        held_out: Examples that the method evaluates and does not train on; see `Method.hold_out`.
-        callbacks: Called after the method's own.
-        on_event: Called with every event of AROMA's controller.
-
-    Raises:
-        ConfigError: The method cannot train the model.
-    """
-    own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
-    trainer: Trainer = (job.trainer_class or MethodTrainer)(
-        job=job,
-        hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
-        model=model,
-        args=training_arguments(training, job, folder),
-        data_collator=job.collator,
-        train_dataset=train,
-        eval_dataset=job.rows[job.evaluated[0]] if training.eval_steps is not None else None,
-        processing_class=job.tokenizer,
-        callbacks=[*own, *callbacks, *([_Bar()] if progress else [])],
-        optimizers=(make_optimizer(model, training, method), None),
-    )
-    trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
-    return trainer
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method) -> torch.optim.AdamW:
@@ -99,13 +57,7 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method) -> tor
 
 def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[str]) -> TrainingArguments:
     """Return the Trainer's arguments for a training section; all counts are of optimizer steps."""
-    further: dict[str, Any] = {"save_strategy": "no"}
-    if training.save_steps is not None:
-        further = {"save_steps": training.save_steps}
-    if training.group_by_length:
-        further["train_sampling_strategy"] = "group_by_length"
-    if training.scheduler == "cosine_with_min_lr":
-        further["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_lr_ratio}
+    ends_above_zero = training.scheduler == "cosine_with_min_lr"
     return (job.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -115,6 +67,7 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
+        lr_scheduler_kwargs={"min_lr_rate": training.min_lr_ratio} if ends_above_zero else None,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -122,12 +75,14 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
         logging_nan_inf_filter=False,  # a loss that is not finite has to be seen
         eval_strategy="no" if training.eval_steps is None else "steps",
         eval_steps=training.eval_steps,
-        **further,
+        save_strategy="no" if training.save_steps is None else "steps",
+        save_steps=training.save_steps or 0,
         save_total_limit=training.keep_checkpoints,
         load_best_model_at_end=training.checkpoint == "best",
         metric_for_best_model=f"{job.evaluated[0]}_{job.chosen_by or job.metric}",
         greater_is_better=job.chosen_by != "loss",
         remove_unused_columns=not job.keeps_columns,
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         seed=training.seed,
         data_seed=training.seed * _MOST_EPOCHS,
         bf16=training.bf16,
