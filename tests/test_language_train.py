@@ -23,7 +23,7 @@ from aroma_lab.language.data import examples_of
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat
 from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import load_for_inference
-from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
+from aroma_lab.run.recipe import make_recipe, run_recipe
 from aroma_lab.run.run import job_of, run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec
@@ -187,7 +187,7 @@ def test_packed_rows_learn_the_same(files: Path) -> None:
     one, other = (read(out / "result.json")["reported"]["test"]["loss"] for out in (packed, plain))
     assert one == pytest.approx(other, rel=1e-4)
     recipe = make_recipe(values_of(files, "x", **{"training.packing": True, "data.max_length": 128}))
-    assert len(job_of(trial_of(recipe)).rows["train"]) == 64 / 2  # two of some 46 tokens fit into 128
+    assert len(job_of(recipe.trial).rows["train"]) == 64 / 2  # two of some 46 tokens fit into 128
 
 
 def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path: Path, files: Path) -> None:

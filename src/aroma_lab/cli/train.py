@@ -13,7 +13,7 @@ from aroma.cli.texts import add_command
 from ..run.trial import REPORT, TrialFiles
 
 if TYPE_CHECKING:
-    from ..specs import Recipe
+    from ..run.recipe import Recipe
 
 
 def add_parser(commands: Any) -> None:
@@ -40,14 +40,13 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
     require_extra("lab")
-    from ..preflight import check_sources
-    from ..run.recipe import check_output, load_recipe
+    from ..run.recipe import check_output, check_sources, load_recipe, run_recipe
     from ..specs import LANGUAGE_KINDS
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_output(recipe, arguments.resume)
-    check_sources(recipe)
-    if recipe.data.kind in LANGUAGE_KINDS:
+    check_sources(recipe.trial)
+    if recipe.trial.task.kind in LANGUAGE_KINDS:
         require_extra("language")
 
     from aroma.cli.quiet import quiet
@@ -55,7 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..run.recipe import run_recipe
     from ..run.run import join
 
     processes = join()
