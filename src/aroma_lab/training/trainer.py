@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from ..methods.base import TRAINED_FILE, Hooks, trained_tensors
 from ..methods.head import head_of
 from ..specs import TrainSpec
 from .job import Job
-
-if TYPE_CHECKING:
-    pass
 
 HOOKS_FILE = "hooks.safetensors"
 """File of a checkpoint with the state of the method's hooks."""
@@ -81,7 +78,7 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
         load_best_model_at_end=training.checkpoint == "best",
         metric_for_best_model=f"{job.evaluated[0]}_{job.chosen_by or job.metric}",
         greater_is_better=job.chosen_by != "loss",
-        remove_unused_columns=not job.keeps_columns,
+        remove_unused_columns=False,  # collators may take more than the model
         train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         seed=training.seed,
         data_seed=training.seed * _MOST_EPOCHS,
@@ -98,8 +95,8 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
 # Exact resume --------------------------------------------------------------------------------------------------------
 
 
-class ExactResume:
-    """Mixed into a Trainer, lets it train any method, and resume it to the bit.
+class MethodTrainer(Trainer):
+    """Trains any method, and resumes it to the bit.
 
     Its checkpoints hold the trained parameters whole, and the state of the method's hooks. PEFT's own files would not
     do: of AdaLoRA they lack the triplets that are masked for now.
@@ -109,14 +106,6 @@ class ExactResume:
         hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
         **options: Of the Trainer.
     """
-
-    # Of the Trainer that it is mixed into.
-    args: Any
-    callback_handler: Any
-    control: Any
-    log: Any
-    model: Any
-    state: Any
 
     def __init__(self, *, job: Job, hooks: Hooks | None, **options: Any) -> None:
         super().__init__(**options)
@@ -132,7 +121,7 @@ class ExactResume:
         return self._hooks is not None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             return EpochLengthSampler(sampler, self.args.seed)
         return sampler
@@ -143,52 +132,44 @@ class ExactResume:
         metrics, loss = self._job.measure(self.model, self._job.rows[split], self.args.per_device_eval_batch_size)
         named = {f"eval_{split}_{name}": value for name, value in {**metrics, "loss": loss}.items()}
         self.log(dict(named))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
     def _save_checkpoint(self, *options: Any) -> None:
         with told_of(self.args.output_dir):
-            super()._save_checkpoint(*options)  # type: ignore[misc]
+            super()._save_checkpoint(*options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         self._job.describe(folder)
         if self._hooks is None:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            super()._save(output_dir, state_dict)
             return
         write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
         write_tensors(folder / HOOKS_FILE, self._hooks.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._hooks is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._restore(Path(resume_from_checkpoint), self._hooks)
 
     def _load_best_model(self) -> None:
         if self._hooks is None:
-            super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
         else:
             self._restore(Path(self.state.best_model_checkpoint), self._hooks)
 
+    @torch.no_grad()
     def _restore(self, checkpoint: Path, hooks: Hooks) -> None:
-        load_trained(self.model, checkpoint / TRAINED_FILE)
+        file = checkpoint / TRAINED_FILE
+        saved, parameters = read_tensors(file), trained_tensors(self.model)
+        shapes = [{name: tuple(one.shape) for name, one in some.items()} for some in (saved, parameters)]
+        if differing := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
+            raise CheckpointError(f"{file}: {differing[0]} has another shape in the model; it is of another run")
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
         hooks.load_state_dict(read_tensors(checkpoint / HOOKS_FILE))
-
-
-class MethodTrainer(ExactResume, Trainer):
-    """The Hugging Face Trainer; see `ExactResume`."""
-
-
-@torch.no_grad()
-def load_trained(model: nn.Module, file: Path) -> None:
-    """Write trained parameters back into their model; CheckpointError if the file is of another model."""
-    saved, parameters = read_tensors(file), trained_tensors(model)
-    shapes = [{name: tuple(one.shape) for name, one in some.items()} for some in (saved, parameters)]
-    if differing := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
-        raise CheckpointError(f"{file}: {differing[0]} has another shape in the model; it is of another run")
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
 
 
 class EpochLengthSampler(LengthGroupedSampler):
