@@ -23,7 +23,7 @@ from aroma_lab.language.data import examples_of
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat
 from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import load_for_inference
-from aroma_lab.run.recipe import make_recipe, run_recipe
+from aroma_lab.run.recipe import make_recipe
 from aroma_lab.run.run import job_of, run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec
@@ -68,7 +68,7 @@ def values_of(files: Path, out: str, **changes: Any) -> dict[str, Any]:
 
 def run(files: Path, out: str, **changes: Any) -> Path:
     """Run a recipe."""
-    run_recipe(make_recipe(values_of(files, out, **changes)), progress=False)
+    run_trial(make_recipe(values_of(files, out, **changes)).trial, files / out, keep_checkpoints=True)
     return files / out
 
 

@@ -75,7 +75,7 @@ def compress_adapter(folder: Path, data: str, out: str | os.PathLike[str], want:
     if config["peft_type"] != "LORA":
         raise bad_value("peft_type", config["peft_type"], f"{folder} is no LoRA adapter; give one of those")
     types = {name: tensor.dtype for name, tensor in read_tensors(weights).items()}
-    loaded = (_language if _speaks(folder, config) else _classifier)(folder, config, data, want)
+    loaded = (_language if _is_language_model(folder, config) else _classifier)(folder, config, data, want)
     with tqdm(desc="evaluating held-out examples", total=len(loaded.batches) * (SIZES + 1)) as bar:
 
         def loss(model: Any, batch: Any) -> Any:
@@ -92,9 +92,9 @@ def compress_adapter(folder: Path, data: str, out: str | os.PathLike[str], want:
         copy_files([folder], staging, (*TOKENIZER_FILES, TASK_FILE))
         if loaded.task is not None and not (staging / TASK_FILE).exists():
             save_task(loaded.task, staging)
-        told = {"adapter": str(folder), "data": data, "standard_errors": want.standard_errors}
+        inputs = {"adapter": str(folder), "data": data, "standard_errors": want.standard_errors}
         sizes = {"before": weights.stat().st_size, "after": (staging / WEIGHTS).stat().st_size}
-        report = {**told, "bytes": sizes, **_report(loaded, found)}
+        report = {**inputs, "bytes": sizes, **_report(loaded, found)}
         write_json(staging / REPORT, report)
         if find_spec("matplotlib"):
             pairs = {name: (max(before), max(found.ranks[name])) for name, before in found.ranks_before.items()}
@@ -112,7 +112,7 @@ def split_evenly(examples: Sequence[Any], most: int) -> list[list[Any]]:
     return [shuffled[start::count] for start in range(count)]
 
 
-def _speaks(folder: Path, config: Mapping[str, Any]) -> bool:
+def _is_language_model(folder: Path, config: Mapping[str, Any]) -> bool:
     """Return whether an adapter is a language model's; ConfigError if it is not a classifier's either."""
     if is_causal_lm(config) or model_class_of(config).endswith("ForSequenceClassification"):
         return is_causal_lm(config)

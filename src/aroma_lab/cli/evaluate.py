@@ -81,12 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ..language.model import is_language_model
 
     evaluate = _ask_language_model if is_language_model(arguments.adapter) else _classify
-    told, answers, table = evaluate(arguments)
+    metrics, answers, table = evaluate(arguments)
     # Written before anything is printed, so that a failing terminal loses nothing.
     if "predictions" in files:
         write_text(files["predictions"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
     if "json" in files:
-        write_json(files["json"], told)
+        write_json(files["json"], metrics)
     Console().print(table)
 
 
@@ -122,17 +122,16 @@ def _ask_language_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     sets = {name: questions_of(read_located("data", path)) for name, path in named.items()}  # before the model
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
     length = arguments.max_length or language_task(arguments.adapter).max_length
-    told, answers, table = {}, [], Table("set", "questions", "accuracy")
+    found_by_set, answers, table = {}, [], Table("set", "questions", "accuracy")
     for name, questions in sets.items():
         size = arguments.batch_size or 8
         found = evaluate_questions(loaded, questions, batch_size=size, max_length=length, progress=True)
-        told[name] = {"data": named[name], "examples": len(questions), "metrics": {"accuracy": found.accuracy}}
-        told[name]["loss"] = found.loss
+        found_by_set[name] = {"data": named[name], "examples": len(questions), "metrics": {"accuracy": found.accuracy}}
+        found_by_set[name]["loss"] = found.loss
         answers += [{"set": name, **row} for row in found.predictions]
         table.add_row(name, str(len(questions)), f"{found.accuracy:.4f}")
-    average = sum(one["metrics"]["accuracy"] for one in told.values()) / len(
-        told
-    )  # sets weigh the same, as in Table 3
-    if len(told) > 1:
+    accuracies = [one["metrics"]["accuracy"] for one in found_by_set.values()]
+    average = sum(accuracies) / len(accuracies)  # sets weigh the same, as in Table 3
+    if len(accuracies) > 1:
         table.add_row("average of sets", "", f"{average:.4f}")
-    return {"sets": told, "average": {"accuracy": average}}, answers, table
+    return {"sets": found_by_set, "average": {"accuracy": average}}, answers, table

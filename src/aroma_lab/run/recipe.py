@@ -121,28 +121,3 @@ def check_sources(trial: Trial) -> None:
         said = " ".join(str(error).split())
         remedy = f"no such folder, nor a model that the hub or its cache shows ({said:.300}); check its name"
         raise bad_value("model.name", name, remedy) from error
-
-
-def run_recipe(
-    recipe: Recipe, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
-) -> dict[str, Any]:
-    """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
-
-    A run that was interrupted there goes on. Under torchrun every process calls this; see `run_trial`, also for what
-    is returned and raised.
-
-    Args:
-        progress: Whether a progress bar is shown.
-        on_note: Called, before the training, with what became of examples that did not fit.
-    """
-    from .run import run_trial
-
-    files = TrialFiles(Path(recipe.output))
-
-    def start(job: Any) -> None:
-        if not files.recipe.exists():
-            save_recipe(recipe, files.recipe)
-        for note in job.notes:
-            on_note(note)
-
-    return run_trial(recipe.trial, files.root, progress=progress, keep_checkpoints=True, on_start=start)
