@@ -24,10 +24,9 @@ from aroma_lab.language.data import examples_of
 from aroma_lab.language.encode import NOT_LEARNED, encode_chat
 from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import load_for_inference
-from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
-from aroma_lab.run.run import run_trial
+from aroma_lab.run.recipe import make_recipe
+from aroma_lab.run.run import job_of, run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.run.work import job_of
 from aroma_lab.specs import ModelSpec, TaskSpec, TrainSpec
 from aroma_lab.tasks.sources import read_located
 from quick import slow_but
@@ -70,7 +69,7 @@ def values_of(files: Path, out: str, **changes: Any) -> dict[str, Any]:
 
 def run(files: Path, out: str, **changes: Any) -> Path:
     """Run a recipe."""
-    run_recipe(make_recipe(values_of(files, out, **changes)), progress=False)
+    run_trial(make_recipe(values_of(files, out, **changes)).trial, files / out, keep_checkpoints=True)
     return files / out
 
 
@@ -189,7 +188,7 @@ def test_packed_rows_learn_the_same(files: Path) -> None:
     one, other = (read(out / "result.json")["reported"]["test"]["loss"] for out in (packed, plain))
     assert one == pytest.approx(other, rel=1e-4)
     recipe = make_recipe(values_of(files, "x", **{"training.packing": True, "data.max_length": 128}))
-    assert len(job_of(trial_of(recipe)).rows["train"]) == 64 / 2  # two of some 46 tokens fit into 128
+    assert len(job_of(recipe.trial).rows["train"]) == 64 / 2  # two of some 46 tokens fit into 128
 
 
 def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path: Path, files: Path) -> None:

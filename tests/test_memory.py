@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from aroma.errors import ConfigError
-from aroma_lab.run.run import run_trial
+from aroma_lab.run.run import job_of, run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.run.work import job_of
 from aroma_lab.specs import TaskSpec, TrainSpec
 from aroma_lab.tasks.memory import BITS, KEY_TOKENS, VALUE_TOKENS, VOCABULARY, make_facts, make_pairs, recall
 

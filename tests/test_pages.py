@@ -107,7 +107,7 @@ def test_the_yaml_loads(text: str) -> None:
 def test_the_recipe_is_the_one_that_is_run() -> None:
     recipe = ROOT / "examples" / "recipes" / "own-files.yaml"
     assert recipe.read_text(encoding="utf-8").endswith(blocks("yaml", "commandline.md")[0])
-    assert load_recipe(str(recipe), []).data.label == "stars"
+    assert load_recipe(str(recipe), []).trial.task.label == "stars"
 
 
 def test_files_that_are_named_exist() -> None:

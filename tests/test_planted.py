@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from aroma.errors import ConfigError, DataError
-from aroma_lab.run.run import run_trial
+from aroma_lab.run.run import job_of, run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.run.work import job_of
 from aroma_lab.specs import TaskSpec, TrainSpec
 from aroma_lab.tasks.planted import GRADED, compare_ranks, make_net
 from tiny_classifier import save_tiny_bert, write_json_lines

@@ -9,7 +9,7 @@ import yaml
 
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
-from aroma_lab.run.recipe import load_recipe, make_recipe, save_recipe, trial_of
+from aroma_lab.run.recipe import load_recipe, make_recipe, save_recipe
 from aroma_lab.specs import ADAPTER_KEYS, TaskSpec, TrainSpec
 from aroma_lab.study.grid import expand, make_grid
 
@@ -29,11 +29,14 @@ def recipe_file(tmp_path):
 def test_a_recipe_is_a_delta_on_the_defaults_and_overrides_are_stronger(recipe_file):
     overrides = ["training.batch_size=16", "adapter.target_modules=[query, value]", "adapter.inner_tolerance=null"]
     recipe = load_recipe(recipe_file, [*overrides, "output=o"])
-    assert recipe.training == TrainSpec(batch_size=16, learning_rate=1e-4)  # plain YAML would read the text "1e-4"
-    assert recipe.adapter == {"target_modules": ["query", "value"], "inner_tolerance": None}
-    assert recipe.data == TaskSpec(train="train.csv")
+    assert recipe.trial.training == TrainSpec(
+        batch_size=16, learning_rate=1e-4
+    )  # plain YAML would read the text "1e-4"
+    defaults = {name: default for name, (_, default) in ADAPTER_KEYS.items()}
+    assert recipe.trial.options == {**defaults, "target_modules": ["query", "value"], "inner_tolerance": None}
+    assert recipe.trial.task == TaskSpec(name="train", train="train.csv", reported={})
     assert recipe.output == "o"
-    assert load_recipe(recipe_file).training.batch_size == 8
+    assert load_recipe(recipe_file).trial.training.batch_size == 8
 
 
 @pytest.mark.parametrize(
@@ -96,9 +99,9 @@ def test_a_resolved_recipe_and_its_trial_come_back_equal(tmp_path):
     values |= {"adapter.target_modules": ["query"], "data.source": "org/chats", "training.seed": 3}
     recipe = make_recipe({**MINIMAL, **values})
     save_recipe(recipe, tmp_path / "recipe.yaml")
-    trial = trial_of(recipe)
-    assert trial_of(load_recipe(tmp_path / "recipe.yaml")) == trial
-    assert (trial.name, trial.gguf_file, trial.options["component_seed"]) == ("chats/aroma/seed-3", "m.gguf", 3)
+    trial = recipe.trial
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert (trial.name, trial.gguf_file) == ("chats/aroma/seed-3", "m.gguf")
     written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     assert (written["training"]["warmup_steps"], written["adapter"]["r"]) == (0.06, 1)  # defaults are written out
 
@@ -110,7 +113,7 @@ def test_a_recipe_is_the_trial_of_a_grid_s_cell():
     methods = {"mine": {"kind": "aroma", "r": 2}}
     grid = {"output": "o", "model": "m", "tasks": {"words": task}, "methods": methods, "training": training}
     (cell,) = expand(make_grid({**grid, "seeds": [5]}))
-    trial = trial_of(recipe)
+    trial = recipe.trial
     assert replace(cell, name=trial.name, method=trial.method, options=trial.options) == trial
 
 
@@ -120,7 +123,7 @@ def test_the_example_recipes_are_valid_and_name_their_command():
         recipe = load_recipe(path)
         assert f"aroma train examples/recipes/{path.name}" in path.read_text()
         assert recipe.output == f"runs/{path.stem}"
-        assert AromaConfig(**trial_of(recipe).options).resolve_inner_steps(recipe.training.max_steps or 1000) >= 40
+        assert AromaConfig(**recipe.trial.options).resolve_inner_steps(recipe.trial.training.max_steps or 1000) >= 40
 
 
 def test_the_keys_of_the_adapter_are_fields_of_the_configuration():

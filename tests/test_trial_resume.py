@@ -20,7 +20,7 @@ from ranks import processes
 from trainer_runs import resealed
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
-COSTS = {"wall_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "train_seconds"}
+COSTS = {"wall_seconds", "peak_gpu_memory_mib", "train_seconds"}
 """Of a result, what is different in every run."""
 
 pytestmark = pytest.mark.slow
@@ -155,11 +155,11 @@ def test_earlier_attempts_count(killed: Path, material: Path, tmp_path: Path) ->
     state = read_json(file)
     attributes = state["stateful_callbacks"]["Recorder"]["attributes"]
     assert attributes["train_seconds"] > 0
-    earlier = {"wall_seconds": 1000.0, "peak_memory_mib": 3e6, "peak_gpu_memory_mib": 5.0}
-    attributes["cost"], attributes["train_seconds"] = earlier, 300.0
+    attributes["cost"] = {"wall_seconds": 1000.0, "peak_gpu_memory_mib": 3e6}
+    attributes["train_seconds"] = 300.0
     file.write_text(json.dumps(state))
     resealed(file.parent)
     result = run_trial(trial_of(material), run)
     assert 1000 < result["wall_seconds"] < 1900
-    assert (result["peak_memory_mib"], result["peak_gpu_memory_mib"]) == (3e6, 5.0)
+    assert result["peak_gpu_memory_mib"] == 3e6
     assert 300 < result["train_seconds"] < 400

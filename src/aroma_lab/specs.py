@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from aroma.errors import bad_value
@@ -205,16 +205,9 @@ class TrainSpec:
     """Of a language model: several examples a row of `data.max_length` tokens, each attending to itself only."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0)
-        counts = (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "max_steps",
-            "eval_steps",
-            "save_steps",
-        )
-        _require_least(self, "training", least | dict.fromkeys((*counts, "keep_checkpoints", "threads"), 1))
+        least = {"warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "threads": 1, "batch_size": 1}
+        least |= {"gradient_accumulation_steps": 1, "logging_steps": 1, "max_steps": 1, "eval_steps": 1}
+        _require_least(self, "training", least | {"save_steps": 1, "keep_checkpoints": 1})
         for name in ("learning_rate", "head_learning_rate", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -228,30 +221,6 @@ class TrainSpec:
             if self.save_steps is None or self.save_steps % self.eval_steps:
                 remedy = f"training.checkpoint='best' needs a multiple of eval_steps={self.eval_steps}"
                 raise bad_value("training.save_steps", self.save_steps, remedy)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One run, whole: model, data, adapter, training, and the folder it leaves."""
-
-    model: ModelSpec = field(default_factory=ModelSpec)
-    data: TaskSpec = field(default_factory=TaskSpec)
-    adapter: dict[str, Any] = field(default_factory=dict)
-    """Fields of `aroma.AromaConfig`, which explains and checks them; a missing field has its default."""
-    training: TrainSpec = field(default_factory=TrainSpec)
-    output: str = "runs/aroma"
-    """Folder of the run; must be new or empty, or hold this very run when it is resumed."""
-
-    def __post_init__(self) -> None:
-        data = self.data
-        if not self.model.name:
-            raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
-        if self.model.dtype == "float16":
-            remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
-            raise bad_value("model.dtype", "float16", remedy)
-        if data.source is None and data.train is None and data.kind not in MADE_KINDS:
-            remedy = "give a CSV, TSV, JSONL or Parquet file, or data.source, a folder or a hub data set"
-            raise bad_value("data.train", None, remedy)
 
 
 def _require_least(spec: TaskSpec | TrainSpec, section: str, least: dict[str, int]) -> None:

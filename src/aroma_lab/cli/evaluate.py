@@ -11,7 +11,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
 from aroma.errors import bad_value
 
-from ..preflight import require_saved
+from ..language.gguf_source import PACKAGED
 
 
 def add_parser(commands: Any) -> None:
@@ -59,14 +59,20 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
     require_extra("lab")
-    from aroma.files import write_json, write_text
+    from aroma.files import require_adapter_folder, write_json, write_text
     from aroma.outputs import new_file
+
+    from ..tasks.sources import require_data_file
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
     named = {name: getattr(arguments, name) for name in ("json", "predictions")}
     files = {name: new_file(f"--{name}", path, force=arguments.force) for name, path in named.items() if path}
-    require_saved(arguments.adapter, *(path for path in arguments.data if "=" not in path))
+    if arguments.adapter != PACKAGED:
+        require_adapter_folder(arguments.adapter)
+    for path in arguments.data:
+        if "=" not in path:
+            require_data_file("data", path)
     from aroma.cli.quiet import quiet
 
     quiet()

@@ -13,7 +13,7 @@ from aroma.cli.texts import add_command
 from ..run.trial import REPORT, TrialFiles
 
 if TYPE_CHECKING:
-    from ..specs import Recipe
+    from ..run.recipe import Recipe
 
 
 def add_parser(commands: Any) -> None:
@@ -40,14 +40,13 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
     require_extra("lab")
-    from ..preflight import check_sources
-    from ..run.recipe import check_output, load_recipe
+    from ..run.recipe import check_output, check_sources, load_recipe, save_recipe
     from ..specs import LANGUAGE_KINDS
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_output(recipe, arguments.resume)
-    check_sources(recipe)
-    if recipe.data.kind in LANGUAGE_KINDS:
+    check_sources(recipe.trial)
+    if recipe.trial.task.kind in LANGUAGE_KINDS:
         require_extra("language")
 
     from aroma.cli.quiet import quiet
@@ -55,13 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..run.recipe import run_recipe
-    from ..run.run import join
+    from ..run.run import join, run_trial
 
-    processes = join()
-    console = Console(markup=False, soft_wrap=True)
+    processes, files = join(), TrialFiles(Path(recipe.output))
+
+    def start(job: Any) -> None:
+        save_recipe(recipe, files.recipe)
+        for note in job.notes:
+            Console(markup=False, soft_wrap=True).print(note)
+
     try:
-        result = run_recipe(recipe, on_note=console.print)
+        result = run_trial(recipe.trial, files.root, progress=True, keep_checkpoints=True, on_start=start)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_how_to_go_on(arguments, recipe)) from interrupt
     if processes.is_main_process:
@@ -70,8 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     if processes.is_main_process and not arguments.no_report:
         from ..report.run_page import write_run_page
 
-        page = Path(recipe.output) / REPORT
-        write_run_page(Path(recipe.output), page)
+        page = files.root / REPORT
+        write_run_page(files.root, page)
         print(f"report: {page}")
 
 

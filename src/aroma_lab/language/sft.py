@@ -15,15 +15,15 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aroma.errors import bad_value
 
-from ..training.trainer import ExactResume
+from ..training.trainer import MethodTrainer
 from .encode import NOT_LEARNED
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class MethodSFTTrainer(ExactResume, SFTTrainer):
-    """TRL's SFTTrainer, resumed as exactly as the Trainer; see `ExactResume`.
+class MethodSFTTrainer(MethodTrainer, SFTTrainer):
+    """TRL's SFTTrainer, resumed as exactly as the Trainer; see `MethodTrainer`.
 
     Raises:
         ConfigError: The method adapts the output embeddings, which TRL reads without their adapter.

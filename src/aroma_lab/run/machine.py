@@ -1,4 +1,4 @@
-"""The machine and the source of a run: versions, revision, and the memory of this process."""
+"""The machine and the source of a run: versions, revision, and how this process keeps its memory."""
 
 from __future__ import annotations
 
@@ -50,14 +50,6 @@ def _git(*arguments: str) -> str | None:
         ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def peak_bytes() -> int:
-    """Return the peak of this process's resident memory, in bytes."""
-    import resource  # not there on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_freed_memory() -> bool:

@@ -1,23 +1,38 @@
-"""Recipes: YAML deltas on documented defaults; a recipe becomes a trial of AROMA, and is run as one."""
+"""Recipes: YAML deltas on documented defaults. A recipe is a trial of AROMA, and is run as one."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple
 
 import yaml
+from huggingface_hub import hf_hub_download
 
 from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import new_folder
 
+from ..language.data import examples_of, questions_of
+from ..language.gguf_source import PACKAGED
 from ..settings import flatten, load_values, section_of, typed_fields, types_of
-from ..specs import ADAPTER_KEYS, Recipe, TaskSpec
+from ..specs import ADAPTER_KEYS, MADE, MADE_KINDS, ModelSpec, TaskSpec, TrainSpec
+from ..tasks.articles import BBC_NEWS
+from ..tasks.data import layout_of, read_splits, source_of, with_columns
 from .trial import Trial, TrialFiles
+
+_SECTIONS: dict[str, Any] = {"model": ModelSpec, "data": TaskSpec, "training": TrainSpec}
+
+
+class Recipe(NamedTuple):
+    """A trial of AROMA, and the folder that it leaves: new or empty, or with this very run when it is resumed."""
+
+    trial: Trial
+    output: str
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
@@ -35,56 +50,44 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key (the nearest is named), or a value of a wrong type or out of range.
     """
-    sections: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
-    flat, types = flatten(values, (*sections, "adapter")), {"output": str}
-    for section, kind in sections.items():
+    types = {"output": str} | {f"adapter.{name}": kind for name, (kind, _) in ADAPTER_KEYS.items()}
+    for section, kind in _SECTIONS.items():
         types |= types_of(kind, f"{section}.")
     del types["data.name"]  # a recipe's task is named after its data
-    types |= {f"adapter.{name}": kind for name, (kind, _) in ADAPTER_KEYS.items()}
-    given = typed_fields(types, flat, "a recipe")
-    made = {name: kind(**section_of(given, name)) for name, kind in sections.items()}
-    output = {"output": given["output"]} if "output" in given else {}
-    return Recipe(adapter=section_of(given, "adapter"), **made, **output)
+    given = typed_fields(types, flatten(values, (*_SECTIONS, "adapter")), "a recipe")
+    model, data, training = (kind(**section_of(given, name)) for name, kind in _SECTIONS.items())
+    if not model.name:
+        raise bad_value("model.name", model.name, "give a hub name or a local model folder")
+    if model.dtype == "float16":
+        remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
+        raise bad_value("model.dtype", "float16", remedy)
+    if data.source is None and data.train is None and data.kind not in MADE_KINDS:
+        remedy = "give a CSV, TSV, JSONL or Parquet file, or data.source, a folder or a hub data set"
+        raise bad_value("data.train", None, remedy)
+    path = data.source or Path((data.train or "").partition("+")[0]).stem
+    label = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
+    trial = Trial(
+        name=f"{label}/aroma/seed-{training.seed}",
+        model=model.name,
+        task=replace(data, name=label, reported=data.reported or {}),
+        method="aroma",
+        kind="aroma",
+        options={name: default for name, (_, default) in ADAPTER_KEYS.items()} | section_of(given, "adapter"),
+        training=training,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        gguf_file=model.gguf_file,
+    )
+    return Recipe(trial, given.get("output", "runs/aroma"))
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe, defaults included, atomically."""
-    content = {**asdict(recipe), "adapter": _adapter_of(recipe)}
-    del content["data"]["name"]
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def _adapter_of(recipe: Recipe) -> dict[str, Any]:
-    """Return all keys of the adapter, defaults included."""
-    return {name: default for name, (_, default) in ADAPTER_KEYS.items()} | recipe.adapter
-
-
-def task_of(recipe: Recipe) -> TaskSpec:
-    """Return the task of a recipe, named for tables after its configuration, its source, or its training file."""
-    data = recipe.data
-    path = data.source or Path((data.train or "").partition("+")[0]).stem
-    name = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
-    return replace(data, name=name, reported=data.reported or {})
-
-
-def trial_of(recipe: Recipe) -> Trial:
-    """Return the one trial that a recipe is; components are drawn by its seed unless the adapter has its own."""
-    task, seed = task_of(recipe), recipe.training.seed
-    options = _adapter_of(recipe)
-    if options["component_seed"] is None:
-        options["component_seed"] = seed
-    return Trial(
-        name=f"{task.name}/aroma/seed-{seed}",
-        model=recipe.model.name or "",
-        task=task,
-        method="aroma",
-        kind="aroma",
-        options=options,
-        training=recipe.training,
-        dtype=recipe.model.dtype,
-        quantization=recipe.model.quantization,
-        gguf_file=recipe.model.gguf_file,
-    )
+    values = asdict(recipe.trial)
+    del values["task"]["name"]
+    model = {"name": values["model"], **{key: values[key] for key in ("gguf_file", "dtype", "quantization")}}
+    sections = {"model": model, "data": values["task"], "adapter": values["options"], "training": values["training"]}
+    write_text(path, yaml.safe_dump({**sections, "output": recipe.output}, sort_keys=False, allow_unicode=True))
 
 
 def check_output(recipe: Recipe, resume: bool) -> None:
@@ -98,26 +101,23 @@ def check_output(recipe: Recipe, resume: bool) -> None:
         new_folder("output", files.root, "it holds no run to resume; give another" if resume else remedy)
 
 
-def run_recipe(
-    recipe: Recipe, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
-) -> dict[str, Any]:
-    """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
+def check_sources(trial: Trial) -> None:
+    """Raise AromaError if a file, a column of it, or the model is missing, before PyTorch is loaded.
 
-    A run that was interrupted there goes on. Under torchrun every process calls this; see `run_trial`, also for what
-    is returned and raised.
-
-    Args:
-        progress: Whether a progress bar is shown.
-        on_note: Called, before the training, with what became of examples that did not fit.
+    So a mistyped name is an error within a second. Everything is checked again, and whole, where it is read.
     """
-    from .run import run_trial
-
-    files = TrialFiles(Path(recipe.output))
-
-    def start(job: Any) -> None:
-        if not files.recipe.exists():
-            save_recipe(recipe, files.recipe)
-        for note in job.notes:
-            on_note(note)
-
-    return run_trial(trial_of(recipe), files.root, progress=progress, keep_checkpoints=True, on_start=start)
+    data, name = trial.task, trial.model
+    if data.kind not in MADE_KINDS and (source_of(data).folder is not None or data.source == BBC_NEWS):
+        readers: dict[str | None, Callable[..., object]] = {
+            "causal_lm": partial(examples_of, text=data.text),
+            "commonsense": questions_of,
+        }
+        read_splits(data, readers.get(data.kind) or partial(with_columns, layout=layout_of(data)))
+    if trial.gguf_file is not None or Path(name).is_dir() or name in ("minilm", PACKAGED, MADE):
+        return
+    try:
+        hf_hub_download(name, "config.json", etag_timeout=5)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        remedy = f"no such folder, nor a model that the hub or its cache shows ({said:.300}); check its name"
+        raise bad_value("model.name", name, remedy) from error

@@ -15,12 +15,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from aroma.checkpoint import record_save
-from aroma.errors import CheckpointError, NonFiniteError
+from aroma.errors import NonFiniteError
 from aroma.events import Event
 from aroma.files import write_text
 
 from ..methods import Method
-from .machine import peak_bytes
 
 Changes = list[list[int]]
 """Pairs of optimizer step and value; a value holds from its step on, until the next pair's."""
@@ -73,9 +72,8 @@ class Recorder(TrainerCallback, ExportableState):
     trainer: Any = None
 
     def __init__(self) -> None:
-        self.curve, self.train_seconds = Curve(), 0.0
-        self._wall, self._since = time.monotonic(), 0.0
-        self._earlier = dict.fromkeys(("wall_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
+        self.curve, self.train_seconds, self._gpu_mib = Curve(), 0.0, 0.0
+        self._began, self._since = time.monotonic(), 0.0
 
     def note(self, step: int, model: Any) -> None:
         """Record ranks and parameters after optimizer step `step`."""
@@ -83,26 +81,20 @@ class Recorder(TrainerCallback, ExportableState):
 
     def cost(self) -> dict[str, float]:
         """Return the cost so far, of earlier attempts up to their last checkpoint too."""
-        earlier = self._earlier
-        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return {
-            "wall_seconds": earlier["wall_seconds"] + time.monotonic() - self._wall,
-            "peak_memory_mib": max(earlier["peak_memory_mib"], peak_bytes() / 2**20),
-            "peak_gpu_memory_mib": max(earlier["peak_gpu_memory_mib"], gpu / 2**20),
-        }
+        gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+        return {"wall_seconds": time.monotonic() - self._began, "peak_gpu_memory_mib": max(self._gpu_mib, gpu)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Record the start, or go on from a checkpoint; CheckpointError if that is no trial's."""
+        """Record the start, or go on from a checkpoint."""
         if state.global_step == 0:
             self.note(0, model)
-        elif (saved := state.stateful_callbacks.get(type(self).__name__)) is None:
-            raise CheckpointError("trainer_state.json: the checkpoint is no trial's; begin the trial anew")
         else:
-            attributes = saved["attributes"]
-            vars(self.curve).update(attributes["curve"], ranks=dict(attributes["curve"]["ranks"]))
-            self.train_seconds, self._earlier = attributes["train_seconds"], attributes["cost"]
-            self.trainer._tr_loss = torch.tensor(attributes["loss"], device=args.device)
-            self.trainer._globalstep_last_logged = attributes["logged"]
+            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+            vars(self.curve).update(saved["curve"], ranks=dict(saved["curve"]["ranks"]))
+            self._began -= saved["cost"]["wall_seconds"]
+            self.train_seconds, self._gpu_mib = saved["train_seconds"], saved["cost"]["peak_gpu_memory_mib"]
+            self.trainer._tr_loss = torch.tensor(saved["loss"], device=args.device)
+            self.trainer._globalstep_last_logged = saved["logged"]
         self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

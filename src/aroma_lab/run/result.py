@@ -14,6 +14,7 @@ from aroma.spectra import effective_rank, singular_values
 from ..methods.head import head_of
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
+from ..tasks.planted import compare_ranks
 from ..training.job import Prediction
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ def result_of(run: Run, predictions: Mapping[str, Prediction]) -> dict[str, Any]
     trial, method, job, recorder = run.trial, run.method, run.job, run.recorder
     curve, model, trainer = recorder.curve, run.model, recorder.trainer
     steps, callbacks = (trainer.state.global_step, trainer.callback_handler.callbacks) if trainer else (0, [])
+    controller = next((one.controller for one in callbacks if isinstance(one, AromaCallback)), None)
     ranks, components = method.ranks(model), method.components(model)
     held_out = predictions[job.evaluated[0]]
     reported = {split: one.metrics for split, one in predictions.items() if one is not held_out}
     # Made tasks are always evaluated on fresh examples too. A recipe may have none but those that validate.
     is_reported = bool(reported) and trial.purpose == "report"
     of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
-    growth = next((one for one in callbacks if isinstance(one, AromaCallback)), None)
     average = curve.average_parameters(run.steps)
     result: dict[str, Any] = {
         "name": trial.name,
@@ -70,27 +71,19 @@ def result_of(run: Run, predictions: Mapping[str, Prediction]) -> dict[str, Any]
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
         "trained_rank": average / of_rank_one if of_rank_one else None,
-        **_of_growth(growth),
         **{name: round(value, 3) for name, value in recorder.cost().items()},
         "train_seconds": round(recorder.train_seconds, 3),
         "processes": run.processes.num_processes,
         **run.provenance,
     }
+    if controller is not None:
+        result["relative_updates"] = controller.relative_updates()
+        result["states"] = {module.name: module.state for module in controller.summary()}
+        result["explanation"] = controller.explanation()
     if job.planted is not None:
-        from ..tasks.planted import compare_ranks
-
         began = {name: changes[0][1] for name, changes in curve.ranks.items()}
         result["planted"] = compare_ranks(job.planted, ranks, began)
     return result
-
-
-def _of_growth(growth: AromaCallback | None) -> dict[str, Any]:
-    controller = growth and growth.controller
-    return {
-        "relative_updates": controller.relative_updates() if controller else {},
-        "states": {module.name: module.state for module in controller.summary()} if controller else {},
-        "explanation": controller.explanation() if controller else None,
-    }
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from transformers import ProgressCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from aroma.checkpoint import verify_checkpoint
 from aroma.distributed import processes_of_node, refuse_together
@@ -21,16 +20,17 @@ from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json, write_text
 from aroma.outputs import new_folder, open_folder
 
-from ..methods import Method, make_method
-from ..specs import TrainSpec
-from ..tasks.model import placed
+from ..methods import Hooks, Method, make_method
+from ..specs import LANGUAGE_KINDS, MADE, MADE_KINDS, ModelSpec, TrainSpec
+from ..tasks import memory, planted, planted_encoder
+from ..tasks.classification import ClassifierJob
+from ..tasks.model import packaged_encoder, placed
 from ..training.job import Job
-from ..training.trainer import make_trainer
+from ..training.trainer import Bar, MethodTrainer, make_optimizer, training_arguments
 from .machine import provenance
 from .recorder import EventLog, Recorder, history_of
 from .result import result_of
 from .trial import Trial, TrialFiles, differing_keys, load_trial, save_trial
-from .work import job_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +58,7 @@ def run_trial(
         on_start: Called by the first process when nothing was refused, and the folder holds nothing but the trial.
 
     Returns:
-        The content of `result.json`.
+        The content of `result.json`, in the first process.
 
     Raises:
         ConfigError: A value that cannot work, or a folder that holds something else.
@@ -70,21 +70,21 @@ def run_trial(
     with refuse_together():
         _check_folder(trial, files)
         run = None if files.result.exists() else _prepare(trial, files, processes, recorder)
-    if run is not None:
+    if run is None:
+        result = dict(read_json(files.result))
+    else:
         if processes.is_main_process:
             files.root.mkdir(parents=True, exist_ok=True)
             save_trial(trial, files.trial)
             on_start(run.job)
         processes.wait_for_everyone()
         result = _train_and_evaluate(run, progress)
-        if processes.is_main_process:
-            write_json(files.result, result)
     if processes.is_main_process:
         files.failure.unlink(missing_ok=True)
         if not keep_checkpoints:
             shutil.rmtree(files.checkpoints, ignore_errors=True)
     processes.wait_for_everyone()
-    return result if run is not None else dict(read_json(files.result))
+    return result
 
 
 def join() -> PartialState:
@@ -188,6 +188,40 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     return Run(trial, files, processes, method, job, train, held_out, model, steps, checkpoint, recorder, found)
 
 
+def job_of(trial: Trial) -> Job:
+    """Read, check and encode what a trial trains on; of one that selects, nothing that is reported.
+
+    Raises:
+        ConfigError: An unknown task or metric, or a tokenizer that cannot be loaded.
+        DataError: Examples that cannot be used.
+    """
+    name, reported = trial.model, trial.purpose == "report"
+    if name == "minilm":
+        name = str(packaged_encoder())
+    model = ModelSpec(name, trial.gguf_file, trial.dtype, trial.quantization)
+    if trial.task.kind in MADE_KINDS:
+        return _made_job(trial, name)
+    if trial.task.kind in LANGUAGE_KINDS:
+        from ..language.job import LanguageJob
+
+        return LanguageJob(trial.task, model, trial.training.packing, reported=reported)
+    return ClassifierJob(trial.task, model, trial.training.train_pooler, reported=reported)
+
+
+def _made_job(trial: Trial, encoder: str) -> Job:
+    """Return the job of a task whose right answer is made; `encoder` is the pretrained model, if it needs one."""
+    spec = trial.task
+    for key in ("dtype", "quantization", "gguf_file"):
+        if (value := getattr(trial, key)) not in ("float32", None):
+            raise bad_value(key, value, f"a task of kind {spec.kind} is made for weights in float32; leave it out")
+    seed = trial.training.seed if spec.seed is None else spec.seed
+    if spec.kind == "planted_encoder":
+        return planted_encoder.encoder_job(spec, seed, encoder)
+    if trial.model != MADE:
+        raise bad_value("model", trial.model, f"a task of kind {spec.kind} makes its own; give {MADE}")
+    return memory.memory_job(spec, seed) if spec.kind == "memory" else planted.planted_job(spec, seed)
+
+
 def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:
     """Return the optimizer steps of a run over `examples` training examples, as the Trainer counts them."""
     if training.max_steps is not None:
@@ -202,7 +236,7 @@ def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
     first, training = run.processes.is_main_process, run.trial.training
     if run.method.trains:
-        _train(run, progress)
+        _train(run, progress and first)
     else:
         placed(run.model)
         if training.bf16:  # as accelerate has it for the models that are trained beside it
@@ -211,34 +245,37 @@ def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
     if first:  # the trained model is saved before an evaluation may fail
         _leave(run)
     predictions = {split: run.job.predict(run.model, split, training.batch_size) for split in run.job.evaluated}
-    found = [result_of(run, predictions) if first else {}]
-    if run.processes.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0]
+    if not first:
+        return {}
+    result = result_of(run, predictions)
+    write_json(run.files.result, result)
+    return result
 
 
 def _train(run: Run, progress: bool) -> None:
-    first = run.processes.is_main_process
+    method, job, training, bar = run.method, run.job, run.trial.training, Bar()
     at = 0 if run.checkpoint is None else int(run.checkpoint.name.partition("-")[2])
-    trainer = make_trainer(
-        run.method,
-        run.model,
-        run.job,
-        run.trial.training,
-        run.files.checkpoints,
-        run.train,
-        held_out=run.held_out,
-        callbacks=[run.recorder],
-        on_event=EventLog(run.files.events, upto=at) if first else None,
-        progress=progress and first,
+    log = EventLog(run.files.events, upto=at) if run.processes.is_main_process else None
+    own = method.callbacks(run.model, on_event=log, early_stop=training.early_stop, held_out=run.held_out)
+    trainer = (job.trainer_class or MethodTrainer)(
+        job=job,
+        hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
+        model=run.model,
+        args=training_arguments(training, job, run.files.checkpoints),
+        data_collator=job.collator,
+        train_dataset=run.train,
+        eval_dataset=job.rows[job.evaluated[0]] if training.eval_steps is not None else None,
+        processing_class=job.tokenizer,
+        callbacks=[*own, run.recorder, *([bar] if progress else [])],  # what a method does is part of a step
+        optimizers=(make_optimizer(run.model, training), None),
     )
+    trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
     run.recorder.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     finally:
-        for one in trainer.callback_handler.callbacks:
-            if isinstance(one, ProgressCallback) and one.training_bar is not None:
-                one.training_bar.close()  # after an error or Ctrl-C; else the message would stand in the bar's line
+        if bar.training_bar is not None:
+            bar.training_bar.close()  # after an error or Ctrl-C; else the message would stand in the bar's line
 
 
 def _leave(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -72,8 +73,6 @@ class Trial:
         path = PurePosixPath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:
             raise bad_value("trial.name", self.name, "give a path below the folder of runs, as mrpc/lora-r8/seed-0")
-        if not self.model:
-            raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
 
 
 def save_trial(trial: Trial, path: str | os.PathLike[str]) -> None:
@@ -96,16 +95,15 @@ def load_trial(path: str | os.PathLike[str]) -> Trial:
         raise CheckpointError(f"{path}: edited, no trial ({error}); restore the file that was written") from error
 
 
-def differing_keys(one: Any, other: Any) -> list[str]:
-    """Return the dotted keys in which two trials, or nested mappings, differ, in the order of the file."""
-    left, right = (_flatten(value if isinstance(value, Mapping) else asdict(value)) for value in (one, other))
+def differing_keys(one: Trial, other: Trial) -> list[str]:
+    """Return the dotted keys in which two trials differ, in the order of the file."""
+    left, right = (_flatten(json.loads(json.dumps(asdict(trial)))) for trial in (one, other))
     return [key for key in {**left, **right} if key not in left or key not in right or left[key] != right[key]]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested `values` by dotted key, sequences as lists, as JSON has them."""
+    """Return nested `values` by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return {key: [*value] if isinstance(value, tuple) else value for key, value in flat.items()}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

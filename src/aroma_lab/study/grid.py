@@ -239,7 +239,7 @@ def check_trials(trials: Iterable[Trial], to_run: Iterable[Trial]) -> None:
         AromaError: A wrong option, or a task that cannot be read, under the label of the method or the task.
     """
     from ..methods import make_method
-    from ..run.work import job_of
+    from ..run.run import job_of
 
     for trial in {json.dumps([one.kind, one.options, one.training.max_steps]): one for one in trials}.values():
         with _under(f"methods.{trial.method}"):

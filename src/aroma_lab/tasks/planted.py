@@ -175,8 +175,6 @@ class MadeJob(Job):
     tokenizer: Any = None
     counts_items: bool = False
 
-    keeps_columns = True
-
     @property
     def examples(self) -> dict[str, int]:
         """Numbers of examples by split."""

@@ -30,9 +30,8 @@ class Job:
         chosen_by: Metric of the held-out examples that a checkpoint is chosen by, where one is; None: the score's.
         counts_items: Whether the loss of a step is the mean over all items of its micro-batches, as it is over the
             tokens of a language model; False: the mean of the micro-batches' means.
-        trainer_class: A Trainer with `training.trainer.ExactResume` mixed in; None for transformers' own.
+        trainer_class: A `training.trainer.MethodTrainer`; None for that one itself.
         arguments_class: Makes its arguments from those of `TrainingArguments`; None for `TrainingArguments`.
-        keeps_columns: Whether the collator takes columns that are no arguments of the model.
         planted: Ranks of the right answer by module; None where it is unknown.
         notes: What a user should know of the examples: how many were cut or left out, and why.
     """
@@ -47,7 +46,6 @@ class Job:
     counts_items: Any = False
     trainer_class: Any = None
     arguments_class: Any = None
-    keeps_columns = False
     planted: Mapping[str, int] | None = None
     notes: tuple[str, ...] = ()
 

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aroma.errors import CheckpointError
-from aroma.events import Event
 from aroma.files import read_tensors, write_errors, write_tensors
 
-from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, trained_tensors
 from ..methods.head import head_of
 from ..specs import TrainSpec
 from .job import Job
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 HOOKS_FILE = "hooks.safetensors"
 """File of a checkpoint with the state of the method's hooks."""
@@ -35,54 +30,13 @@ _MOST_EPOCHS = 10**6
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
-class _Bar(ProgressCallback):
+class Bar(ProgressCallback):
     """The Trainer's bar, with the loss beside it in place of a line for every log."""
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
+        """Show the loss."""
         if self.training_bar is not None and logs is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
-
-
-def make_trainer(
-    method: Method,
-    model: Any,
-    job: Job,
-    training: TrainSpec,
-    folder: str | os.PathLike[str],
-    train: Dataset,
-    *,
-    held_out: Dataset | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    on_event: Callable[[Event], None] | None = None,
-    progress: bool = True,
-) -> Trainer:
-    """Return a Trainer of `model`; only callbacks and trained parameters differ between methods.
-
-    Args:
-        folder: Where checkpoints go.
-        train: The examples that are trained on.
-        held_out: Examples that the method evaluates and does not train on; see `Method.hold_out`.
-        callbacks: Called after the method's own.
-        on_event: Called with every event of AROMA's controller.
-
-    Raises:
-        ConfigError: The method cannot train the model.
-    """
-    own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
-    trainer: Trainer = (job.trainer_class or MethodTrainer)(
-        job=job,
-        hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
-        model=model,
-        args=training_arguments(training, job, folder),
-        data_collator=job.collator,
-        train_dataset=train,
-        eval_dataset=job.rows[job.evaluated[0]] if training.eval_steps is not None else None,
-        processing_class=job.tokenizer,
-        callbacks=[*own, *callbacks, *([_Bar()] if progress else [])],
-        optimizers=(make_optimizer(model, training), None),
-    )
-    trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
-    return trainer
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec) -> torch.optim.AdamW:
@@ -98,13 +52,7 @@ def make_optimizer(model: nn.Module, training: TrainSpec) -> torch.optim.AdamW:
 
 def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[str]) -> TrainingArguments:
     """Return the Trainer's arguments for a training section; all counts are of optimizer steps."""
-    further: dict[str, Any] = {"save_strategy": "no"}
-    if training.save_steps is not None:
-        further = {"save_steps": training.save_steps}
-    if training.group_by_length:
-        further["train_sampling_strategy"] = "group_by_length"
-    if training.scheduler == "cosine_with_min_lr":
-        further["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_lr_ratio}
+    ends_above_zero = training.scheduler == "cosine_with_min_lr"
     return (job.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -114,6 +62,7 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
+        lr_scheduler_kwargs={"min_lr_rate": training.min_lr_ratio} if ends_above_zero else None,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -121,12 +70,14 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
         logging_nan_inf_filter=False,  # a loss that is not finite has to be seen
         eval_strategy="no" if training.eval_steps is None else "steps",
         eval_steps=training.eval_steps,
-        **further,
+        save_strategy="no" if training.save_steps is None else "steps",
+        save_steps=training.save_steps or 0,
         save_total_limit=training.keep_checkpoints,
         load_best_model_at_end=training.checkpoint == "best",
         metric_for_best_model=f"{job.evaluated[0]}_{job.chosen_by or job.metric}",
         greater_is_better=job.chosen_by != "loss",
-        remove_unused_columns=not job.keeps_columns,
+        remove_unused_columns=False,  # collators may take more than the model
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         seed=training.seed,
         data_seed=training.seed * _MOST_EPOCHS,
         bf16=training.bf16,
@@ -142,8 +93,8 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
 # Exact resume --------------------------------------------------------------------------------------------------------
 
 
-class ExactResume:
-    """Mixed into a Trainer, lets it train any method, and resume it to the bit.
+class MethodTrainer(Trainer):
+    """Trains any method, and resumes it to the bit.
 
     Its checkpoints hold the trained parameters whole, and the state of the method's hooks. PEFT's own files would not
     do: of AdaLoRA they lack the triplets that are masked for now.
@@ -153,14 +104,6 @@ class ExactResume:
         hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
         **options: Of the Trainer.
     """
-
-    # Of the Trainer that it is mixed into.
-    args: Any
-    callback_handler: Any
-    control: Any
-    log: Any
-    model: Any
-    state: Any
 
     def __init__(self, *, job: Job, hooks: Hooks | None, **options: Any) -> None:
         super().__init__(**options)
@@ -176,7 +119,7 @@ class ExactResume:
         return self._hooks is not None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             return EpochLengthSampler(sampler, self.args.seed)
         return sampler
@@ -187,52 +130,44 @@ class ExactResume:
         metrics, loss = self._job.measure(self.model, self._job.rows[split], self.args.per_device_eval_batch_size)
         named = {f"eval_{split}_{name}": value for name, value in {**metrics, "loss": loss}.items()}
         self.log(dict(named))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
     def _save_checkpoint(self, *options: Any) -> None:
         with write_errors(self.args.output_dir):
-            super()._save_checkpoint(*options)  # type: ignore[misc]
+            super()._save_checkpoint(*options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         self._job.describe(folder)
         if self._hooks is None:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            super()._save(output_dir, state_dict)
             return
         write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
         write_tensors(folder / HOOKS_FILE, self._hooks.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._hooks is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._restore(Path(resume_from_checkpoint), self._hooks)
 
     def _load_best_model(self) -> None:
         if self._hooks is None:
-            super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
         else:
             self._restore(Path(self.state.best_model_checkpoint), self._hooks)
 
+    @torch.no_grad()
     def _restore(self, checkpoint: Path, hooks: Hooks) -> None:
-        load_trained(self.model, checkpoint / TRAINED_FILE)
+        file = checkpoint / TRAINED_FILE
+        saved, parameters = read_tensors(file), trained_tensors(self.model)
+        shapes = [{name: tuple(one.shape) for name, one in some.items()} for some in (saved, parameters)]
+        if differing := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
+            raise CheckpointError(f"{file}: {differing[0]} has another shape in the model; it is of another run")
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
         hooks.load_state_dict(read_tensors(checkpoint / HOOKS_FILE))
-
-
-class MethodTrainer(ExactResume, Trainer):
-    """The Hugging Face Trainer; see `ExactResume`."""
-
-
-@torch.no_grad()
-def load_trained(model: nn.Module, file: Path) -> None:
-    """Write trained parameters back into their model; CheckpointError if the file is of another model."""
-    saved, parameters = read_tensors(file), trained_tensors(model)
-    shapes = [{name: tuple(one.shape) for name, one in some.items()} for some in (saved, parameters)]
-    if differing := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
-        raise CheckpointError(f"{file}: {differing[0]} has another shape in the model; it is of another run")
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
 
 
 class EpochLengthSampler(LengthGroupedSampler):
