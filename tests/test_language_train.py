@@ -150,13 +150,12 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(files: Path, finished: Path
     whole = run(files, "whole-packed", **changes) if packing else finished
     again = files / f"again-{packing}"
     again.mkdir()
-    recipe = yaml.safe_load((whole / "recipe.yaml").read_text())
-    (again / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output": str(again)}))
     for name in ("trial.json", "events.jsonl"):
         shutil.copy(whole / name, again / name)
     shutil.copytree(whole / "checkpoints" / "checkpoint-20", again / "checkpoints" / "checkpoint-20")
     overrides = [f"{key}={str(value).lower()}" for key, value in changes.items()]
     assert main(["train", str(files / "recipe.yaml"), f"output={again}", *overrides, "--resume"]) == 0
+    assert yaml.safe_load((again / "recipe.yaml").read_text())["output"] == str(again)
     assert read(again / "history.json") == read(whole / "history.json")
     assert (again / "events.jsonl").read_text() == (whole / "events.jsonl").read_text()
     one, other = adapter(again), adapter(whole)

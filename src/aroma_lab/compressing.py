@@ -6,7 +6,6 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from itertools import compress as chosen
 from pathlib import Path
@@ -30,6 +29,7 @@ from aroma.state import read_config
 from .language.data import examples_of
 from .language.encode import NOT_LEARNED, encode_rows
 from .language.model import language_task, load_for_inference, model_source, positions_of
+from .run.machine import provenance
 from .specs import ModelSpec
 from .tasks.saved import open_classifier
 from .tasks.sources import read_located
@@ -176,7 +176,7 @@ def _report(loaded: _Loaded, found: Checkup) -> dict[str, Any]:
         "matrices": {name: {"before": old, "after": found.ranks[name]} for name, old in found.ranks_before.items()},
         "loss_by_directions": dict(zip(map(str, found.sizes), found.losses, strict=True)),
         "note": loaded.note,
-        "versions": {name: metadata.version(name) for name in ("aroma-peft", "torch", "transformers", "peft")},
+        "versions": provenance()["versions"],
     }
 
 

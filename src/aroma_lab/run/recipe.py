@@ -56,14 +56,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     del types["data.name"]  # a recipe's task is named after its data
     given = typed_fields(types, flatten(values, (*_SECTIONS, "adapter")), "a recipe")
     model, data, training = (kind(**section_of(given, name)) for name, kind in _SECTIONS.items())
-    if not model.name:
-        raise bad_value("model.name", model.name, "give a hub name or a local model folder")
-    if model.dtype == "float16":
-        remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
-        raise bad_value("model.dtype", "float16", remedy)
-    if data.source is None and data.train is None and data.kind not in MADE_KINDS:
-        remedy = "give a CSV, TSV, JSONL or Parquet file, or data.source, a folder or a hub data set"
-        raise bad_value("data.train", None, remedy)
+    _require_model_and_data(model, data)
     path = data.source or Path((data.train or "").partition("+")[0]).stem
     label = re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"
     trial = Trial(
@@ -79,6 +72,17 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         gguf_file=model.gguf_file,
     )
     return Recipe(trial, given.get("output", "runs/aroma"))
+
+
+def _require_model_and_data(model: ModelSpec, data: TaskSpec) -> None:
+    if not model.name:
+        raise bad_value("model.name", model.name, "give a hub name or a local model folder")
+    if model.dtype == "float16":
+        remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
+        raise bad_value("model.dtype", "float16", remedy)
+    if data.source is None and data.train is None and data.kind not in MADE_KINDS:
+        remedy = "give a CSV, TSV, JSONL or Parquet file, or data.source, a folder or a hub data set"
+        raise bad_value("data.train", None, remedy)
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:

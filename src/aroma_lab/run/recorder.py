@@ -68,10 +68,10 @@ class Recorder(TrainerCallback, ExportableState):
         train_seconds: Time of all optimizer steps. Evaluations, checkpoints and recording do not count.
     """
 
-    method: Method
     trainer: Any = None
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method) -> None:
+        self.method = method
         self.curve, self.train_seconds, self._gpu_mib = Curve(), 0.0, 0.0
         self._began, self._since = time.monotonic(), 0.0
 

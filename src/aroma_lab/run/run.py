@@ -66,10 +66,10 @@ def run_trial(
         CheckpointError: A checkpoint to go on from is damaged.
         NonFiniteError: NaN or infinity in training.
     """
-    recorder, processes, files = Recorder(), join(), TrialFiles(Path(folder))
+    processes, files = join(), TrialFiles(Path(folder))
     with refuse_together():
         _check_folder(trial, files)
-        run = None if files.result.exists() else _prepare(trial, files, processes, recorder)
+        run = None if files.result.exists() else _prepare(trial, files, processes)
     if run is None:
         result = dict(read_json(files.result))
     else:
@@ -165,12 +165,13 @@ class Run:
     provenance: dict[str, Any]
 
 
-def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder: Recorder) -> Run:
+def _prepare(trial: Trial, files: TrialFiles, processes: PartialState) -> Run:
     """Do everything that can fail before anything is written, the cheapest first."""
-    training, checkpoint = trial.training, resumable_checkpoint(files)
+    training = trial.training
+    method = make_method(trial.kind, trial.options)
+    recorder, checkpoint = Recorder(method), resumable_checkpoint(files)
     if checkpoint is not None:
         require_as_many(checkpoint)
-    method = make_method(trial.kind, trial.options)
     job = job_of(trial)
     train, held_out = method.hold_out(job.rows["train"])
     steps = planned_steps(training, len(train), processes.num_processes)
@@ -184,7 +185,6 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState, recorder:
     found = provenance()
     set_seed(training.seed)
     model = method.build(job.load_model(), steps)
-    recorder.method = method
     return Run(trial, files, processes, method, job, train, held_out, model, steps, checkpoint, recorder, found)
 
 
