@@ -14,7 +14,7 @@ def lines_of(part: str) -> dict[str, int]:
     return {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
 
 
-@pytest.mark.parametrize(("part", "limit"), [("src/aroma", 7_500), ("src/aroma_lab", 9_000), ("tests", 20_000)])
+@pytest.mark.parametrize(("part", "limit"), [("src/aroma", 7_450), ("src/aroma_lab", 8_500), ("tests", 20_000)])
 def test_a_part_is_no_longer_than_its_limit(part: str, limit: int) -> None:
     lines = lines_of(part)
     assert lines
