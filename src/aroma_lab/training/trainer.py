@@ -52,6 +52,7 @@ def make_optimizer(model: nn.Module, training: TrainSpec) -> torch.optim.AdamW:
 
 def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[str]) -> TrainingArguments:
     """Return the Trainer's arguments for a training section; all counts are of optimizer steps."""
+    further = {"train_sampling_strategy": "group_by_length"} if training.group_by_length else {}
     ends_above_zero = training.scheduler == "cosine_with_min_lr"
     return (job.arguments_class or TrainingArguments)(
         output_dir=str(folder),
@@ -77,7 +78,6 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
         metric_for_best_model=f"{job.evaluated[0]}_{job.chosen_by or job.metric}",
         greater_is_better=job.chosen_by != "loss",
         remove_unused_columns=False,  # collators may take more than the model
-        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         seed=training.seed,
         data_seed=training.seed * _MOST_EPOCHS,
         bf16=training.bf16,
@@ -87,6 +87,7 @@ def training_arguments(training: TrainSpec, job: Job, folder: str | os.PathLike[
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        **further,
     )
 
 
