@@ -136,10 +136,10 @@ def main() -> None:
     checkpoint.save(state, checkpoint_id=str(moments))
     if rank == 0:
         print(f"saved {options.out}", flush=True)
-    if processes > 1:
-        dist.barrier()  # a gloo group that ends right after a broadcast can hang under DDP (torch 2.13)
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    # When DDP holds the last reference to a gloo group, its end can deadlock (torch 2.13), so DDP goes first.
+    if dist.is_initialized():
+        dist.destroy_process_group()

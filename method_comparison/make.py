@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("out", type=Path)
     parser.add_argument("--scale", type=float, default=2.0, help="lora_alpha / r; the comparison's LoRA has 2")
-    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--learning-rate", type=float, help="1e-4 without it, the comparison's default")
     parser.add_argument("--model", help="base model, as in the comparison's training parameters")
     parser.add_argument("--steps", type=int)
     options = parser.parse_args()
@@ -46,7 +46,8 @@ def main() -> None:
     experiment_of(options.adapter, options.scale).save_pretrained(options.out)
     changed = {"model_id": options.model, "max_steps": options.steps}
     if options.learning_rate is not None:
-        changed["optimizer_kwargs"] = {"lr": options.learning_rate}
+        # The comparison takes all of `optimizer_kwargs` from here, so its weight decay has to be in it.
+        changed["optimizer_kwargs"] = {"lr": options.learning_rate, "weight_decay": 0.1}
     if changed := {name: value for name, value in changed.items() if value is not None}:
         (options.out / "training_params.json").write_text(json.dumps(changed, indent=2) + "\n")
     print(f"{options.out}: run it with `python run.py -v experiments/lora/{options.out.name}`")

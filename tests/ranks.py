@@ -158,6 +158,7 @@ def _rank(variables: dict[str, str], said: str, program: str, arguments: tuple[s
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.enable()
+    faulthandler.dump_traceback_later(SECONDS - 20)
     torch.set_num_threads(1)
     sys.argv = [program, *arguments]
     if program.endswith(".py"):

@@ -29,7 +29,8 @@ def test_an_experiment_has_the_ranks_of_an_adapter(tmp_path: Path, monkeypatch: 
     words = ["make.py", str(tmp_path / "adapter"), str(tmp_path / "out"), "--learning-rate", "0.01"]
     monkeypatch.setattr("sys.argv", words)
     runpy.run_path(MAKE, run_name="__main__")
-    assert json.loads((tmp_path / "out" / "training_params.json").read_text()) == {"optimizer_kwargs": {"lr": 0.01}}
+    written = json.loads((tmp_path / "out" / "training_params.json").read_text())
+    assert written == {"optimizer_kwargs": {"lr": 0.01, "weight_decay": 0.1}}
 
     # As run.py reads it.
     fresh = get_peft_model(base("llama"), LoraConfig.from_pretrained(str(tmp_path / "out")))

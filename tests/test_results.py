@@ -89,6 +89,6 @@ def test_the_page_has_the_tables_of_the_runs() -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "results.py"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert all(tool["table"](*which) in page for which in tool["TABLES"].values())
-    verses = runpy.run_path(str(ROOT / "tools" / "verses.py"))
-    assert all(verses["table"](task) in page for task in verses["MEASURES"])
+    languages = runpy.run_path(str(ROOT / "tools" / "languages.py"))
+    assert all(languages["table"](task) in page for task in languages["MEASURES"])
     assert tool["readme"]() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ def protocol(runs: Runs) -> str:
         f"{span(frame.planned_steps.tolist())} steps of {batch} examples{mixed}.",
         f"Weights: {listing([_CHECKPOINTS[rule] for rule in rules])}.",
         *(
-            f"{method} holds out {span(list(some))} of the training examples."
+            f"{method} holds out {span(list(some))} of the tokenized examples."
             for method, some in held_out[held_out > 0].groupby(frame.method, sort=False)
         ),
         _selection_sentence(runs),
