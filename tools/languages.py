@@ -99,10 +99,10 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     for axes, x, y in ((left, "parameters", "Spanish"), (right, "Spanish", "English")):
         axes.plot(fixed[x], fixed[y], color="#767676", marker="o", label="LoRA, one r for all")
         for method, one in fixed.iterrows():
-            axes.annotate(method.removeprefix("lora-r"), (one[x], one[y]), (3, 5), textcoords="offset points")
+            axes.annotate(method.removeprefix("lora-r"), (one[x], one[y]), (-6, -14), textcoords="offset points")
         for index, method in enumerate(name for name in METHODS if name in means.index.difference(fixed.index)):
             if x == "Spanish" or method != "pretrained":
-                look = {"marker": "XsD^vP*p"[index], "color": f"C{index}", "s": 60, "zorder": 3}
+                look = {"marker": "XsD^vP*p"[index], "color": f"C{index}", "s": 60, "alpha": 0.8, "zorder": 3}
                 axes.scatter(means.loc[method, x], means.loc[method, y], label=METHODS[method].strip("*"), **look)
     left.axhline(means.loc["pretrained", "Spanish"], color="#767676", linewidth=0.8, linestyle=":")
     left.set_xscale("log")
