@@ -14,7 +14,8 @@ from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from aroma.errors import AromaWarning, CheckpointError, ConfigError
+from aroma import AromaConfig
+from aroma.errors import AromaWarning, CheckpointError, ConfigError, NonFiniteError
 from aroma.evidence.checkups import Checkups, compress
 from aroma.evidence.compact import compact
 from aroma.evidence.updates import Updates
@@ -393,6 +394,22 @@ def test_a_loss_may_take_labels_out_of_its_batch_and_a_loop_may_go_on_for_a_step
     assert not checkups._updates._pairs, "a copy of the adapter"
 
 
+def test_an_early_end_may_be_told_twice() -> None:
+    model = adapted()
+    checkups = Checkups(model, None, 4, batches(), loss=squares, at=(1.0,))
+    nn.init.zeros_(model.get_submodule("base_model.model.first").lora_B["default"].weight)  # this one leaves
+    for _ in range(2):
+        checkups.finish()
+        assert [name for name in model.state_dict() if "lora_A" in name] == ["base_model.model.middle.lora_A.default.weight"]
+
+
+def test_an_adapter_that_diverged_is_named() -> None:
+    model = adapted()
+    nn.init.constant_(model.get_submodule("base_model.model.middle").lora_A["default"].weight, math.nan)
+    with pytest.raises(NonFiniteError, match="middle: its adapter is NaN"):
+        compress(model, batches(), loss=squares)
+
+
 def test_a_state_of_another_run_is_refused() -> None:
     _, (*_, state) = run(adapted(start=True), until=10)
     checkups, _ = run(adapted(start=True), until=0)
@@ -452,8 +469,10 @@ def test_what_cannot_be_cut_is_refused(options: dict[str, Any], message: str) ->
 
 
 def test_a_model_without_one_active_lora_adapter_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no layer of this adapter"):
+    with pytest.raises(ConfigError, match="'absent'"):
         compact(adapted(), "absent")
+    with pytest.raises(ConfigError, match=r"default \(PeftType.AROMA\)"):  # its components are no directions to cut
+        compact(get_peft_model(Net("linear"), AromaConfig(target_modules=["middle"])), "default")
     with pytest.raises(ConfigError, match="needs one active LoRA adapter"):
         Updates(Net("linear"))
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,10 +135,14 @@ def finish_save(folder: str | os.PathLike[str]) -> None:
     """Finish a save into `folder` that was killed while its files moved to their places."""
     target, arriving = Path(folder), Path(folder, _ARRIVING)
     if arriving.is_dir() and not arriving.is_symlink():  # no save leaves a symlink
-        for file in arriving.iterdir():
-            os.replace(file, target / file.name)
+        # A reader may move the same files at the same time: each file is moved by one of the two.
+        with suppress(FileNotFoundError):
+            for file in [*arriving.iterdir()]:
+                with suppress(FileNotFoundError):
+                    os.replace(file, target / file.name)
         _sync(target)
-        arriving.rmdir()
+        with suppress(OSError):  # gone, or the next save has arrived
+            arriving.rmdir()
 
 
 def _sync(path: Path) -> None:

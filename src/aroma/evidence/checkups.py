@@ -69,6 +69,7 @@ class Checkups:
     ) -> None:
         require_standard_errors(standard_errors)
         self.history: list[Checkup] = []
+        self._is_finished = False
         self._step, self._total_steps, self._moments = 0, total_steps, moments(at, total_steps)
         self._updates, self._held_out = Updates(model, optimizer), HeldOut(held_out)
         self._count = batches_each(total_steps, len(self._moments), len(self._held_out), cost)
@@ -95,7 +96,8 @@ class Checkups:
 
     def finish(self) -> None:
         """Make the adapter compact; one that is sharded keeps its shape, with directions of zero."""
-        if not self._updates.is_sharded:
+        if not self._updates.is_sharded and not self._is_finished:
+            self._is_finished = True
             self._updates.forget()  # its state has the old shapes, and the loop may take further steps
             compact(self._updates.model, self._updates.adapter)
 

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from .. import distributed, sharding
-from ..errors import AromaWarning, bad_value
+from ..errors import AromaWarning, NonFiniteError, bad_value
 from ..reset import check_resettable
 from ..spectra import double
 
@@ -98,7 +98,7 @@ class Updates:
 
     def __init__(self, model: nn.Module, optimizer: Any | None = None, adapter_name: str | None = None) -> None:
         self.model = distributed.unwrapped(model)
-        self.adapter = adapter_name or _active_lora(self.model)
+        self.adapter = _lora(self.model, adapter_name)
         self._optimizer = optimizer
         self._sharding = sharding.sharding_of_model(self.model, optimizer)
         self.each = _found(self.model, self.adapter)
@@ -122,10 +122,16 @@ class Updates:
 
         Returns:
             Singular values of s B A, (d,) in float64 on the CPU; 0 for directions that do not exist.
+
+        Raises:
+            NonFiniteError: An update is NaN or infinite.
         """
         whole = sharding.gathered([parameter for update in self.each for parameter in update.pair])
         self._pairs, sizes = [], []
         for update, A, B in zip(self.each, whole[::2], whole[1::2], strict=True):
+            # The SVD of such numbers fails with an error that names nothing.
+            if not (A.isfinite().all() and B.isfinite().all()):
+                raise NonFiniteError(f"{update.name}: its adapter is NaN or infinite; lower the learning rate")
             rows, columns, sigma = _singular(update.rows(A), update.columns(B))
             A, B, sigma = _as_of_first_rank(*update.shaped(rows, columns, A, B), sigma)
             self._pairs.append((A, B))
@@ -228,12 +234,13 @@ def _eagerly() -> Any:
     return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
 
 
-def _active_lora(model: nn.Module) -> str:
-    """Return the name of the LoRA adapter of `model` that is active, which must be one that can be cut."""
+def _lora(model: nn.Module, name: str | None) -> str:
+    """Return the name of the LoRA adapter of `model` that has this name, or else is active."""
     configs = model.peft_config if isinstance(model, PeftModel) else {}
-    names = [name for name in configs if name in getattr(model, "active_adapters", ())]
+    wanted = getattr(model, "active_adapters", ()) if name is None else (name,)
+    names = [name for name in configs if name in wanted]
     if len(names) != 1 or configs[names[0]].peft_type != "LORA":
-        found = ", ".join(f"{name} ({configs[name].peft_type})" for name in names) or type(model).__name__
+        found = ", ".join(f"{name} ({configs[name].peft_type})" for name in names) or name or type(model).__name__
         remedy = "evidence needs one active LoRA adapter: get_peft_model(model, LoraConfig(...)), or set_adapter(NAME)"
         raise bad_value("model", found, remedy)
     return str(names[0])

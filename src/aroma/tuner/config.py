@@ -159,7 +159,7 @@ class AromaConfig(LoraConfig):
         if inner_steps > total_steps:
             warnings.warn(
                 f"max_inner_steps=None gives {inner_steps} steps, and the run has {total_steps}: it ends within its "
-                "first inner loop, so no rank will grow; set max_inner_steps below the run, or train longer",
+                "first inner loop, with one component in each matrix; set max_inner_steps below that, or train longer",
                 stacklevel=2,
             )
         return inner_steps
