@@ -400,7 +400,7 @@ def test_an_early_end_may_be_told_twice() -> None:
     nn.init.zeros_(model.get_submodule("base_model.model.first").lora_B["default"].weight)  # this one leaves
     for _ in range(2):
         checkups.finish()
-        assert [name for name in model.state_dict() if "lora_A" in name] == ["base_model.model.middle.lora_A.default.weight"]
+        assert [name.split(".")[-4] for name in model.state_dict() if "lora_A" in name] == ["middle"]
 
 
 def test_an_adapter_that_diverged_is_named() -> None:
