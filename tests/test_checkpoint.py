@@ -10,7 +10,7 @@ import pytest
 
 from aroma import AromaCallback, last_complete_checkpoint
 from aroma.checkpoint import RECORD_FILE, verify_checkpoint
-from aroma.errors import CheckpointError
+from aroma.errors import AromaWarning, CheckpointError
 from trainer_runs import Run, adapted, assert_same, on_disk, train, trainer_for
 
 RUN = Run(steps=8, training={"save_steps": 3})
@@ -70,7 +70,7 @@ def test_whatever_is_wrong_with_the_newest_the_one_before_is_taken_and_it_is_sai
     harm(newest / name)
     shutil.copytree(newest, copied / "checkpoint-12")
     (copied / "checkpoint-13").symlink_to("checkpoint-13")
-    with pytest.warns(UserWarning, match=r"passed over") as caught:
+    with pytest.warns(AromaWarning, match=r"passed over") as caught:
         assert last_complete_checkpoint(copied) == str(copied / "checkpoint-6")
     found = [str(each.message) for each in caught if "passed over" in str(each.message)]
     assert [step for line in found for step in (13, 12, 8) if f"checkpoint-{step}" in line] == [13, 12, 8]
@@ -96,14 +96,14 @@ def test_a_folder_named_directly_is_checked_before_anything_is_loaded(copied: Pa
 def test_resuming_from_true_takes_the_last_whole_checkpoint(whole: Path, copied: Path) -> None:
     flipped(copied / "checkpoint-8" / "optimizer.pt")
     trainer = trainer_for(adapted(), copied, AromaCallback(), max_steps=8, save_steps=3)
-    with pytest.warns(UserWarning, match=r"checkpoint-8/optimizer\.pt: truncated, edited"):
+    with pytest.warns(AromaWarning, match=r"checkpoint-8/optimizer\.pt: truncated, edited"):
         trainer.train(resume_from_checkpoint=True)
     assert_same(on_disk(copied / "checkpoint-8"), on_disk(whole / "checkpoint-8"))
     for folder in copied.glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
     trainer = trainer_for(adapted(), copied, AromaCallback(), max_steps=8)
     with (
-        pytest.warns(UserWarning, match="passed over"),
+        pytest.warns(AromaWarning, match="passed over"),
         pytest.raises(CheckpointError, match=r"^resume_from_checkpoint=True: .* holds no whole checkpoint"),
     ):
         trainer.train(resume_from_checkpoint=True)

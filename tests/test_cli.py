@@ -103,6 +103,7 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         ("export", "{}/absent", "{}/out", "--merged"): "absent': no such folder",
         ("eval", "{}/absent", "--data", "x.csv"): "absent': no such folder",
         ("eval", "{}/model", "--data", "absent.csv"): "data='absent.csv': no such file",
+        ("compress", "{}", "--data", "x.csv", "--out", "{}/out", "--batch-size", "0"): "--batch-size=0: give 1",
         ("lab", "run", "absent.yaml"): "grid='absent.yaml': cannot be read",
         ("train", "[bold]absent[/bold].yaml"): "recipe='[bold]absent[/bold].yaml'",
         ("demo", "--steps", "0"): "training.max_steps=0: give 1 or more",

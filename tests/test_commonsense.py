@@ -241,3 +241,5 @@ def test_the_command_evaluates_sets_and_their_average(adapter, sets, tmp_path, c
     assert sum(row["chosen"] == row["answer"] for row in rows[:13]) / 13 == pytest.approx(first)
     assert main([*arguments, "--predictions", str(predictions)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+    assert main([*arguments, "--data", f"one={two}"]) == 2
+    assert "two files have one name" in capsys.readouterr().err

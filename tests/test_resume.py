@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import trainer_runs
 from aroma import AromaCallback, last_complete_checkpoint
-from aroma.errors import CheckpointError, ConfigError
+from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from quick import slow_but
 from ranks import processes
 from trainer_runs import (
@@ -195,7 +195,7 @@ def test_another_configuration_is_refused(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="trained without its controller"):
+    with pytest.warns(AromaWarning, match="trained without its controller"):
         trainer_for(adapted(), tmp_path, max_steps=4).train()
     with pytest.raises(CheckpointError, match="no AromaCallback took part"):
         resume(tmp_path / "checkpoint-4")

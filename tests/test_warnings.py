@@ -12,7 +12,7 @@ import transformers
 from peft import get_peft_model
 
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
-from aroma.errors import ConfigError
+from aroma.errors import AromaWarning, ConfigError
 from models import ARCHITECTURES, adapted, base, batch, ranks, train, trainable
 
 TASKS = {
@@ -52,11 +52,11 @@ def test_a_training_without_a_controller_is_told_after_its_first_step(tmp_path: 
     forgotten, grown = adapted("bert"), adapted("bert")
     optimizer = optimizer_of(forgotten)
     train(forgotten, batch("bert"), optimizer, 1)
-    with pytest.warns(UserWarning, match="trained without its controller") as told:
+    with pytest.warns(AromaWarning, match="trained without its controller") as told:
         train(forgotten, batch("bert"), optimizer, 5)
     assert len(told) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", AromaWarning)
         train(forgotten, batch("bert"), optimizer, 2)
         attach(grown, optimizer := optimizer_of(grown), total_steps=40)
         train(grown, batch("bert"), optimizer, 3)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .card import CARD_FILE
 from .distributed import rank, refuse_together, world_size
-from .errors import CheckpointError, bad_value
+from .errors import AromaWarning, CheckpointError, bad_value
 from .files import read_manifest, replacing_files, require_files, write_errors, write_manifest
 from .saved import read_adapter
 from .sharding import sharding_of_model
@@ -140,7 +140,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     every file is compared with the digest that `AromaCallback` took (`verify_checkpoint`).
 
     Warns:
-        UserWarning: A folder was passed over, and why.
+        AromaWarning: A folder was passed over, and why.
     """
     found = [
         (int(match[1]), entry) for entry in Path(output_dir).glob("*") if (match := _CHECKPOINT.fullmatch(entry.name))
@@ -153,6 +153,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
             if rank() == 0:
                 warnings.warn(
                     f"a checkpoint was passed over, so the run goes on from an earlier one, or begins anew: {error}",
+                    AromaWarning,
                     stacklevel=2,
                 )
     return None

@@ -58,11 +58,6 @@ class Update:
         """(m, n)."""
         return self.B.shape[0], self.A.shape[1]
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether all is 0, as in the one component of an adapter whose ranks are all 0."""
-        return not self.A.any() and not self.B.any()
-
     def tensors(self, module: str, rank: int) -> dict[str, Tensor]:
         """Return PEFT's two tensors of the module by their names, padded with components of zero to `rank`."""
         B, A = padded(self.B, self.A, rank)

@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from ..card import write_ranks
-from ..errors import bad_value
+from ..errors import AromaWarning, bad_value
 from ..files import write_json
 from ..state import write_adapter_state
 from .layout import plain_config
@@ -115,6 +115,7 @@ class AromaConfig(LoraConfig):
             warnings.warn(
                 f"r={self.r} is the rank of one component, not of a matrix: two make rank {2 * self.r}, ten "
                 f"{10 * self.r}. The paper uses 1, and 8 for hard tasks; max_components bounds what a matrix gets",
+                AromaWarning,
                 stacklevel=3,
             )
         # PEFT reads them, also where they were given as None.
@@ -160,6 +161,7 @@ class AromaConfig(LoraConfig):
             warnings.warn(
                 f"max_inner_steps=None gives {inner_steps} steps, and the run has {total_steps}: it ends within its "
                 "first inner loop, with one component in each matrix; set max_inner_steps below that, or train longer",
+                AromaWarning,
                 stacklevel=2,
             )
         return inner_steps

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from ..errors import AromaWarning
 from ..state import PEFT_PREFIX
 from .layer import AromaLinear
 
@@ -71,6 +72,7 @@ class GraphKeeper:
                     "This AROMA adapter is trained without its controller, as a plain LoRA: no component is ever "
                     "checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, "
                     "optimizer, scheduler, total_steps=...)` before a loop of your own.",
+                    AromaWarning,
                     stacklevel=3,
                 )
                 return

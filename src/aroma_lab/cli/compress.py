@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..tasks.sources import require_data_file
 
     # Before PyTorch loads.
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
     out = Path(arguments.out)
     new_folder("--out", out)
     folder = require_adapter_folder(arguments.adapter)

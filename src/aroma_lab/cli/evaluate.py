@@ -119,6 +119,8 @@ def _evaluate_questions(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
 
     named = {text if Path(text).exists() else text.partition("=")[0]: text for text in arguments.data}
     named = {name: text.removeprefix(f"{name}=") for name, text in named.items()}
+    if len(named) < len(arguments.data):
+        raise bad_value("--data", arguments.data, "two files have one name; give each its own")
     sets = {name: questions_of(read_located("data", path)) for name, path in named.items()}  # before the model
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
     length = arguments.max_length or language_task(arguments.adapter).max_length
