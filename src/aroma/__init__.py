@@ -1,4 +1,4 @@
-"""AROMA: LoRA without choosing ranks, by held-out examples or as published (arXiv 2504.05343).
+"""AROMA: LoRA without choosing ranks: compressed to what carries its answers, or as published (arXiv 2504.05343).
 
 Importing the package is light. The first use of `AromaConfig`, or of what needs it, registers the tuner with PEFT.
 """
@@ -11,30 +11,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
     from .controller import AromaController
+    from .compression.callback import CompressCallback
+    from .compression.compress import compress
+    from .compression.plan import Compression, Size
     from .errors import AromaError
     from .events import Event, ModuleSummary
-    from .evidence.checkup import Checkup
-    from .evidence.checkups import Checkups, compress
-    from .evidence.compact import compact
     from .integrations.callback import AromaCallback
-    from .integrations.evidence_callback import EvidenceCallback
-    from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach
     from .tuner import AromaConfig, AromaModel, aroma_layers
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "checkpoint": "last_complete_checkpoint save_adapter verify_adapter verify_checkpoint",
     "controller": "AromaController",
+    "compression.callback": "CompressCallback",
+    "compression.compress": "compress",
+    "compression.plan": "Compression Size",
     "errors": "AromaError",
     "events": "Event ModuleSummary",
-    "evidence.checkup": "Checkup",
-    "evidence.checkups": "Checkups compress",
-    "evidence.compact": "compact",
     "integrations.callback": "AromaCallback",
-    "integrations.evidence_callback": "EvidenceCallback",
-    "integrations.held_out": "hold_out",
     "integrations.loop": "Attachment attach",
     "tuner": "AromaConfig AromaModel aroma_layers",
 }
@@ -47,16 +43,14 @@ __all__ = [
     "AromaError",
     "AromaModel",
     "Attachment",
-    "Checkup",
-    "Checkups",
+    "CompressCallback",
+    "Compression",
     "Event",
-    "EvidenceCallback",
     "ModuleSummary",
+    "Size",
     "aroma_layers",
     "attach",
-    "compact",
     "compress",
-    "hold_out",
     "last_complete_checkpoint",
     "save_adapter",
     "verify_adapter",

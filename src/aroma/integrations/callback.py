@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from ..checkpoint import record_save, whole_checkpoint
@@ -22,7 +23,7 @@ from .loop import Attachment
 from .reporting import TrainingRecord
 
 
-class AromaCallback(TrainingCallback):
+class AromaCallback(TrainingCallback, ExportableState):
     """Lets an AROMA adapter grow inside `Trainer`: checks and merges come after each optimizer step, before its save.
 
     .. code-block:: python
@@ -107,13 +108,12 @@ class AromaCallback(TrainingCallback):
             self._growth.detach()
         self._growth = None
 
-    def attributes(self) -> dict[str, Any]:
-        """Return nothing: the state of the run is beside the adapter, in `aroma_state.json`."""
-        return {}
-
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file; only rank 0 calls."""
-        return {**super().state(), "args": {"early_stop": self.early_stop}}
+        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file; only rank 0 calls.
+
+        The state of the run is beside the adapter, in `aroma_state.json`.
+        """
+        return {"args": {"early_stop": self.early_stop}, "attributes": {}}
 
     # Around every optimizer step -------------------------------------------------------------------------------------
 

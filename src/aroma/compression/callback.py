@@ -1,0 +1,156 @@
+"""Compressing at the end of a training, in the Hugging Face Trainer and TRL's trainers."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from .. import distributed, sharding
+from ..errors import AromaWarning, bad_value
+from ..integrations.base import TrainingCallback
+from .compress import FEWEST, compress
+from .plan import Compression, Limits
+from .predictions import OutputFunction
+from .weights import Adapter
+
+
+class CompressCallback(TrainingCallback):
+    """Compresses the LoRA adapter after the last step of a training; see `aroma.compress`.
+
+    .. code-block:: python
+
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+        Trainer(model, args, train_dataset=train, callbacks=[CompressCallback()]).train()
+        model.save_pretrained("adapter")
+
+    Nothing is held out, and training is as without it. It measures the adapter on the last inputs that the model was
+    trained on, as TRL's trainers made them: of GRPO these are sampled answers. It works with `load_best_model_at_end`,
+    whose weights it compresses. Checkpoints hold the adapter before. Under DDP every process uses its own inputs.
+
+    Args:
+        data: Examples to measure on in place of those of the training, prepared as its training set is.
+        keep: As for `compress`, as are `size`, `rank` and `outputs`.
+        examples: How many examples to measure on, of all processes together.
+
+    Attributes:
+        compression: What was found, a `Compression`; None before the training ends.
+
+    Raises:
+        ConfigError: A value out of range, or at the start of a training a model without LoRA adapter that can be cut,
+            or one that is sharded (FSDP2, ZeRO).
+    """
+
+    def __init__(
+        self,
+        data: Any = None,
+        *,
+        keep: float | None = None,
+        size: float | None = None,
+        rank: int | None = None,
+        examples: int = 256,
+        outputs: OutputFunction | None = None,
+    ) -> None:
+        super().__init__()
+        Limits(keep, size, rank).require_valid(has_examples=True)
+        if isinstance(examples, bool) or not isinstance(examples, int) or examples < FEWEST:
+            raise bad_value("examples", examples, f"give {FEWEST} or more")
+        self.data, self.examples = data, examples
+        self.compression: Compression | None = None
+        self._options: dict[str, Any] = {"keep": keep, "size": size, "rank": rank, "outputs": outputs}
+        self._trainer: Any = None
+        self._seen: deque[dict[str, Any]] = deque()
+        self._hook: Any = None
+
+    def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
+        """Remember the trainer, whose trackers show the result."""
+        self._trainer = trainer
+        return resume_from_checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        """Refuse what could not be compressed at the end, and remember inputs from now on."""
+        self._forget()
+        if sharding.sharding_of_model(model, kwargs.get("optimizer")) is not sharding.REPLICAS:
+            remedy = "shards keep their shape; leave the callback out, and run `aroma compress` on the saved adapter"
+            raise bad_value("callbacks", "CompressCallback", remedy)
+        adapter = Adapter(distributed.unwrapped(model), is_trained=False)
+        if self.data is None:
+            self._hook = adapter.model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Keep the last inputs of training forwards: `examples` of them, and at least 1 batch."""
+        is_trained = model.training and torch.is_grad_enabled()
+        if not is_trained or inputs or not _rows(options):
+            return
+        self._seen.append(send_to_device(dict(options), "cpu"))
+        wanted = -(-self.examples // distributed.world_size())
+        while sum(map(_rows, self._seen)) - _rows(self._seen[0]) >= wanted:
+            self._seen.popleft()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        """Compress, and log what stays; the adapter is the best checkpoint's where that was loaded."""
+        batches = [*self._seen] if self.data is None else self._batches()
+        self._forget()
+        if not batches:
+            warnings.warn(
+                "CompressCallback: no training step was taken, so there are no examples and nothing is compressed; "
+                "run `aroma compress` on the adapter, or give data",
+                AromaWarning,
+                stacklevel=2,
+            )
+            return
+        self.compression = compress(model, batches, progress=not args.disable_tqdm, **self._options)
+        if state.is_world_process_zero and not args.disable_tqdm:
+            tqdm.write(str(self.compression))
+        self._trainer.log({f"compress/{name}": value for name, value in self.compression.totals().items()})
+
+    def _batches(self) -> list[Any]:
+        """Return batches of `data` as the trainer makes them, this process's part."""
+        trainer, data = self._trainer, _prepared(self._trainer, self.data)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: self.examples].tolist()
+        rows = data.select(order) if hasattr(data, "select_columns") else Subset(data, order)
+        base = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+        known = inspect.signature(base.forward).parameters
+        batches = [send_to_device(batch, "cpu") for batch in trainer.get_test_dataloader(rows)]
+        return [{name: value for name, value in batch.items() if name in known} for batch in batches]
+
+    def _forget(self) -> None:
+        self._seen.clear()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    """Return how many examples the inputs of a model have."""
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _prepared(trainer: Any, data: Any) -> Any:
+    """Return examples as a trainer of TRL prepares its data sets; of others, as they are."""
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    trained = {*(getattr(trainer.train_dataset, "column_names", None) or [])}
+    if prepare is None or not hasattr(data, "column_names") or trained <= {*data.column_names}:
+        return data
+    known = {
+        "processing_class": trainer.processing_class,
+        "args": trainer.args,
+        "packing": getattr(trainer.args, "packing", False),
+        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "dataset_name": "data",
+    }
+    return prepare(data, **{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
