@@ -18,6 +18,8 @@ from .files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .compression.plan import Compression
+
 SUFFIXES = (".png", ".svg", ".pdf")
 """Kinds of files that a picture can be written to."""
 INK, FAINT, GRID = "#222222", "#767676", "#E4E4E4"
@@ -30,6 +32,8 @@ _AFTER: dict[str, Any] = {"marker": "o", "color": "#0072B2", "linewidth": 0}
 _CROSS: dict[str, Any] = {"marker": "x", "color": FAINT, "linewidth": 1.3, "s": 40}
 _UNIT = 0.55
 """Inches between two matrices."""
+_CURVE, _WIDE = 2.9, 10.0
+"""Height, and most width in inches, of the curves of a compression."""
 _LARGEST = 900
 """Area of the largest rank's circle, in points², as `Axes.scatter` takes it."""
 
@@ -74,23 +78,73 @@ def draw_ranks(panels: Mapping[str, Sequence[Any]]) -> Figure:
         f"{title}\n{_summary(matrices)}": [(one.name, one.rank, one.effective_rank, one.rank) for one in matrices]
         for title, matrices in panels.items()
     }
-    return _circles(rows, {"rank": _OUTER, "effective rank": _EFFECTIVE, "rank 0": _CROSS})
+    return _circles(rows, {"rank": _OUTER, "effective rank": _EFFECTIVE, "rank 0": _CROSS})[0]
 
 
-def kept_picture(ranks: Mapping[str, tuple[int, int]], path: str | os.PathLike[str], title: str) -> None:
-    """Draw what a compressed adapter kept: outer circles are the ranks before, inner ones and numbers those after.
+def compression_picture(found: Compression, path: str | os.PathLike[str]) -> None:
+    """Draw what each size of an adapter keeps, if examples were measured, and below it the ranks before and after."""
+    size = found.size
+    title = f"Ranks: {size.directions} of {found.curve[-1].directions} directions stay"
+    rows = {title: [(name, before, after, after) for name, (before, after) in found.ranks.items()]}
+    legend = {"rank before": _OUTER, "rank after": _AFTER, "nothing kept": _CROSS}
+    figure, top = _circles(rows, legend, above=0.0 if size.effect is None else _CURVE)
+    values = {"Effect kept": "effect", "Right answers": "score", "Loss": "loss"}
+    shown = {name: key for name, key in values.items() if getattr(size, key) is not None}
+    shown = dict([*shown.items()][:2])  # the loss where there is no score
+    axes = top.subplots(1, len(shown), squeeze=False).flat if shown else ()
+    for one, (name, key) in zip(axes, shown.items(), strict=True):
+        _curve(one, found, name, key)
+    save_picture(figure, path)
 
-    `ranks`: rank of every matrix before and after, by its name, in the order of the model; at least one.
-    """
-    rows = {title: [(name, before, after, after) for name, (before, after) in ranks.items()]}
-    save_picture(_circles(rows, {"rank before": _OUTER, "rank after": _AFTER, "nothing kept": _CROSS}), path)
+
+def _curve(axes: Any, found: Compression, title: str, key: str) -> None:
+    """Draw one value of an adapter against its size, and mark the chosen size."""
+    points = found.curve[1:]  # without the adapter's updates its share is 0
+    x, y = [one.share for one in points], [getattr(one, key) for one in points]
+    form = "{:.4g}" if key == "loss" else "{:.1%}"
+    now, before = (form.format(getattr(one, key)) for one in (found.size, points[-1]))
+    said = "" if key == "effect" else f" (whole adapter {before})"
+    axes.set_title(f"{title}: {now}{said}", loc="left", fontsize=10, color=INK)
+    axes.axvline(found.size.share, color=_EFFECTIVE["color"], linewidth=1, linestyle=":")
+    axes.plot(x, y, color=_AFTER["color"], marker="o", markersize=4, linewidth=1.3)
+    if key == "effect":
+        errors = [one.standard_error or 0.0 for one in points]
+        low, high = ([value + sign * error for value, error in zip(y, errors, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=_OUTER["color"], linewidth=0)
+    ring = {"facecolor": "white", "edgecolor": _EFFECTIVE["color"], "linewidth": 2, "zorder": 3}
+    axes.scatter(found.size.share, getattr(found.size, key), s=70, **ring)
+    side = {"xytext": (-5, 0), "ha": "right"} if found.size.share > 0.2 else {"xytext": (5, 0), "ha": "left"}
+    place = (found.size.share, 0.9 if key == "loss" else 0.06)
+    words = {
+        "xycoords": axes.get_xaxis_transform(),
+        "textcoords": "offset points",
+        "fontsize": 9,
+        "color": INK,
+        **side,
+    }
+    axes.annotate(f"chosen: {found.size.share:.1%} of the size", place, **words)
+    axes.set_xscale("log")
+    ticks = [tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if tick >= min(x) * 0.9]
+    axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
+    axes.minorticks_off()
+    if key != "loss":
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
+    axes.set_xlabel("share of the adapter's parameters", fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.grid(color=GRID)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
 
 
-def _circles(panels: Mapping[str, Sequence[tuple[str, int, float, int]]], legend: Mapping[str, Any]) -> Figure:
+def _circles(
+    panels: Mapping[str, Sequence[tuple[str, int, float, int]]], legend: Mapping[str, Any], above: float = 0.0
+) -> tuple[Figure, Any]:
     """Return a grid of layers and kinds for each title, with a double circle for each matrix.
 
-    `panels`: name, areas of the outer and the inner circle, and number of each matrix, by title; `legend`: the looks
-    of outer circle, inner circle and cross, by what they mean.
+    Args:
+        panels: Name, areas of the outer and the inner circle, and number of each matrix, by title.
+        legend: The looks of outer circle, inner circle and cross, by what they mean.
+        above: Inches of an empty part above, which is returned, too.
     """
     names = list(dict.fromkeys(row[0] for rows in panels.values() for row in rows))
     positions = positions_of(names)
@@ -100,11 +154,17 @@ def _circles(panels: Mapping[str, Sequence[tuple[str, int, float, int]]], legend
     places = {
         name: (layers.index(layer), kinds.index(kind)) for name, (layer, kind) in zip(names, positions, strict=True)
     }
-    width = 0.9 + 0.085 * max(map(len, kinds)) + _UNIT * len(layers)
-    figure = new_figure(max(width, 7.5), 0.4 + len(panels) * (1.15 + _UNIT * len(kinds)))
+    width = max(0.9 + 0.085 * max(map(len, kinds)) + _UNIT * len(layers), 7.5)
+    height = 0.4 + len(panels) * (1.15 + _UNIT * len(kinds))
+    figure, top = new_figure(width, above + height), None
+    part: Any = figure
+    if above:
+        top, part = figure.subfigures(2, 1, squeeze=False, height_ratios=[above, height]).flat
+    if top is not None and width > _WIDE:
+        top = top.subfigures(1, 2, width_ratios=[_WIDE, width - _WIDE])[0]
     scale = _LARGEST / max(1, *(outer for rows in panels.values() for _, outer, _, _ in rows))
     outer_look, inner_look, cross = legend.values()
-    for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+    for axes, (title, rows) in zip(part.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
         axes.set(xlim=(-0.5, len(layers) - 0.5), ylim=(len(kinds) - 0.5, -0.5), xlabel="layer", frame_on=False)
         axes.set_xticks(range(len(layers)), ["other" if layer is None else str(layer) for layer in layers])
         axes.set_yticks(range(len(kinds)), kinds)
@@ -119,11 +179,11 @@ def _circles(panels: Mapping[str, Sequence[tuple[str, int, float, int]]], legend
                 axes.annotate(str(count), place, (14, -17), textcoords="offset points", fontsize=7, color=INK)
             axes.scatter(*place, **({"s": scale * inner, **inner_look} if count else cross))
     handles = [
-        figure.axes[-1].scatter([], [], label=meaning, **{"s": size, **look})
+        part.axes[-1].scatter([], [], label=meaning, **{"s": size, **look})
         for size, (meaning, look) in zip((120, 60, 40), legend.items(), strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9, frameon=False)
-    return figure
+    part.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9, frameon=False)
+    return figure, top
 
 
 def positions_of(names: Sequence[str]) -> list[Position]:

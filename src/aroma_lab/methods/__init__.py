@@ -11,11 +11,11 @@ from aroma.errors import bad_value
 from .adalora import AdaLora
 from .aroma import Aroma, ReLora
 from .base import Hooks, Method
-from .lora import Evidence, Lora, Truncated
+from .lora import Compressed, Lora
 from .plain import BitFit, Frozen, Full, HeadOnly, Houlsby, Pfeiffer, Pretrained
 
-__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks"]
-__all__ += ["Houlsby", "Lora", "Method", "Pfeiffer", "Pretrained", "ReLora", "Truncated", "make_method"]
+__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Compressed", "Frozen", "Full", "HeadOnly", "Hooks"]
+__all__ += ["Houlsby", "Lora", "Method", "Pfeiffer", "Pretrained", "ReLora", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
     "pretrained": Pretrained,
@@ -28,8 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "adalora": AdaLora,
     "relora": ReLora,
     "aroma": Aroma,
-    "evidence": Evidence,
-    "truncated": Truncated,
+    "compressed": Compressed,
 }
 
 

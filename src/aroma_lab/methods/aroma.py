@@ -49,7 +49,7 @@ class Aroma(PeftAdapter):
         return AromaConfig(**{"target_modules": None, **self.defaults, **self.options})
 
     def callbacks(
-        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
+        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True
     ) -> list[TrainerCallback]:
         """Return AROMA's own callback; see `Method.callbacks`."""
         return [AromaCallback(early_stop=early_stop, on_event=on_event)]

@@ -74,7 +74,7 @@ class Method(ABC):
         return Hooks()
 
     def callbacks(
-        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
+        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True
     ) -> list[TrainerCallback]:
         """Return the callbacks that drive the method inside the Hugging Face Trainer.
 
@@ -83,7 +83,6 @@ class Method(ABC):
         Args:
             on_event: Called with every event of a growing adapter.
             early_stop: Whether training ends when every module of a growing adapter has finished.
-            held_out: The tokenized examples that `hold_out` took from the training set.
         """
         return [self.hooks(model)]
 
@@ -93,10 +92,6 @@ class Method(ABC):
 
     def check_steps(self, steps: int) -> None:  # noqa: B027 — most methods take any
         """Raise ConfigError if a run of `steps` optimizer steps is too short for the method."""
-
-    def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Split the training set into the examples to train on and those that the method holds out, None for most."""
-        return train, None
 
     def active_parameters(self, model: Any) -> int:
         """Return the number of parameters outside the head that train right now."""

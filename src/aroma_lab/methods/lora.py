@@ -1,26 +1,19 @@
-"""What all PEFT adapters share; LoRA as PEFT has it, and LoRA of which directions are cut by held-out loss or size."""
+"""What all PEFT adapters share; LoRA as PEFT has it, and LoRA that is compressed at the end."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from aroma.evidence.checkups import require_standard_errors
-from aroma.evidence.compact import compact
-from aroma.evidence.schedule import moments
-from aroma.evidence.updates import Updates
-from aroma.integrations.evidence_callback import EvidenceCallback
-from aroma.integrations.held_out import hold_out
+from aroma import CompressCallback, compress
 
 from .base import Hooks, Method
 from .head import Head, base_name, find_targets, head_of
@@ -82,7 +75,7 @@ class Lora(PeftAdapter):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the rank of every module's update; see `Method.ranks`."""
-        return {name: layer.r[ADAPTER] for name, layer in layers_of(model, LoraLinear).items()}
+        return {name: layer.r.get(ADAPTER, 0) for name, layer in layers_of(model, LoraLinear).items()}
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
@@ -90,90 +83,56 @@ class Lora(PeftAdapter):
 
 
 @dataclass(frozen=True)
-class CutLora(Lora):
-    """LoRA that starts with many directions, some of which are cut."""
+class Compressed(Lora):
+    """LoRA that is compressed after the last step, as `aroma.compress` does it.
+
+    Args:
+        by: `"effect"`: the directions stay that carry the answers to training examples; see `CompressCallback`.
+            `"size"`: the largest singular directions stay, whatever examples say. With `size` that is PARA (arXiv
+            2604.27796), with `rank` LoRA-Squeeze (2602.10993).
+        keep: Share of the effect to keep.
+        size: Most that stays, as a share of the parameters.
+        rank: Largest rank of any matrix.
+        examples: How many training examples are measured.
+    """
 
     r: int = 16
-
-    def ranks(self, model: Any) -> dict[str, int]:
-        """Return how many directions of every module are not cut; see `Method.ranks`."""
-        factors = {name: layer.lora_A for name, layer in layers_of(model, LoraLinear).items()}
-        return {name: int(A[ADAPTER].weight.any(1).sum()) if ADAPTER in A else 0 for name, A in factors.items()}
-
-
-@dataclass(frozen=True)
-class Evidence(CutLora):
-    """LoRA that keeps the directions which lower held-out loss; see `EvidenceCallback`.
-
-    Args:
-        at: When the checkups come, as shares of the run.
-        standard_errors: How many standard errors of held-out loss a smaller adapter may cost.
-        held_out_share: Share of the training set that decides, and is not trained on.
-    """
-
-    at: list[float] = field(default_factory=lambda: [0.4, 0.6])
-    standard_errors: float = 0.0
-    held_out_share: float = 0.1
+    by: Literal["effect", "size"] = "effect"
+    keep: float | None = None
+    size: float | None = None
+    rank: int | None = None
+    examples: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        moments(self.at, 2**53)
-        require_standard_errors(self.standard_errors)
-        self._require(0 < self.held_out_share < 1, "held_out_share", "give a share in (0, 1), such as 0.1")
-
-    def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Hold out the examples that decide; see `Method.hold_out`."""
-        return hold_out(train, self.held_out_share)
-
-    def check_steps(self, steps: int) -> None:
-        """Raise ConfigError if a run of `steps` optimizer steps is too short for its checkups."""
-        moments(self.at, steps)
-
-    def callbacks(
-        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
-    ) -> list[TrainerCallback]:
-        """Return the callback that has the checkups; see `Method.callbacks`."""
-        checkups = EvidenceCallback(held_out, at=self.at, standard_errors=self.standard_errors, on_event=on_event)
-        return [*super().callbacks(model, on_event, early_stop), checkups]
-
-
-@dataclass(frozen=True)
-class Truncated(CutLora):
-    """LoRA whose update keeps its largest singular directions after the last step, whatever examples say.
-
-    Args:
-        size: Mean rank that stays.
-        spread: `"even"`: every matrix keeps `size` directions, rounded up (LoRA-Squeeze, arXiv 2602.10993).
-            `"largest"`: the largest directions of all matrices together stay (PARA, arXiv 2604.27796).
-    """
-
-    size: float = 4.0
-    spread: Literal["even", "largest"] = "largest"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(0 <= self.size <= self.r, "size", f"give a mean rank from 0 to r={self.r}")
+        for option in ("keep", "size"):
+            self._require((share := getattr(self, option)) is None or 0 < share <= 1, option, "give a share in (0, 1]")
+        self._require(self.rank is None or self.rank >= 1, "rank", "give 1 or more")
+        self._require(self.examples >= 16, "examples", "give 16 or more")
+        if self.by == "size":
+            self._require((self.size, self.rank) != (None, None), "by", "give a size or a rank")
+            self._require(self.keep is None, "keep", "by size no effect is measured; leave it out")
 
     def hooks(self, model: Any) -> Hooks:
-        """Return what cuts after the last step; see `Method.hooks`."""
-        return _Cut(self)
+        """Return what cuts by size after the last step; see `Method.hooks`."""
+        return _Cut(self) if self.by == "size" else Hooks()
+
+    def callbacks(
+        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True
+    ) -> list[TrainerCallback]:
+        """Return the callback that compresses by effect; see `Method.callbacks`."""
+        wanted: dict[str, Any] = {name: getattr(self, name) for name in ("keep", "size", "rank", "examples")}
+        compressing = [CompressCallback(**wanted)] if self.by == "effect" else []
+        return [*super().callbacks(model, on_event, early_stop), *compressing]
 
 
 class _Cut(Hooks):
-    def __init__(self, method: Truncated) -> None:
+    def __init__(self, method: Compressed) -> None:
         self.method = method
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Cut, and make the adapter compact."""
-        updates = Updates(model)
-        sigma, rank = updates.to_singular_directions(), math.ceil(self.method.size)
-        if self.method.spread == "even":
-            kept = torch.cat([torch.arange(update.r) < rank for update in updates.each])
-        else:
-            order = sigma.argsort(descending=True, stable=True)
-            kept = order.argsort() < round(self.method.size * len(updates.each))
-        updates.cut(kept)
-        compact(updates.model, updates.adapter)
+        compress(model, None, size=self.method.size, rank=self.method.rank)
 
 
 def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:

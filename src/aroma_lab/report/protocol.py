@@ -23,16 +23,11 @@ def protocol(runs: Runs) -> str:
     batch = span([loop.get("batch_size", 1) * loop.get("gradient_accumulation_steps", 1) for loop in loops])
     mixed = ", in bf16 mixed precision" if any(loop.get("bf16") for loop in loops) else ""
     rules = dict.fromkeys(loop.get("checkpoint", "last") for loop in loops)
-    held_out = frame.result.map(lambda result: result.get("asked_examples", 0))
     sentences = [
         f"Model: {listing(list(frame.model.unique()))}.",
         *(_task_sentence(task, of_task) for task in runs.tasks if len(of_task := runs.of(task=task))),
         f"{span(frame.planned_steps.tolist())} steps of {batch} examples{mixed}.",
         f"Weights: {listing([_CHECKPOINTS[rule] for rule in rules])}.",
-        *(
-            f"{method} holds out {span(list(some))} of the tokenized examples."
-            for method, some in held_out[held_out > 0].groupby(frame.method, sort=False)
-        ),
         _selection_sentence(runs),
     ]
     return " ".join(sentences)

@@ -54,7 +54,6 @@ def result_of(run: Run, predictions: Mapping[str, Prediction]) -> dict[str, Any]
         "reported": reported,
         "guessed": {split: guess for split in predictions if (guess := job.guess(split))},
         "examples": job.examples,
-        "asked_examples": len(run.held_out or []),  # of those of training: the method held them out
         "notes": list(job.notes),
         "steps": steps,
         "planned_steps": run.steps,

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -31,9 +31,6 @@ from .machine import provenance
 from .recorder import EventLog, Recorder, history_of
 from .result import result_of
 from .trial import Trial, TrialFiles, differing_keys, load_trial, save_trial
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def run_trial(
@@ -144,8 +141,6 @@ class Run:
     Args:
         processes: Those that train it.
         job: Its examples and what they are scored by.
-        train: The examples that it trains on.
-        held_out: Those that the method evaluates instead; see `Method.hold_out`.
         steps: Planned optimizer steps.
         checkpoint: Where it goes on from; None: it begins.
         provenance: Versions, revision and machine when it began: sources may be edited while it runs.
@@ -156,8 +151,6 @@ class Run:
     processes: PartialState
     method: Method
     job: Job
-    train: Dataset
-    held_out: Dataset | None
     model: Any
     steps: int
     checkpoint: Path | None
@@ -173,8 +166,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState) -> Run:
     if checkpoint is not None:
         require_as_many(checkpoint)
     job = job_of(trial)
-    train, held_out = method.hold_out(job.rows["train"])
-    steps = planned_steps(training, len(train), processes.num_processes)
+    steps = planned_steps(training, len(job.rows["train"]), processes.num_processes)
     if method.trains:
         if training.warmup_steps >= steps:
             remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
@@ -185,7 +177,7 @@ def _prepare(trial: Trial, files: TrialFiles, processes: PartialState) -> Run:
     found = provenance()
     set_seed(training.seed)
     model = method.build(job.load_model(), steps)
-    return Run(trial, files, processes, method, job, train, held_out, model, steps, checkpoint, recorder, found)
+    return Run(trial, files, processes, method, job, model, steps, checkpoint, recorder, found)
 
 
 def job_of(trial: Trial) -> Job:
@@ -256,14 +248,14 @@ def _train(run: Run, progress: bool) -> None:
     method, job, training, bar = run.method, run.job, run.trial.training, Bar()
     at = 0 if run.checkpoint is None else int(run.checkpoint.name.partition("-")[2])
     log = EventLog(run.files.events, upto=at) if run.processes.is_main_process else None
-    own = method.callbacks(run.model, on_event=log, early_stop=training.early_stop, held_out=run.held_out)
+    own = method.callbacks(run.model, on_event=log, early_stop=training.early_stop)
     trainer = (job.trainer_class or MethodTrainer)(
         job=job,
         hooks=next((callback for callback in own if isinstance(callback, Hooks)), None),
         model=run.model,
         args=training_arguments(training, job, run.files.checkpoints),
         data_collator=job.collator,
-        train_dataset=run.train,
+        train_dataset=job.rows["train"],
         eval_dataset=job.rows[job.evaluated[0]] if training.eval_steps is not None else None,
         processing_class=job.tokenizer,
         callbacks=[*own, run.recorder, *([bar] if progress else [])],  # what a method does is part of a step

@@ -203,7 +203,7 @@ def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
     rows = read_splits(spec, partial(with_columns, layout=layout), reported)
     names = None
     if kind == "classification":
-        names = glue.label_names if glue else class_names(layout.label, (row for _, row in rows["train"]))
+        names = glue.label_names if glue else class_names(layout.label or "", (row for _, row in rows["train"]))
     metric = resolve_metric(spec, kind, glue.metric if glue else None, names)
     task = Task(kind, names, *layout, spec.max_length)
     examples = dict(of_each(rows.items(), lambda one: (one[0], checked_examples(one[1], task))))
@@ -226,9 +226,10 @@ def with_columns(rows: list[Located], layout: Layout) -> list[Located]:
 
 
 def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
-    """Return `text`, `pair` (if the task has pairs) and `labels` of every row: a class's index, or a number.
+    """Return `text`, `pair` (if the task has pairs) and `labels` (if it has labels) of every row.
 
-    Labels may be names of classes or, where no name is a number, their indices, as a Trainer is given them.
+    A label becomes a class's index, or a number. It may be the name of a class or, where no name is a number, its
+    index, as a Trainer is given them.
 
     Raises:
         DataError: A missing text or label, a label that is none of the task's, or an invalid number.
@@ -244,12 +245,15 @@ def checked_examples(rows: Sequence[Located], task: Task) -> list[Row]:
         if missing := next((columns[key] for key, value in example.items() if value is None), None):
             remedy = f"nothing is in column {missing!r}; fill it in, or leave the row out"
             raise bad_value(where, None, remedy, DataError)
-        label = example.pop("labels")
+        texts = {key: str(text) for key, text in example.items() if key != "labels"}
+        if task.label is None:
+            return texts
+        label = example["labels"]
         labels = _number(where, label) if task.label_names is None else index.get(str(label))
         if labels is None:
             remedy = f"no training example has this label; they have {', '.join(names)}. Mend the label"
             raise bad_value(where, label, remedy, DataError)
-        return {**{key: str(text) for key, text in example.items()}, "labels": labels}
+        return {**texts, "labels": labels}
 
     return of_each(rows, example_of)
 

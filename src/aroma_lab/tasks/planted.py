@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput
 
 from aroma.errors import bad_value
 
@@ -68,6 +68,14 @@ def planted_update(m: int, n: int, rank: int, generator: torch.Generator) -> Ten
 # The net -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Hidden(ModelOutput):
+    """Hidden states and, with labels, the loss."""
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
 class PlantedNetConfig(PreTrainedConfig):
     """Size of a `PlantedNet`."""
 
@@ -107,13 +115,13 @@ class PlantedNet(GivenModel):
                 layer["dense"].weight.copy_(weight)  # type: ignore[index]
         return net
 
-    def forward(self, inputs_embeds: Tensor, labels: Tensor | None = None, **_: Any) -> SequenceClassifierOutput:
+    def forward(self, inputs_embeds: Tensor, labels: Tensor | None = None, **_: Any) -> Hidden:
         """Map inputs (batch, width) to outputs of that shape; with labels, the loss is the mean squared error."""
         h = inputs_embeds
         for layer in self.layers:
             h = h + 0.5 * torch.tanh(layer["dense"](h))  # type: ignore[index]
         loss = None if labels is None else nn.functional.mse_loss(h, labels)
-        return SequenceClassifierOutput(loss=loss, logits=h)
+        return Hidden(loss, h)
 
 
 class NetData(NamedTuple):
@@ -149,7 +157,7 @@ def make_net(spec: TaskSpec, seed: int) -> NetData:
     train, fresh = draw(examples, width), draw(_FRESH, width)
     noisy = noise * draw(examples, width)
     inputs, net = (train, fresh, draw(_FRESH, width)), PlantedNet.of(teacher)
-    outputs = [net(one).logits for one in inputs]
+    outputs = [net(one).last_hidden_state for one in inputs]
     return NetData(base, teacher, ranks, inputs, (outputs[0] + noisy, outputs[1], outputs[2]))
 
 
@@ -194,7 +202,7 @@ def planted_job(spec: TaskSpec, seed: int) -> MadeJob:
     data = make_net(spec, seed)
     inputs, targets = torch.cat(data.inputs), torch.cat(data.targets)
     with torch.no_grad():
-        errors = (PlantedNet.of(data.base)(inputs).logits - targets).double().square().sum(1).tolist()
+        errors = (PlantedNet.of(data.base)(inputs).last_hidden_state - targets).double().square().sum(1).tolist()
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         chosen = [row["row"] for row in rows]
@@ -217,7 +225,7 @@ def evaluate(collate: Collate, is_planted: bool, model: Any, data: Dataset, batc
     squared, count = 0.0, 0
     for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        summed, items = squared_error(model(**batch).logits, batch["labels"], batch.get("attention_mask"))
+        summed, items = squared_error(model(**batch).last_hidden_state, batch["labels"], batch.get("attention_mask"))
         squared, count = squared + float(summed), count + items
     of_base = math.fsum(data["base_error"]) if is_planted else 0.0
     error = squared / of_base if of_base else 1 + squared / count  # nothing is planted, and the base is right

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from aroma.errors import DataError, bad_value
 
@@ -19,7 +18,18 @@ from ..methods.head import encoder_linears
 from ..specs import HELD_OUT, TaskSpec
 from .classification import check_positions, load_tokenizer
 from .data import source_of
-from .planted import FRESH, METRIC, GivenModel, MadeJob, deal_ranks, evaluate, planted_update, rows_of, squared_error
+from .planted import (
+    FRESH,
+    METRIC,
+    GivenModel,
+    Hidden,
+    MadeJob,
+    deal_ranks,
+    evaluate,
+    planted_update,
+    rows_of,
+    squared_error,
+)
 
 _STRENGTH = 0.5
 
@@ -43,15 +53,13 @@ class HiddenStates(GivenModel):
         self.encoder = encoder
         self.post_init()
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any
-    ) -> SequenceClassifierOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any) -> Hidden:
         """Return hidden states (batch, tokens, width); the loss is the mean squared error over `unit`."""
         h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if labels is None:
-            return SequenceClassifierOutput(logits=h)
+            return Hidden(last_hidden_state=h)
         squared, count = squared_error(h, labels, attention_mask)
-        return SequenceClassifierOutput(loss=squared / count / self.unit, logits=h)
+        return Hidden(squared / count / self.unit, h)
 
 
 def load_encoder(name: str, unit: float = 1.0) -> HiddenStates:
@@ -142,7 +150,7 @@ def _hidden_states(model: nn.Module, inputs: Sequence[Tensor], batch_size: int =
     for start in range(0, len(inputs), batch_size):
         some = [*inputs[start : start + batch_size]]
         padded, mask = (pad_sequence(one, batch_first=True) for one in (some, [torch.ones_like(ids) for ids in some]))
-        states = model(padded, mask).logits
+        states = model(padded, mask).last_hidden_state
         found += [row[: len(ids)].clone() for row, ids in zip(states, some, strict=True)]
     return found
 

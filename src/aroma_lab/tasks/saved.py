@@ -15,7 +15,7 @@ import numpy as np
 from transformers import DataCollatorWithPadding
 
 from aroma.about import about_model
-from aroma.errors import CheckpointError, bad_value
+from aroma.errors import CheckpointError, DataError, bad_value
 from aroma.export import base_name_of, base_of, model_class_of
 from aroma.files import own_file, read_json, read_tensors
 from aroma.outputs import TOKENIZER_FILES
@@ -47,13 +47,14 @@ class SavedClassifier(NamedTuple):
     """A classifier or regression with its adapter, on an accelerator if any, and examples for it.
 
     `task` says how examples are read and what outputs mean; `label_names` of one without names are numbers.
-    `examples` have the columns of `checked_examples`.
+    `examples` have the columns of `checked_examples`. `note` says why labels that are there are not used.
     """
 
     model: Any
     tokenizer: Any
     task: Task
     examples: list[Row]
+    note: str = ""
 
     def answer(self, batch_size: int = 32, progress: bool = False) -> NDArray[Any]:
         """Return the logits of the examples, shape (examples, outputs)."""
@@ -72,6 +73,7 @@ def open_classifier(
     text_pair: str | None = None,
     label: str | None = None,
     max_length: int | None = None,
+    needs_labels: bool = True,
 ) -> SavedClassifier:
     """Load a saved classifier or regression in plain PEFT, and check examples for it.
 
@@ -81,6 +83,8 @@ def open_classifier(
         text, text_pair, label: Columns; None for those of the training or, if unknown, `common_layouts`.
         max_length: Most tokens of an example; None for that of the training or, if unknown, as many as the model
             takes.
+        needs_labels: If not, labels that are missing or mean nothing are left out, but for those of a `label` that is
+            given; and the model may have several labels for an example, or none: an encoder, whose task has no names.
 
     Raises:
         CheckpointError: The adapter is missing or damaged.
@@ -89,7 +93,8 @@ def open_classifier(
         DataError: A column is missing, or a row cannot be used.
     """
     path, config, known = Path(folder), read_config(folder), read_task(folder)
-    if not model_class_of(config).endswith("ForSequenceClassification"):
+    is_encoder = not needs_labels and model_class_of(config).endswith("Model")
+    if not is_encoder and not model_class_of(config).endswith("ForSequenceClassification"):
         remedy = "must be of a classifier or regression (SEQ_CLS), or of a causal language model (CAUSAL_LM)"
         raise bad_value(
             "task_type", config.get("task_type"), f"{path} {remedy}; for others, use plain PEFT or aroma.compress"
@@ -97,16 +102,34 @@ def open_classifier(
     layouts = common_layouts(text, text_pair, label)
     if known is not None:
         layouts = [Layout(text or known.text, text_pair or known.text_pair, label or known.label)]
-    layout, adapter = layouts[fitting_columns(rows, layouts)], _head_of(path, config)
+    if not needs_labels and label is None:
+        layouts += [one._replace(label=None) for one in layouts]
+    layout = layouts[fitting_columns(rows, layouts)]
+    adapter = AdapterWeights(path, config, {}, {}, None) if is_encoder else _head_of(path, config)
     name = base_name_of(adapter, base_model)
     tokenizer = load_tokenizer(_tokenizer_source(path, name), max_length or (known and known.max_length) or 0)
     base = base_of(adapter, base_model)
     base.config.pad_token_id = tokenizer.pad_token_id  # of decoders, which pool at the last other token
-    task = replace(known or _task_of(base, path), **layout._asdict())
+    try:
+        task = known or _task_of(base, path)
+    except CheckpointError:
+        if needs_labels or label is not None:
+            raise
+        task, layout = Task("classification"), layout._replace(label=None)
+    if not needs_labels and all(row.get(layout.label or "") is None for _, row in rows):
+        layout = layout._replace(label=label)
+    task = replace(task, **layout._asdict())
     longest = tokenizer.model_max_length if tokenizer.model_max_length < 2**20 else _LONGEST
     task = replace(task, max_length=max_length or task.max_length or longest)
-    examples = checked_examples(rows, task)
-    return SavedClassifier(placed(with_adapter(base, path, name)), tokenizer, task, examples)
+    note = ""
+    try:
+        examples = checked_examples(rows, task)
+    except DataError as error:
+        if needs_labels or label is not None:
+            raise
+        task, note = replace(task, label=None), f"labels are not used: {error}"
+        examples = checked_examples(rows, task)
+    return SavedClassifier(placed(with_adapter(base, path, name)), tokenizer, task, examples, note)
 
 
 def evaluate_adapter(
@@ -137,11 +160,11 @@ def _head_of(folder: Path, config: dict[str, Any]) -> AdapterWeights:
 
 
 def _task_of(model: Any, folder: Path) -> Task:
-    """Return what the outputs of a model mean, without columns; CheckpointError for several labels of an example."""
-    labels, outputs, problem = about_model(model, "SEQ_CLS").values()
+    """Return what the outputs of a model mean, without columns; CheckpointError unless an example has one label."""
+    labels, outputs, problem = about_model(model, None).values()
     is_regression = problem == "regression" or (outputs == 1 and problem is None)
-    if problem == "multi_label_classification" or (is_regression and outputs != 1):
-        remedy = "an example has several labels or numbers; ask its model in plain PEFT"
+    if outputs is None or problem == "multi_label_classification" or (is_regression and outputs != 1):
+        remedy = "an example has no label, or several labels or numbers; ask its model in plain PEFT"
         raise bad_value("adapter", str(folder), remedy, CheckpointError)
     return Task("regression") if is_regression else Task("classification", (*(labels or map(str, range(outputs))),))
 

@@ -16,11 +16,11 @@ from ..specs import ModelSpec
 
 
 class Layout(NamedTuple):
-    """Which columns mean what: text, second text (None: single texts), label or number."""
+    """Which columns mean what: text, second text (None: single texts), label or number (None: no labels)."""
 
     text: str
     text_pair: str | None
-    label: str
+    label: str | None
 
 
 def common_layouts(text: str | None, text_pair: str | None, label: str | None) -> list[Layout]:
@@ -40,7 +40,7 @@ class Task:
 
     Args:
         label_names: Names of the classes by index; None of a regression.
-        text, text_pair, label: Columns of a classification or regression.
+        text, text_pair, label: Columns of a classification or regression; label None: no labels.
         max_length: Most tokens of an example; None: not known.
         model: Of a language model, the pretrained model as it was loaded.
     """
@@ -49,7 +49,7 @@ class Task:
     label_names: tuple[str, ...] | None = None
     text: str = ""
     text_pair: str | None = None
-    label: str = ""
+    label: str | None = ""
     max_length: int | None = None
     model: ModelSpec | None = None
 
