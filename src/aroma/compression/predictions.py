@@ -109,9 +109,7 @@ def _told(model: nn.Module, batch: Mapping[str, Any]) -> Predictions:
         raise bad_value("outputs", tuple(logits.shape), "what logits of this shape mean is not known; " + _FUNCTION)
     if type(base).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         labels, mask = _following(labels, _IGNORED, logits.shape[1]), _following(mask, 0, logits.shape[1])
-    counts = None if labels is None else labels != _IGNORED
-    if counts is None and isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
-        counts = mask.bool()
+    counts = _as_counts(mask, logits) if labels is None else labels != _IGNORED
     return Predictions("classes", logits, counts, labels)
 
 
