@@ -16,11 +16,6 @@ ROOT = Path(__file__).parents[1]
 METHODS = {
     "pretrained": "before training",
     **{f"lora-r{r}": f"LoRA r = {r}" for r in (1, 2, 4, 8, 16, 32, 64)},
-    "evidence": "**evidence, from r = 64**",
-    "evidence-r16": "evidence, from r = 16",
-    "evidence-10": "LoRA r = 64, compressed",
-    "para": "LoRA r = 64, PARA at evidence's size",
-    "squeeze": "LoRA r = 64, LoRA-Squeeze at evidence's size",
     "aroma-paper": "AROMA as published",
     "full": "full fine-tuning",
 }
@@ -30,7 +25,7 @@ MEASURES = {
     "translation": {"loss": ("test", "loss"), "chrF": ("test", "chrf")},
     "news": {"loss": ("test", "loss"), "perplexity": ("test", "perplexity")},
 }
-"""What a task is measured by: column of its table, then reported split and metric. The first one compares methods."""
+"""What a task is measured by: column of its table, then reported split and metric."""
 SIZES = {
     "verses": {"self_attn": 256 + 256, "mlp": 256 + 704},
     "smollm2-news": {"k_proj": 576 + 192, "v_proj": 576 + 192, "self_attn": 576 + 576, "mlp": 576 + 1536},
@@ -64,31 +59,22 @@ def parameters(result: dict[str, Any], sizes: dict[str, int]) -> int:
 
 
 def table(task: str) -> str:
-    """Return a row for each method: mean ± standard deviation over its runs, and the difference of evidence to it.
-
-    The difference is mean ± standard error over runs of the same model and seed.
-    """
+    """Return a row for each method: mean ± standard deviation over its runs."""
     rows, names = read(task), [*MEASURES[task]]
-    head = [task, "rank", "parameters", *names, "runs", "evidence − it"]
+    head = [task, "rank", "parameters", *names, "runs"]
     lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
-    evidence = rows[rows["method"] == "evidence"]
     for method, title in METHODS.items():
         some = rows[rows["method"] == method]
         if len(some):
             rank, size = some["average_rank"].mean(), some["parameters"].mean()
             cells = ["" if pd.isna(rank) else f"{rank:.1f}", f"{size / 1000:,.0f} K"]
-            cells += [*(_mean(some[name], "std") for name in names), str(len(some))]
-            pairs = some.merge(evidence, on=["task", "seed"])
-            difference = pairs[f"{names[0]}_y"] - pairs[f"{names[0]}_x"]
-            is_compared = len(pairs) and method not in ("evidence", "pretrained")
-            cells.append(f"{_mean(difference, 'sem', '+')} ({len(pairs)})" if is_compared else "")
+            cells += [*(_mean(some[name]) for name in names), str(len(some))]
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _mean(values: pd.Series, spread: str, sign: str = "") -> str:
-    mean = f"{values.mean():{sign}.3f}".replace("-", "−")
-    return mean + (f" ± {getattr(values, spread)():.3f}" if len(values) > 1 else "")
+def _mean(values: pd.Series) -> str:
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, out of the runs in results/lab, which are written into both pages.
+"""The tables of docs/results.md, out of the runs in results/lab, which are written into the page.
 
 python tools/results.py
 """
@@ -23,32 +23,13 @@ METHODS = {
     "adalora-r8": "AdaLoRA r = 8",
     "adalora": "AdaLoRA r = 8",
     "full": "full fine-tuning",
-    "evidence": "**evidence, from r = 16**",
-    "evidence-r8": "evidence, from r = 8",
-    "evidence-r32": "evidence, from r = 32",
-    "evidence-10": "LoRA r = 16, compressed",
-    "para": "LoRA r = 16, PARA at evidence's size",
-    "squeeze": "LoRA r = 16, LoRA-Squeeze at evidence's size",
     "aroma-paper": "AROMA as published",
 }
-FROM_64 = {f"lora-r{r}": f"LoRA r = {r}" for r in (1, 2, 4, 8, 16, 32, 64)} | {
-    "evidence": "**evidence, from r = 64**",
-    "evidence-r16": "evidence, from r = 16",
-}
+FROM_64 = {f"lora-r{r}": f"LoRA r = {r}" for r in (1, 4, 16, 64)}
 TABLES = {
     "nets": (["planted-nets"], ["graded", "graded-b4", "noisy", "noisy-b4", "uniform", "nothing"], METHODS),
     "texts": (["minilm-six", "mrpc"], ["trec", "sst2", "banking77", "bbc-news", "mrpc"], METHODS),
     "facts": (["facts"], ["n500", "n2000", "n8000"], FROM_64),
-}
-README_ROWS = {
-    "trec": "TREC",
-    "sst2": "SST-2",
-    "banking77": "BANKING77",
-    "bbc-news": "BBC News",
-    "mrpc": "MRPC",
-    "noisy": "planted ranks, few noisy examples",
-    "graded-b4": "planted ranks, batches of four",
-    "nothing": "nothing planted (0 is best)",
 }
 
 
@@ -72,27 +53,6 @@ def table(grids: list[str], tasks: list[str], titles: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def readme() -> str:
-    """Return the table of the README: means and, in brackets, the mean rank that is saved."""
-    runs = reported(["planted-nets", "minilm-six", "mrpc"])
-    means = runs.groupby(["task", "method"])[["score", "average_rank"]].mean()
-    titles = [
-        "LoRA r = 16",
-        "best fixed r of LoRA",
-        "evidence from r = 16",
-        "compressed at the end",
-        "AROMA as published",
-    ]
-    lines = [f"| | {' | '.join(titles)} |", "|---" * 6 + "|"]
-    for task, title in README_ROWS.items():
-        of_task = means.loc[task]
-        best = of_task.loc[[*FIXED], "score"].idxmax()
-        shown = [of_task.loc[method] for method in ("lora-r16", best, "evidence", "evidence-10", "aroma-paper")]
-        cells = [f"{100 * one['score']:.1f} ({one['average_rank']:.1f})".replace(".0)", ")") for one in shown]
-        lines.append(f"| {title} | {' | '.join(cells)} |".replace("-0.0", "0.0").replace("| -", "| −"))
-    return "\n".join(lines)
-
-
 def _cell(runs: pd.DataFrame) -> str:
     if runs.empty:
         return ""
@@ -110,6 +70,5 @@ def put(page: Path, new: str) -> None:
 
 
 if __name__ == "__main__":
-    put(ROOT / "README.md", readme())
     for one in TABLES.values():
         put(ROOT / "docs" / "results.md", table(*one))
