@@ -140,53 +140,34 @@ def worths(found: Spectrum, directions: Directions) -> Tensor:
     return directions.worth[: int((found.sigma > 0).sum(1).max())]
 
 
-class Order(NamedTuple):
-    """The directions of all weights in one line, those that stay longest first.
+def ladder(
+    values: Sequence[Tensor], costs: Sequence[int], pinned: Sequence[bool], total: int, size: float | None = None
+) -> list[list[int]]:
+    """Return the rank of every weight at each size that is measured, ascending.
 
-    Args:
-        owners: The weight of each direction, by its index, (d,).
-        stored: Numbers that an adapter of the directions up to each one stores, (d,).
-        weights: How many weights there are.
-        total: Numbers that the adapter stores before.
-    """
-
-    owners: Tensor
-    stored: Tensor
-    weights: int
-    total: int
-
-    def ranks(self, count: int) -> list[int]:
-        """Return the rank of every weight with the first `count` directions."""
-        ranks: list[int] = torch.bincount(self.owners[:count], minlength=self.weights).tolist()
-        return ranks
-
-    def within(self, share: float) -> int:
-        """Return how many directions, at least 1, store at most a share of the adapter's numbers."""
-        return max(int((self.stored <= share * self.total * (1 + 1e-9)).sum()), 1)
-
-    def sizes(self, size: float | None = None) -> list[int]:
-        """Return the numbers of directions that are measured, ascending; that of the share `size` is among them."""
-        whole = float(self.stored[-1]) / self.total
-        shares = [whole * STEP**place for place in range(SIZES)]
-        return sorted({self.within(share) for share in (*shares, *([] if size is None else [min(size, whole)]))})
-
-
-def in_order(values: Sequence[Tensor], costs: Sequence[int], total: int, pinned: Sequence[bool]) -> Order:
-    """Put the directions of all weights in order.
+    The directions of all weights are put in one line, and each size takes as many from its beginning as store at most
+    its share of the adapter's numbers.
 
     Args:
         values: What orders the directions of each weight, (r,), descending.
         costs: Numbers that a direction of each weight stores.
-        total: Numbers that the adapter stores before.
         pinned: Whether a weight keeps its first direction whatever it is worth.
+        total: Numbers that the adapter stores before.
+        size: A share that is measured, too.
     """
     keys = torch.cat([value.cpu() for value in values])
     lengths = torch.tensor([len(value) for value in values])
-    owners = torch.arange(len(values)).repeat_interleave(lengths)
-    firsts = lengths.cumsum(0) - lengths
-    keys[firsts[torch.tensor(pinned)]] = math.inf
-    order = keys.argsort(descending=True, stable=True)
-    return Order(owners[order], torch.tensor(costs)[owners[order]].cumsum(0), len(values), total)
+    keys[(lengths.cumsum(0) - lengths)[torch.tensor(pinned)]] = math.inf
+    owners = torch.arange(len(values)).repeat_interleave(lengths)[keys.argsort(descending=True, stable=True)]
+    stored = torch.tensor(costs)[owners].cumsum(0)
+    whole = int(stored[-1]) / total
+    shares = [whole * STEP**place for place in range(SIZES)] + ([] if size is None else [size])
+    counts = {int((stored <= share * total * (1 + 1e-9)).sum()) for share in shares}
+    least = max(sum(pinned), 1)
+    return [
+        torch.bincount(owners[:count], minlength=len(values)).tolist()
+        for count in sorted({max(count, least) for count in counts})
+    ]
 
 
 def kept(changed: Tensor, none: Tensor) -> Tensor:

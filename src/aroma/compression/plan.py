@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import bad_value
-from .metric import effect, in_order
+from .metric import effect, ladder
 
 KEEP = 0.998
 """Share of the effect that is kept by default."""
@@ -155,8 +155,8 @@ class Limits:
         pairs = zip(values, weights, strict=True)
         some = [torch.zeros(1) if one.is_pinned and not len(value) else value for value, one in pairs]
         capped = [value[: self.rank] for value in some]
-        order = in_order(capped, [weight.cost for weight in weights], total, [weight.is_pinned for weight in weights])
-        sizes = [order.ranks(count) for count in order.sizes(self.size)]
+        costs, pinned = [weight.cost for weight in weights], [weight.is_pinned for weight in weights]
+        sizes = ladder(capped, costs, pinned, total, self.size)
         return Plan(self, weights, total, sizes)
 
 
@@ -211,7 +211,8 @@ class Plan:
         """Return the index in `curve` of what stays, and why."""
         keep, size, rank = self.limits.keep, self.limits.size, self.limits.rank
         keep = KEEP if keep is None and size is None and rank is None else keep
-        asked = " and ".join([f"at most {size:.4g} of its size"] * bool(size) + [f"at most rank {rank}"] * bool(rank))
+        limits = {"at most {:.4g} of its size": size, "at most rank {}": rank}
+        asked = " and ".join(text.format(value) for text, value in limits.items() if value is not None)
         sizes = range(1, 1 + len(self.allowed))
         allowed = [place for place in sizes if size is None or curve[place].share <= size * (1 + 1e-9)] or [1]
         if keep is None:
