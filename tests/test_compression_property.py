@@ -72,6 +72,9 @@ def check(case: Case) -> None:
             assume(False)
     if case.state == "disabled":
         model.base_model.disable_adapter_layers()
+    if case.state == "trained" and difference_after_reload(model, case) > 1e-9:
+        SEEN["lost by PEFT itself"] += 1  # biases of layers that another adapter adapts
+        assume(False)
     before = snapshot(model)
     given_batches = batches() if case.has_examples else None
     try:
@@ -87,14 +90,18 @@ def check(case: Case) -> None:
         assert most <= case.limits.get(limit, most) + 1e-9 or pinned
     for name in before[2]:  # what trained still trains, if it is still there
         assert name not in dict(model.named_parameters()) or dict(model.named_parameters())[name].requires_grad
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    assert difference_after_reload(model, case) < 1e-9
+
+
+@torch.no_grad()
+def difference_after_reload(model: Any, case: Case) -> float:
+    """Return the largest difference of answers between a model and what plain PEFT loads from its saved files."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model.save_pretrained(folder, selected_adapters=["default"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            again = PeftModel.from_pretrained(zoo(case.groups), folder, autocast_adapter_dtype=False).double().eval()
-        live = copy.deepcopy(model).double().eval()
-        for batch in batches():
-            torch.testing.assert_close(again(batch["ids"]), live(batch["ids"]), rtol=1e-9, atol=1e-9)
+        again = PeftModel.from_pretrained(zoo(case.groups), folder, autocast_adapter_dtype=False).double().eval()
+    live = copy.deepcopy(model).double().eval()
+    return max(float((again(batch["ids"]) - live(batch["ids"])).abs().max()) for batch in batches())
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[*HealthCheck], derandomize=EXAMPLES <= 300)

@@ -16,12 +16,15 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .. import distributed, sharding
-from ..errors import AromaWarning, bad_value
+from ..errors import AromaError, AromaWarning, bad_value
 from ..integrations.base import TrainingCallback
 from .compress import FEWEST, compress
 from .plan import Compression, Limits
 from .predictions import OutputFunction
 from .weights import Adapter
+
+_NOT_INPUTS = {"fused_lm_head", "num_items_in_batch", "return_dict"}
+"""What trainers pass with the inputs, and changes what a model returns: with the first, of TRL, it has no logits."""
 
 
 class CompressCallback(TrainingCallback):
@@ -64,6 +67,10 @@ class CompressCallback(TrainingCallback):
         Limits(keep, size, rank).require_valid(has_examples=True)
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < FEWEST:
             raise bad_value("examples", examples, f"give {FEWEST} or more")
+        if data is not None and (not hasattr(data, "__len__") or len(data) < FEWEST):
+            raise bad_value(
+                "data", type(data).__name__, f"give a data set of {FEWEST} examples or more, with a length"
+            )
         self.data, self.examples = data, examples
         self.compression: Compression | None = None
         self._options: dict[str, Any] = {"keep": keep, "size": size, "rank": rank, "outputs": outputs}
@@ -72,21 +79,25 @@ class CompressCallback(TrainingCallback):
         self._hook: Any = None
 
     def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
-        """Remember the trainer, whose trackers show the result."""
-        self._trainer = trainer
+        """Remember the trainer; come before its trackers, so that they are told the result before they close."""
+        self._trainer, callbacks = trainer, trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         return resume_from_checkpoint
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
-        """Refuse what could not be compressed at the end, and remember inputs from now on."""
+        """Refuse what could not be compressed at the end; remember inputs from now on, or make those of `data`."""
         self._forget()
+        self.compression = None
         if sharding.sharding_of_model(model, kwargs.get("optimizer")) is not sharding.REPLICAS:
             remedy = "shards keep their shape; leave the callback out, and run `aroma compress` on the saved adapter"
             raise bad_value("callbacks", "CompressCallback", remedy)
         adapter = Adapter(distributed.unwrapped(model), is_trained=False)
         if self.data is None:
             self._hook = adapter.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        else:
+            self._seen.extend(self._batches())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -94,7 +105,8 @@ class CompressCallback(TrainingCallback):
         is_trained = model.training and torch.is_grad_enabled()
         if not is_trained or inputs or not _rows(options):
             return
-        self._seen.append(send_to_device(dict(options), "cpu"))
+        given = {name: value for name, value in options.items() if name not in _NOT_INPUTS}
+        self._seen.append(send_to_device(given, "cpu"))
         wanted = -(-self.examples // distributed.world_size())
         while sum(map(_rows, self._seen)) - _rows(self._seen[0]) >= wanted:
             self._seen.popleft()
@@ -103,17 +115,16 @@ class CompressCallback(TrainingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         """Compress, and log what stays; the adapter is the best checkpoint's where that was loaded."""
-        batches = [*self._seen] if self.data is None else self._batches()
+        batches = [*self._seen]
         self._forget()
-        if not batches:
-            warnings.warn(
-                "CompressCallback: no training step was taken, so there are no examples and nothing is compressed; "
-                "run `aroma compress` on the adapter, or give data",
-                AromaWarning,
-                stacklevel=2,
-            )
+        try:
+            if not batches:
+                raise bad_value("data", None, "no inputs were seen, as no step was taken; give data")
+            self.compression = compress(model, batches, progress=not args.disable_tqdm, **self._options)
+        except AromaError as error:  # the training is done, and nobody is to lose it
+            message = f"the adapter stays as it was trained: {error}. `aroma compress` cuts it after it was saved"
+            warnings.warn(f"CompressCallback: {message}", AromaWarning, stacklevel=2)
             return
-        self.compression = compress(model, batches, progress=not args.disable_tqdm, **self._options)
         if state.is_world_process_zero and not args.disable_tqdm:
             tqdm.write(str(self.compression))
         self._trainer.log({f"compress/{name}": value for name, value in self.compression.totals().items()})
@@ -125,7 +136,10 @@ class CompressCallback(TrainingCallback):
         rows = data.select(order) if hasattr(data, "select_columns") else Subset(data, order)
         base = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
         known = inspect.signature(base.forward).parameters
-        batches = [send_to_device(batch, "cpu") for batch in trainer.get_test_dataloader(rows)]
+        with torch.random.fork_rng([]):  # a DataLoader draws a number, and a collator may
+            batches = [send_to_device(batch, "cpu") for batch in trainer.get_test_dataloader(rows)]
+        if not all(isinstance(batch, Mapping) and known.keys() & batch.keys() - {"labels"} for batch in batches):
+            raise bad_value("data", type(trainer).__name__, "it makes no inputs of the model of them; leave data out")
         return [{name: value for name, value in batch.items() if name in known} for batch in batches]
 
     def _forget(self) -> None:

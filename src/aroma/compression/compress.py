@@ -17,7 +17,7 @@ from ..errors import bad_value
 from .metric import Product, Spectrum, balanced, by_effect, by_size, cut, kept, spectrum, worths
 from .plan import Compression, Limits, Measured, Weight
 from .predictions import OutputFunction, Predictions, against_labels, divergence, drawn, predictions_of, pull
-from .weights import Adapter
+from .weights import Adapter, wide
 
 FEWEST = 16
 """Fewest examples that decide anything."""
@@ -75,11 +75,12 @@ def compress(
         directions, measured = [by_size(one) for one in found], None
         plan = limits.plan(facts, [*map(worths, found, directions)])
     else:
-        with _Calibration(adapter, _listed(batches, outputs), outputs, progress) as calibration:
-            directions = [by_effect(M, N) for M, N in calibration.metric(found)]
+        examples = _Examples(adapter, _listed(batches, outputs), outputs, progress)
+        with _measuring(adapter):
+            directions = [by_effect(M, N) for M, N in examples.metric(found)]
             worth = map(worths, found, directions)
             plan = limits.plan(facts, [one / fact.cost for one, fact in zip(worth, facts, strict=True)])
-            measured = calibration.measure([[*map(cut, found, directions, ranks)] for ranks in plan.ladder])
+            measured = examples.measure([[*map(cut, found, directions, ranks)] for ranks in plan.ladder])
     curve = plan.curve(measured)
     chosen, reason = plan.choose(curve)
     ranks = plan.ranks(chosen)
@@ -117,85 +118,61 @@ def _listed(batches: Any, outputs: OutputFunction | None) -> list[Any]:
     return listed
 
 
-class _Calibration:
-    """Measures an adapter on examples, in float32, and leaves the model as it was: a context."""
+class _Examples:
+    """Calibration examples and the adapter that is measured on them, inside of `_measuring`.
+
+    Args:
+        adapter: The adapter.
+        batches: Batches of this process.
+        outputs: As for `compress`.
+        progress: As for `compress`.
+    """
 
     def __init__(
         self, adapter: Adapter, batches: Sequence[Any], outputs: OutputFunction | None, progress: bool
     ) -> None:
         self._model, self._weights = adapter.model, adapter.weights
-        self._batches, self._outputs, self._progress = batches, outputs, progress
-        self._examples, self._kind = 0, ""
-
-    def __enter__(self) -> _Calibration:
+        self._batches, self._outputs = batches, outputs
         self._stored = [tuple(parameter.data for parameter in weight.parameters) for weight in self._weights]
-        self._needed = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
-        self._training = [module for module in self._model.modules() if module.training]
-        self._gradients = [(p, p.grad) for weight in self._weights for p in weight.parameters]
-        cuda = {p.device for p in self._model.parameters() if p.is_cuda}
-        self._contexts = [torch.random.fork_rng([*cuda]), _eagerly()]
-        for context in self._contexts:
-            context.__enter__()
-        self._model.eval()
-        for parameter, _ in self._needed:
-            parameter.requires_grad_(False)
-        for weight in self._weights:
-            for parameter in weight.parameters:
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for weight, stored in zip(self._weights, self._stored, strict=True):
-            for parameter, values in zip(weight.parameters, stored, strict=True):
-                parameter.data = values
-        for parameter, needed in self._needed:
-            parameter.requires_grad_(needed)
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-        for module in self._training:
-            module.training = True
-        for context in reversed(self._contexts):
-            context.__exit__(None, None, None)
+        self._is_silent = not progress or distributed.rank() > 0
+        self._count, self._kind = 0, ""
 
     def metric(self, found: Sequence[Spectrum]) -> list[tuple[Tensor, Tensor]]:
         """Return the means over batches of G Gᵀ and Gᵀ G of each weight, both (matrices, r, r)."""
-        rows = [weight.parameters[0] for weight in self._weights]
         factors = [balanced(one) for one in found]
-        for weight, product, A in zip(self._weights, factors, rows, strict=True):
+        trained = [weight.parameters[0].requires_grad_(True) for weight in self._weights]
+        for weight, product, A in zip(self._weights, factors, trained, strict=True):
             weight.fill(weight.shaped(product, A.dtype))
-            A.requires_grad_(True)
-        sums = [(torch.zeros_like(p.A @ p.A.mT), torch.zeros_like(p.A @ p.A.mT)) for p in factors]
+        sums = [torch.zeros_like(torch.stack([product.A @ product.A.mT] * 2)) for product in factors]
+        for module in self._model.modules():
+            # Checkpointing needs its layer in training mode; dropout, in modules of its own, stays off.
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
         generators: dict[torch.device, torch.Generator] = {}
-        with _checkpointing(self._model):
-            for batch in self._bar("gradients of drawn answers", 1):
-                answers = predictions_of(self._model, batch, self._outputs)
-                if not answers.values.requires_grad:
-                    remedy = "they do not depend on the adapter, or were detached; return what the model computes"
-                    raise bad_value("outputs", "without gradient", remedy)
-                device = answers.values.device
-                if device not in generators:
-                    generators[device] = torch.Generator(device).manual_seed(distributed.rank())
-                for A in rows:
-                    A.grad = None
-                answers.values.backward(pull(answers, drawn(answers, generators[device])))
-                self._examples, self._kind = self._examples + len(answers), answers.kind
-                for weight, A, product, (M, N) in zip(self._weights, rows, factors, sums, strict=True):
-                    if A.grad is not None:
-                        rank = product.A.shape[1]
-                        G = weight.rows(A.grad)[:, :rank].to(M) @ product.A.mT
-                        M += G @ G.mT
-                        N += G.mT @ G
-        for A in rows:
-            A.requires_grad_(False)
-        totals = [torch.tensor([self._examples, len(self._batches)], dtype=torch.float64)]
-        counts, *flat = self._over_processes([*totals, *(part for pair in sums for part in pair)])
-        if counts[0] < FEWEST:
-            raise bad_value("batches", f"{int(counts[0])} examples", f"give {FEWEST} or more, better some hundreds")
-        self._examples = int(counts[0])
-        if not all(bool(part.isfinite().all()) for part in flat):
+        for batch in self._with_bar("gradients of drawn answers", 1):
+            answers = predictions_of(self._model, batch, self._outputs)
+            if not answers.values.requires_grad:
+                remedy = "they do not depend on the adapter, or were detached; return what the model computes"
+                raise bad_value("outputs", "without gradient", remedy)
+            device = answers.values.device
+            generator = generators.setdefault(device, torch.Generator(device).manual_seed(distributed.rank()))
+            for A in trained:
+                A.grad = None
+            answers.values.backward(pull(answers, drawn(answers, generator)))
+            self._count, self._kind = self._count + len(answers), answers.kind
+            for weight, A, product, total in zip(self._weights, trained, factors, sums, strict=True):
+                if A.grad is not None:  # a layer may take no part in some batches
+                    G = weight.rows(A.grad)[:, : product.A.shape[1]].to(product.A) @ product.A.mT
+                    total += torch.stack([G @ G.mT, G.mT @ G])
+            self._bar.update()
+        self._model.eval()
+        counts = torch.tensor([self._count, len(self._batches)], dtype=torch.float64)
+        counts, *sums = _over_processes([counts, *sums])
+        self._count = int(counts[0])
+        if self._count < FEWEST:
+            raise bad_value("batches", f"{self._count} examples", f"give {FEWEST} or more, better some hundreds")
+        if not all(bool(part.isfinite().all()) for part in sums):
             raise bad_value("batches", "gradients", "they are NaN or infinite; load the model in float32 or bfloat16")
-        return [(M / counts[1], N / counts[1]) for M, N in zip(flat[::2], flat[1::2], strict=True)]
+        return [tuple(part / counts[1]) for part in sums]
 
     @torch.no_grad()
     def measure(self, ladder: Sequence[Sequence[Product]]) -> Measured:
@@ -207,10 +184,11 @@ class _Calibration:
         versions = []
         for products in ladder:
             pairs = zip(self._weights, products, self._stored, strict=True)
+            # As they will be saved, in however few bits.
             versions.append([weight.shaped(product, A.dtype) for weight, product, (A, _) in pairs])
         sums = torch.zeros(len(ladder), 5, dtype=torch.float64)
         judged = torch.zeros(len(ladder) + 1, 3, dtype=torch.float64)
-        for batch in self._bar("effect of each size", len(versions) + 1, repeat=False):
+        for batch in self._with_bar("effect of each size", len(versions) + 1):
             whole = self._answers(batch, self._stored).detached()
             judged[-1] += against_labels(whole)
             changes: list[Tensor] = []
@@ -219,52 +197,60 @@ class _Calibration:
                 judged[place] += against_labels(answers)
                 changes.append(divergence(whole, answers))
                 sums[place] += kept(changes[-1], changes[0])
-        sums, judged = self._over_processes([sums, judged])
+        sums, judged = _over_processes([sums, judged])
         if not float(sums[0, 1]) > 0:
             raise bad_value("batches", "no effect", "the adapter changes no prediction of these examples; give others")
-        return Measured(sums, judged, self._examples, self._kind)
+        return Measured(sums, judged, self._count, self._kind)
 
     def _answers(self, batch: Any, version: Sequence[Any]) -> Predictions:
         for weight, values in zip(self._weights, version, strict=True):
             weight.fill(values)
-        self._count.update()
+        self._bar.update()
         return predictions_of(self._model, batch, self._outputs)
 
-    def _bar(self, what: str, passes: int, repeat: bool = True) -> Iterator[Any]:
-        """Yield the batches, with a progress bar of all their passes."""
-        is_hidden = not self._progress or distributed.rank() > 0
-        with tqdm(desc=what, total=passes * len(self._batches), disable=is_hidden) as bar:
-            self._count = bar
-            for batch in self._batches:
-                yield batch
-                if repeat:
-                    bar.update()
+    def _with_bar(self, what: str, passes: int) -> Iterator[Any]:
+        """Yield the batches, under a progress bar of all passes over them."""
+        with tqdm(desc=what, total=passes * len(self._batches), disable=self._is_silent) as self._bar:
+            yield from self._batches
 
-    def _over_processes(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sums over all processes of tensors (any shapes)."""
-        if not distributed.is_distributed():
-            return [*parts]
-        device = self._weights[0].parameters[0].device
-        flat = torch.cat([part.flatten().to(device) for part in parts])
-        dist.all_reduce(flat)
-        pieces = flat.split([part.numel() for part in parts])
-        return [piece.view(part.shape).to(part.device) for piece, part in zip(pieces, parts, strict=True)]
+
+def _over_processes(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sums over all processes of tensors (any shapes, on one device but for the first)."""
+    if not distributed.is_distributed():
+        return [*parts]
+    flat = torch.cat([part.flatten().to(parts[-1].device) for part in parts])
+    device = torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
+    flat = flat.to(device)
+    dist.all_reduce(flat)
+    pieces = flat.split([part.numel() for part in parts])
+    return [piece.view(part.shape).to(part.device) for piece, part in zip(pieces, parts, strict=True)]
 
 
 @contextmanager
-def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Let layers with gradient checkpointing, which they use in training mode only, use it; dropout stays off."""
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-
-
-def _eagerly() -> Any:
-    """Return a context in which compiled modules run as they are: each size would be compiled anew."""
+def _measuring(adapter: Adapter) -> Iterator[None]:
+    """Let a model compute as when it is used, its adapter in float32 or more; afterwards all is as before."""
+    model, parameters = adapter.model, [*adapter.model.parameters()]
+    factors = [parameter for weight in adapter.weights for parameter in weight.parameters]
+    before = [(parameter, parameter.data, parameter.grad) for parameter in factors]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
     is_loaded = "torch._dynamo" in sys.modules  # importing it takes a second
-    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+    eagerly = torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+    with torch.random.fork_rng([*{p.device for p in parameters if p.is_cuda}]), eagerly:
+        try:
+            model.eval()
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            for parameter in factors:
+                parameter.data = wide(parameter.data)
+            yield
+        finally:
+            model.eval()
+            for parameter, values, gradient in before:
+                parameter.data, parameter.grad = values, gradient
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True

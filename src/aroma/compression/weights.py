@@ -83,7 +83,7 @@ class AdaptedWeight:
         """Return the update, with the scale folded in, in float32 or more."""
         A, B = (parameter.detach() for parameter in self.parameters)
         columns = B.reshape(len(B), -1, self.matrices).permute(2, 0, 1)
-        return Product(_wide(columns) * self.scale, _wide(self.rows(A)))
+        return Product(wide(columns) * self.scale, wide(self.rows(A)))
 
     def shaped(self, product: Product, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A and B of an update of any rank as PEFT shapes them, with the layer's scale taken out."""
@@ -293,5 +293,6 @@ def _also_matched(targets: set[str], names: set[str]) -> list[str]:
     return sorted(name for name in names - targets if any(name.endswith(f".{target}") for target in targets))
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
+    """Return values (any shape) in float32 or more."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
