@@ -242,7 +242,7 @@ def _measuring(adapter: Adapter) -> Iterator[None]:
             for parameter in parameters:
                 parameter.requires_grad_(False)
             for parameter in factors:
-                parameter.data = wide(parameter.data)
+                parameter.data = wide(parameter.data.clone())  # every size is written into it
             yield
         finally:
             model.eval()
