@@ -1,9 +1,10 @@
-"""Three tasks on one encoder, one after another: PEFT's several adapters, each with the ranks that its task needs.
+"""Three tasks on one encoder, one after another: PEFT's several adapters, each of the size that its task needs.
 
     python examples/tasks_in_a_row.py runs/tasks --data ../shared/data
 
 The frozen weights are held once. Each task has an adapter and a head of its own, so no task is forgotten, and each
-adapter is saved, loaded and served by itself. The table says what each task scores when all have been learnt.
+adapter is saved, loaded and served by itself. The table says what each task scores when all have been learnt,
+and what is left of its adapter of rank 16.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from aroma import EvidenceCallback, hold_out
+from aroma import CompressCallback
 from aroma_lab.tasks.model import packaged_encoder
 
 TASKS = ("trec", "sst2", "banking77")
@@ -77,24 +78,24 @@ def main():
         collate = DataCollatorWithPadding(tokenizer)
         return Trainer(model, arguments, collate, train, test, compute_metrics=accuracy, callbacks=[*callbacks])
 
-    ranks = {}
+    sizes = {}
     for task in TASKS:
         if task not in model.peft_config:
             model.add_adapter(task, config)
-        train, held_out = hold_out(read_task[task][0][0])
-        evidence = EvidenceCallback(held_out)
-        trainer_of(task, train, [evidence]).train()
-        print(f"{task}: {evidence.explanation()}", flush=True)
-        ranks[task] = evidence.history[-1].totals()
+        compress = CompressCallback()
+        trainer_of(task, read_task[task][0][0], [compress]).train()
+        print(f"{task}: {compress.compression}", flush=True)
+        sizes[task] = compress.compression.size
     model.save_pretrained(str(options.out / "adapters"))
     rows = {
         task: {
             "accuracy": f"{trainer_of(task).evaluate()['eval_accuracy']:.1%}",
-            "total rank": found["total_rank"],
-            "mean rank": f"{found['mean_rank']:.1f}",
-            "largest rank": found["largest_rank"],
+            "size": f"{size.share:.1%}",
+            "effect kept": f"{size.effect:.2%}",
+            "directions": size.directions,
+            "largest rank": size.largest_rank,
         }
-        for task, found in ranks.items()
+        for task, size in sizes.items()
     }
     table = pd.DataFrame(rows).T.to_markdown()
     print(table)

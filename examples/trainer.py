@@ -49,14 +49,13 @@ config = LoraConfig(r=16, lora_alpha=16, task_type="SEQ_CLS", target_modules="al
 model = get_peft_model(base, config)
 
 # README: begin
-from aroma import EvidenceCallback, hold_out  # noqa: E402
+from aroma import CompressCallback  # noqa: E402
 
-train, held_out = hold_out(train)
-evidence = EvidenceCallback(held_out)
-trainer = Trainer(model, args, collate, train, test, compute_metrics=accuracy, callbacks=[evidence])
+compress = CompressCallback()
+trainer = Trainer(model, args, collate, train, test, compute_metrics=accuracy, callbacks=[compress])
 # README: end
 
 trainer.train()
 model.save_pretrained("out/adapter")
-print(evidence.explanation())
+print(compress.compression)
 print(trainer.evaluate())
