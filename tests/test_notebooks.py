@@ -40,9 +40,9 @@ def test_classification(tmp_path: Path) -> None:
     printed = printed_by("classification", tmp_path)
     accuracy = float(re.findall(r"'eval_accuracy': ([\d.]+)", printed)[-1])
     assert accuracy > 0.8
-    assert printed.count("directions stay in") == 2
+    assert "of its effect" in printed
     assert "'sports'" in printed.splitlines()[-1]
-    assert (tmp_path / "ranks.png").stat().st_size > 5000
+    assert (tmp_path / "compression.png").stat().st_size > 5000
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -51,7 +51,7 @@ def test_instructions(tmp_path: Path) -> None:
     printed = printed_by("instructions", tmp_path)
     before, after = map(float, re.search(r": ([\d.]+) before, ([\d.]+) after", printed).groups())
     assert after < before / 2
-    assert printed.count("directions stay in") == 2
+    assert "of its effect" in printed
     assert printed.splitlines()[-2:] == ["Question A: is 5 even or odd?", "It is odd ."]
 
 
@@ -63,6 +63,6 @@ def test_compress(tmp_path: Path) -> None:
     ).groups()
     assert float(after) > float(before) - 0.03
     assert float(before) > 0.8
-    assert int(small.replace(",", "")) < 0.95 * int(large.replace(",", ""))
-    assert (tmp_path / "ranks.png").stat().st_size > 5000
+    assert int(small.replace(",", "")) < 0.6 * int(large.replace(",", ""))
+    assert (tmp_path / "compression.png").stat().st_size > 5000
     assert "'sports'" in printed.splitlines()[-1]
