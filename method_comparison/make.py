@@ -2,7 +2,7 @@
 
     python method_comparison/make.py ADAPTER PEFT/method_comparison/MetaMathQA/experiments/lora/NAME
 
-ADAPTER is an adapter that `EvidenceCallback`, `aroma compress` or `AromaConfig` saved. The new folder gets
+ADAPTER is an adapter that `aroma compress`, `CompressCallback` or `AromaConfig` made. The new folder gets
 adapter_config.json, and with `--learning-rate`, `--model` or `--steps` also training_params.json.
 """
 
