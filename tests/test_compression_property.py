@@ -27,7 +27,7 @@ def build(case: Case) -> Any:
     """Return the model of a case, or None where PEFT refuses the configuration."""
     try:
         model = adapted(case.options, case.groups, zero=case.zero)
-    except (ValueError, TypeError, NotImplementedError):
+    except (ValueError, TypeError, AttributeError, NotImplementedError):
         return None
     if case.second:
         with warnings.catch_warnings():

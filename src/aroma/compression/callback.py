@@ -75,7 +75,8 @@ class CompressCallback(TrainingCallback):
         self.compression: Compression | None = None
         self._options: dict[str, Any] = {"keep": keep, "size": size, "rank": rank, "outputs": outputs}
         self._trainer: Any = None
-        self._seen: deque[dict[str, Any]] = deque()
+        self._seen: deque[tuple[int, int, dict[str, Any]]] = deque()
+        """Rows, texts and inputs of batches."""
         self._hook: Any = None
 
     def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
@@ -97,25 +98,26 @@ class CompressCallback(TrainingCallback):
         if self.data is None:
             self._hook = adapter.model.register_forward_pre_hook(self._note, with_kwargs=True)
         else:
-            self._seen.extend(self._batches())
+            self._seen.extend((0, 0, batch) for batch in self._batches())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Keep the last inputs of training forwards: `examples` of them, and at least 1 batch."""
+        """Keep the last inputs of training forwards, as many as have `examples`."""
         is_trained = model.training and torch.is_grad_enabled()
         if not is_trained or inputs or not _rows(options):
             return
         given = {name: value for name, value in options.items() if name not in _NOT_INPUTS}
-        self._seen.append(send_to_device(given, "cpu"))
-        wanted = -(-self.examples // distributed.world_size())
-        while sum(map(_rows, self._seen)) - _rows(self._seen[0]) >= wanted:
+        given = send_to_device(given, "cpu")
+        self._seen.append((_rows(given), _texts(given), given))
+        least = [-(-count // distributed.world_size()) for count in (FEWEST, self.examples)]
+        while all(sum(one[place] for one in [*self._seen][1:]) >= count for place, count in enumerate(least)):
             self._seen.popleft()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         """Compress, and log what stays; the adapter is the best checkpoint's where that was loaded."""
-        batches = [*self._seen]
+        batches = [batch for *_, batch in self._seen]
         self._forget()
         try:
             if not batches:
@@ -150,8 +152,15 @@ class CompressCallback(TrainingCallback):
 
 
 def _rows(inputs: Mapping[str, Any]) -> int:
-    """Return how many examples the inputs of a model have."""
+    """Return how many rows the inputs of a model have; 0 if none is a tensor."""
     return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _texts(inputs: Mapping[str, Any]) -> int:
+    """Return how many examples are in the rows: packed into one, many, and the positions of each begin anew."""
+    rows, places = _rows(inputs), inputs.get("position_ids")
+    is_packed = rows == 1 and isinstance(places, Tensor)
+    return max(rows, int((places == 0).sum())) if is_packed else rows
 
 
 def _prepared(trainer: Any, data: Any) -> Any:

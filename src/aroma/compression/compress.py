@@ -133,7 +133,8 @@ class _Examples:
     ) -> None:
         self._model, self._weights = adapter.model, adapter.weights
         self._batches, self._outputs = batches, outputs
-        self._stored = [tuple(parameter.data for parameter in weight.parameters) for weight in self._weights]
+        self._dtypes = [weight.parameters[0].dtype for weight in self._weights]
+        self._whole = [weight.shaped(weight.product(), torch.float64) for weight in self._weights]
         self._is_silent = not progress or distributed.rank() > 0
         self._count, self._kind = 0, ""
 
@@ -183,13 +184,13 @@ class _Examples:
         """
         versions = []
         for products in ladder:
-            pairs = zip(self._weights, products, self._stored, strict=True)
+            pairs = zip(self._weights, products, self._dtypes, strict=True)
             # As they will be saved, in however few bits.
-            versions.append([weight.shaped(product, A.dtype) for weight, product, (A, _) in pairs])
+            versions.append([weight.shaped(product, dtype) for weight, product, dtype in pairs])
         sums = torch.zeros(len(ladder), 5, dtype=torch.float64)
         judged = torch.zeros(len(ladder) + 1, 3, dtype=torch.float64)
         for batch in self._with_bar("effect of each size", len(versions) + 1):
-            whole = self._answers(batch, self._stored).detached()
+            whole = self._answers(batch, self._whole).detached()
             judged[-1] += against_labels(whole)
             changes: list[Tensor] = []
             for place, version in enumerate(versions):
@@ -243,11 +244,15 @@ def _measuring(adapter: Adapter) -> Iterator[None]:
                 parameter.requires_grad_(False)
             for parameter in factors:
                 parameter.data = wide(parameter.data.clone())  # every size is written into it
+            for weight in adapter.weights:
+                weight.layer.scaling[adapter.name] = 1.0
             yield
         finally:
             model.eval()
             for parameter, values, gradient in before:
                 parameter.data, parameter.grad = values, gradient
+            for weight in adapter.weights:
+                weight.layer.scaling[adapter.name] = weight.scale
             for parameter in parameters:
                 parameter.requires_grad_(False)
             for parameter in trained:

@@ -18,7 +18,7 @@ from ..outputs import TASK_FILE, TOKENIZER_FILES, copy_files, filled_at_once, ne
 from ..state import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME, factors, read_config
 from .metric import Product, by_size, cut, spectrum, worths
 from .plan import Compression, Limits, Weight
-from .weights import compact_fields, require_products
+from .weights import compact_fields, require_products, wide
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Saved:
 
     def product(self) -> Product:
         """Return the update, with the scale folded in."""
-        return Product(self.B.float().flatten(1)[None] * self.scale, self.A.float().flatten(1)[None])
+        return Product(wide(self.B).flatten(1)[None] * self.scale, wide(self.A).flatten(1)[None])
 
     def tensors(self, product: Product) -> dict[str, Tensor]:
         """Return the tensors of another product, of scale 1, in the shapes and types of this one."""
@@ -86,7 +86,7 @@ def compress_saved(
             del tensors[name]
         if ranks[one.module]:
             tensors |= one.tensors(cut(parts, order, ranks[one.module]))
-    fields = compact_fields({name: rank_ for name, rank_ in ranks.items() if rank_}, others, set())
+    fields = compact_fields({name: rank_ for name, rank_ in ranks.items() if rank_}, others, set(), {*ranks, *others})
     with filled_at_once(target) as staging:
         write_tensors(staging / WEIGHTS_NAME, tensors)
         write_json(staging / CONFIG_NAME, {**config, **fields})

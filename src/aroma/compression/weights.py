@@ -33,12 +33,14 @@ class AdaptedWeight:
         name: Its name in the base model.
         layer: PEFT's layer.
         adapter: Name of the adapter.
+        scale: What PEFT multiplies B A by.
         is_pinned: Whether it keeps a direction, because something else is saved with it.
     """
 
     name: str
     layer: LoraLayer
     adapter: str
+    scale: float
     is_pinned: bool
 
     @property
@@ -58,11 +60,6 @@ class AdaptedWeight:
         """Rank that the layer has room for, for each matrix."""
         r: int = self.layer.r[self.adapter]
         return r
-
-    @property
-    def scale(self) -> float:
-        """What PEFT multiplies B A by."""
-        return float(self.layer.scaling[self.adapter])
 
     @property
     def cost(self) -> int:
@@ -86,10 +83,10 @@ class AdaptedWeight:
         return Product(wide(columns) * self.scale, wide(self.rows(A)))
 
     def shaped(self, product: Product, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A and B of an update of any rank as PEFT shapes them, with the layer's scale taken out."""
+        """Return A and B of an update of any rank as PEFT shapes them, for a layer whose scale is 1."""
         A, B = self.parameters
         rank = self.matrices * product.A.shape[1]
-        packed = (product.B / self.scale).permute(1, 2, 0).reshape(len(B), rank, *B.shape[2:])
+        packed = product.B.permute(1, 2, 0).reshape(len(B), rank, *B.shape[2:])
         return product.A.reshape(rank, *A.shape[1:]).to(A.device, dtype), packed.to(B.device, dtype)
 
     @torch.no_grad()
@@ -175,7 +172,7 @@ class Adapter:
                 if one is not layer and isinstance(one, ParamWrapper)
             )
             is_pinned = is_nested or config.bias != "none" or self.name in layer.lora_magnitude_vector
-            weight = AdaptedWeight(_name_of(key, layer), layer, self.name, is_pinned)
+            weight = AdaptedWeight(_name_of(key, layer), layer, self.name, float(layer.scaling[self.name]), is_pinned)
             can_be_cut = weight.is_product() and key not in attention
             (self.weights if can_be_cut else self.others).append(weight)
         if not self.weights:
@@ -199,19 +196,17 @@ class Adapter:
         config = configs[self.name] = copy.copy(configs[self.name])
         scales = {one.name: (one.r, one.scale * one.r) for one in self.others}
         parameters = {one.name for one in (*self.weights, *self.others) if isinstance(one.layer, ParamWrapper)}
-        for field, value in compact_fields(ranks, scales, parameters).items():
+        names = {re.sub(r"\.base_layer\b", "", key.removeprefix(_PREFIX)) for key, _ in self.model.named_modules()}
+        for field, value in compact_fields(ranks, scales, parameters, names).items():
             setattr(config, field, value)
         config.target_modules = set(config.target_modules)
-        names = {re.sub(r"\.base_layer\b", "", key.removeprefix(_PREFIX)) for key, _ in self.model.named_modules()}
-        also = _also_matched(config.target_modules, names)
-        config.exclude_modules = "|".join(map(re.escape, also)) or None
 
 
 _PREFIX = "base_model.model."
 
 
 def compact_fields(
-    ranks: Mapping[str, int], others: Mapping[str, tuple[int, float]], parameters: set[str]
+    ranks: Mapping[str, int], others: Mapping[str, tuple[int, float]], parameters: set[str], names: set[str]
 ) -> dict[str, Any]:
     """Return the fields of a `LoraConfig` that name adapted weights and give each its rank.
 
@@ -219,18 +214,22 @@ def compact_fields(
         ranks: Rank of each weight whose scale is 1, by its name.
         others: Rank and alpha of each further weight, by its name.
         parameters: Those among all of them that are parameters of experts, not modules.
+        names: Modules of the model, as far as they are known. PEFT takes those for targets, too, whose name ends with
+            that of a target, unless they are excluded.
     """
     every = {name: (rank, rank) for name, rank in ranks.items()} | dict(others)
     r = min(ranks.values())
     keys = {name: f"^{re.escape(name)}" for name in every}
+    targets = every.keys() - parameters
+    also = sorted(name for name in names - targets if any(name.endswith(f".{target}") for target in targets))
     return {
         "r": r,
         "lora_alpha": r,
         "rank_pattern": {keys[name]: rank for name, (rank, _) in every.items() if rank != r},
         "alpha_pattern": {keys[name]: alpha for name, (_, alpha) in every.items() if alpha != r},
-        "target_modules": sorted(every.keys() - parameters),
+        "target_modules": sorted(targets),
         "target_parameters": sorted(every.keys() & parameters) or None,
-        "exclude_modules": None,
+        "exclude_modules": "|".join(map(re.escape, also)) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "use_rslora": False,
@@ -286,11 +285,6 @@ def _require_in_use(layers: Mapping[str, Any], adapter: str) -> None:
 def _name_of(key: str, layer: LoraLayer) -> str:
     name = re.sub(r"\.base_layer\b", "", key.removeprefix(_PREFIX))
     return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
-
-
-def _also_matched(targets: set[str], names: set[str]) -> list[str]:
-    """Return the names of modules that PEFT takes for targets because they end with the name of one."""
-    return sorted(name for name in names - targets if any(name.endswith(f".{target}") for target in targets))
 
 
 def wide(values: Tensor) -> Tensor:
