@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import scipy.linalg
 import torch
@@ -281,19 +283,28 @@ def test_the_configuration_says_what_the_outputs_are(
     found = aroma.compress(model, given, size=0.5)
     assert found.outputs == kind
     assert (found.size.loss is not None) == (has_labels or name == "t5")
+    assert found.size.effect == pytest.approx(effect_of(kind, before, model, given), abs=1e-4)
+
+
+def several(name: str) -> list[dict[str, Tensor]]:
+    return [batch_of(name, seed) for seed in range(4)]
+
+
+def effect_of(kind: str, before: Any, after: Any, given: list[dict[str, Tensor]]) -> float:
+    """Return the effect kept, by torch's own distributions."""
     none = copy.deepcopy(before)
-    for parameter_name, parameter in none.named_parameters():
-        if "lora_B" in parameter_name:
+    for name, parameter in none.named_parameters():
+        if "lora_B" in name:
             parameter.data.zero_()
-    lost, all_ = (sum(apart(kind, before, one, batch) for batch in given) for one in (model, none))
-    assert found.size.effect == pytest.approx(1 - float(lost / all_), abs=1e-4)
+    lost, everything = (sum(apart(kind, before, one, batch) for batch in given) for one in (after, none))
+    return 1 - float(lost / everything)
 
 
 def apart(kind: str, whole: Any, other: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the divergence of a batch by torch's own distributions; of a language model at the next tokens."""
     with torch.no_grad():
         one, two = (model(**batch).logits.double() for model in (whole, other))
-    if one.dim() == 3 and "decoder" not in str(type(whole.get_base_model())) and whole.config.model_type != "t5":
+    if one.dim() == 3 and whole.config.model_type != "t5":
         one, two = one[:, :-1], two[:, :-1]
     if kind == "values":
         return kl_divergence(Normal(one, 1.0), Normal(two, 1.0)).sum()
@@ -484,6 +495,107 @@ def test_a_zero_update_is_left_out_and_an_expert_that_no_example_reaches_costs_n
     experts = adapted({"target_modules": [], "target_parameters": ["experts.up"]})
     aroma.compress(experts, batches(), outputs=answers, size=0.5)
     assert all(p.isfinite().all() for p in experts.parameters())
+
+
+# Bases ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base(bits: int, tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    def net() -> Any:
+        torch.manual_seed(0)
+        quantised = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+        layers = nn.Linear(64, 64), quantised if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        return nn.Sequential(*layers, nn.Linear(64, 3)).to("cpu").eval()
+
+    def output(model: Any, batch: Tensor) -> Categorical:
+        return Categorical(logits=model(batch))
+
+    model = get_peft_model(net(), LoraConfig(r=4, target_modules=["1"])).eval()
+    randomize(model, 0)
+    given = list(torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        whole = [output(model, batch) for batch in given]
+        with model.disable_adapter():
+            none = [output(model, batch) for batch in given]
+    found = aroma.compress(model, given, rank=2, outputs=output)
+    assert found.size.largest_rank == 2
+    model.save_pretrained(tmp_path)
+    after = PeftModel.from_pretrained(net(), tmp_path).eval()
+    with torch.no_grad():
+        kept = [output(after, batch) for batch in given]
+    lost, everything = (
+        sum(kl_divergence(*pair).sum() for pair in zip(whole, one, strict=True)) for one in (kept, none)
+    )
+    assert found.size.effect == pytest.approx(1 - float(lost / everything), abs=1e-3)
+
+
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_gradient_checkpointing_is_used_and_changes_nothing(is_reentrant: bool) -> None:
+    import torch.utils.checkpoint as checkpoint
+
+    plain, other, given = transformer("llama"), transformer("llama"), several("llama")
+    other.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+    other.enable_input_require_grads()
+    calls: list[int] = []
+    owner, name = (
+        (checkpoint.CheckpointFunction, "forward")
+        if is_reentrant
+        else (checkpoint, "_checkpoint_without_reentrant_generator")
+    )
+    genuine = getattr(owner, name)
+
+    def counted(*inputs: Any, **options: Any) -> Any:
+        calls.append(1)
+        return genuine(*inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, staticmethod(counted) if is_reentrant else counted)
+        found = aroma.compress(other.train(), given, size=0.3)
+    assert len(calls) == 2 * len(given)  # two layers, in the pass of the gradients alone
+    expected = aroma.compress(plain, given, size=0.3)
+    assert found.ranks == expected.ranks
+    assert found.size.effect == pytest.approx(expected.size.effect, abs=1e-5)
+
+
+def test_a_base_that_is_partly_offloaded() -> None:
+    """Hooks bring in the weights of one of two layers; an adapter that lies elsewhere with its base is refused."""
+    model, expected, given = transformer("llama"), transformer("llama"), several("llama")
+    for layer in model.base_model.model.model.layers[0].modules():
+        if isinstance(layer, LoraLayer):
+            accelerate.cpu_offload(layer.base_layer, execution_device=torch.device("cpu"))
+    found, whole = (aroma.compress(one, given, size=0.3) for one in (model, expected))
+    assert found.ranks == whole.ranks
+    assert found.size.effect == pytest.approx(whole.size.effect, abs=1e-5)
+    offloaded = transformer("llama")
+    offloaded.base_model.model.model.layers[0].to("meta")
+    with pytest.raises(ConfigError, match=r"model='default on meta': .* load it into memory"):
+        aroma.compress(offloaded, given)
+
+
+def test_no_more_than_two_batches_of_logits_live_at_a_time(monkeypatch: Any) -> None:
+    """The whole adapter's answers to a batch, and those of one size."""
+    from aroma.compression import compress as module
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most, genuine = 0, module.predictions_of
+
+    class Held:
+        pass
+
+    def watched(*inputs: Any) -> Predictions:
+        nonlocal most
+        found = genuine(*inputs)
+        found.values.held = Held()
+        alive.add(found.values.held)
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(module, "predictions_of", watched)
+    aroma.compress(transformer("llama"), several("llama"))
+    assert most <= 2
 
 
 # What is refused -----------------------------------------------------------------------------------------------------

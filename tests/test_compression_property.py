@@ -72,8 +72,8 @@ def check(case: Case) -> None:
             assume(False)
     if case.state == "disabled":
         model.base_model.disable_adapter_layers()
-    if case.state == "trained" and difference_after_reload(model, case) > 1e-9:
-        SEEN["lost by PEFT itself"] += 1  # biases of layers that another adapter adapts
+    if case.state == "trained" and not comes_back(model, case):
+        SEEN["lost by PEFT itself"] += 1
         assume(False)
     before = snapshot(model)
     given_batches = batches() if case.has_examples else None
@@ -91,6 +91,15 @@ def check(case: Case) -> None:
     for name in before[2]:  # what trained still trains, if it is still there
         assert name not in dict(model.named_parameters()) or dict(model.named_parameters())[name].requires_grad
     assert difference_after_reload(model, case) < 1e-9
+
+
+def comes_back(model: Any, case: Case) -> bool:
+    """Whether PEFT loads what it saved: not the biases of layers that another adapter adapts, nor experts beside a
+    Conv1D, of which it notes `fan_in_fan_out` for all."""
+    try:
+        return difference_after_reload(model, case) < 1e-9
+    except ValueError:
+        return False
 
 
 @torch.no_grad()

@@ -183,6 +183,9 @@ class Adapter:
 
     def _require_updates(self) -> None:
         for weight in self.weights:
+            if weight.parameters[0].is_meta:
+                remedy = f"{weight.name} is offloaded with its base; load it into memory, on whatever devices"
+                raise bad_value("model", f"{self.name} on meta", remedy)
             if not all(bool(parameter.isfinite().all()) for parameter in weight.parameters):
                 raise NonFiniteError(f"{weight.name}: its adapter is NaN or infinite; use an earlier checkpoint")
         if not any(bool((part := weight.product()).B.any()) and bool(part.A.any()) for weight in self.weights):
