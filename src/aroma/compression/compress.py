@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .. import distributed
 from ..errors import bad_value
 from .metric import Product, Spectrum, balanced, by_effect, by_size, cut, kept, spectrum, worths
-from .plan import Compression, Limits, Measured, Weight
+from .plan import Compression, Limits, Measured, conclude, to_measure
 from .predictions import OutputFunction, Predictions, against_labels, divergence, drawn, predictions_of, pull
 from .weights import Adapter, wide
 
@@ -70,35 +70,23 @@ def compress(
     limits.require_valid(has_examples=batches is not None)
     adapter = Adapter(distributed.unwrapped(model))
     weights, found = adapter.weights, [spectrum(weight.product()) for weight in adapter.weights]
-    facts = [Weight(one.name, one.r, one.cost, one.parameters[0].element_size(), one.is_pinned) for one in weights]
+    measured = None
     if batches is None:
-        directions, measured = [by_size(one) for one in found], None
-        plan = limits.plan(facts, [*map(worths, found, directions)])
+        directions = [by_size(one) for one in found]
+        sizes = limits.sizes(weights, [*map(worths, found, directions)])
     else:
         examples = _Examples(adapter, _listed(batches, outputs), outputs, progress)
         with _measuring(adapter):
             directions = [by_effect(M, N) for M, N in examples.metric(found)]
             worth = map(worths, found, directions)
-            plan = limits.plan(facts, [one / fact.cost for one, fact in zip(worth, facts, strict=True)])
-            measured = examples.measure([[*map(cut, found, directions, ranks)] for ranks in plan.ladder])
-    curve = plan.curve(measured)
-    chosen, reason = plan.choose(curve)
-    ranks = plan.ranks(chosen)
-    for weight, one, order, rank_ in zip(weights, found, directions, ranks, strict=True):
-        if rank_:
-            weight.narrow(cut(one, order, rank_))
-        else:
-            weight.remove()
-    adapter.describe({weight.name: rank_ for weight, rank_ in zip(weights, ranks, strict=True) if rank_})
-    return Compression(
-        curve=curve,
-        chosen=chosen,
-        reason=reason,
-        ranks={fact.name: (fact.r, rank_) for fact, rank_ in zip(facts, ranks, strict=True)},
-        examples=0 if measured is None else measured.examples,
-        outputs=None if measured is None else measured.kind,
-        left_alone=[weight.name for weight in adapter.others],
-    )
+            sizes = limits.sizes(weights, [one / weight.cost for one, weight in zip(worth, weights, strict=True)])
+            ladder = to_measure(weights, sizes)
+            measured = examples.measure([[*map(cut, found, directions, ranks)] for ranks in ladder])
+    result, ranks = conclude(limits, weights, sizes, measured, [weight.name for weight in adapter.others])
+    for weight, one, order, after in zip(weights, found, directions, ranks, strict=True):
+        weight.narrow(cut(one, order, after))
+    adapter.describe({weight.name: after for weight, after in zip(weights, ranks, strict=True) if after})
+    return result
 
 
 def _listed(batches: Any, outputs: OutputFunction | None) -> list[Any]:

@@ -17,7 +17,7 @@ from ..files import own_file, read_tensors, require_adapter_folder, write_json, 
 from ..outputs import TASK_FILE, TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from ..state import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME, factors, read_config
 from .metric import Product, by_size, cut, spectrum, worths
-from .plan import Compression, Limits, Weight
+from .plan import Compression, Limits, conclude
 from .weights import compact_fields, require_products, wide
 
 
@@ -25,11 +25,27 @@ from .weights import compact_fields, require_products, wide
 class _Saved:
     """A saved update that can be cut: its module, the names of its tensors, and these, as PEFT shapes them."""
 
-    module: str
+    name: str
     names: tuple[str, str]
     A: Tensor
     B: Tensor
     scale: float
+    is_pinned: bool
+
+    @property
+    def r(self) -> int:
+        """Its rank."""
+        return len(self.A)
+
+    @property
+    def cost(self) -> int:
+        """Numbers that one direction stores."""
+        return (self.A.numel() + self.B.numel()) // self.r
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.A.element_size()
 
     def product(self) -> Product:
         """Return the update, with the scale folded in."""
@@ -70,29 +86,22 @@ def compress_saved(
         raise bad_value("target_parameters", config["target_parameters"], remedy)
     tensors = read_tensors(own_file(path, WEIGHTS_NAME))
     updates, others = _updates(path / WEIGHTS_NAME, tensors, config)
-    is_pinned = config.get("bias", "none") != "none" or bool(config.get("use_dora"))
-    facts = [
-        Weight(one.module, len(one.A), (one.A.numel() + one.B.numel()) // len(one.A), one.A.element_size(), is_pinned)
-        for one in updates
-    ]
     found = [spectrum(one.product()) for one in updates]
     directions = [by_size(one) for one in found]
-    plan = limits.plan(facts, [*map(worths, found, directions)])
-    curve = plan.curve(None)
-    chosen, reason = plan.choose(curve)
-    ranks = {one.module: rank_ for one, rank_ in zip(updates, plan.ranks(chosen), strict=True)}
+    sizes = limits.sizes(updates, [*map(worths, found, directions)])
+    result, kept = conclude(limits, updates, sizes, None, sorted(others))
+    ranks = {one.name: after for one, after in zip(updates, kept, strict=True)}
     for one, parts, order in zip(updates, found, directions, strict=True):
         for name in one.names:
             del tensors[name]
-        if ranks[one.module]:
-            tensors |= one.tensors(cut(parts, order, ranks[one.module]))
+        if ranks[one.name]:
+            tensors |= one.tensors(cut(parts, order, ranks[one.name]))
     fields = compact_fields({name: rank_ for name, rank_ in ranks.items() if rank_}, others, set(), {*ranks, *others})
     with filled_at_once(target) as staging:
         write_tensors(staging / WEIGHTS_NAME, tensors)
         write_json(staging / CONFIG_NAME, {**config, **fields})
         copy_files([path], staging, (*TOKENIZER_FILES, TASK_FILE))
-    pairs = {fact.name: (fact.r, ranks[fact.name]) for fact in facts}
-    return Compression(curve, chosen, reason, pairs, 0, None, sorted(others))
+    return result
 
 
 def _updates(
@@ -100,6 +109,7 @@ def _updates(
 ) -> tuple[list[_Saved], dict[str, tuple[int, float]]]:
     """Return the updates that can be cut, and rank and alpha of the others by module."""
     updates, others = [], {}
+    is_pinned = config.get("bias", "none") != "none" or bool(config.get("use_dora"))
     for part, name_of_B in factors([*tensors]):
         module = part["module"].removeprefix(PEFT_PREFIX)
         A, B = tensors[part.string], tensors.get(name_of_B)
@@ -120,7 +130,7 @@ def _updates(
         if is_attention or B.flatten(1).shape[1] != len(A):
             others[attention] = (r, scale * r)
         else:
-            updates.append(_Saved(module, (part.string, name_of_B), A, B, scale))
+            updates.append(_Saved(module, (part.string, name_of_B), A, B, scale, is_pinned))
     if not any(bool(one.A.any()) and bool(one.B.any()) for one in updates):
         raise bad_value("adapter", str(file.parent), "it has no update B A that can be cut, or all of them are zero")
     return updates, others

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -99,21 +100,26 @@ class Compression:
         return "\n".join((*lines, last))
 
 
-class Weight(NamedTuple):
-    """What a plan knows of an adapted weight: its name and rank, numbers of a direction, bytes of a number."""
+class Weight(Protocol):
+    """What a plan needs to know of an adapted weight: `cost` is the numbers of a direction; see `AdaptedWeight`."""
 
-    name: str
-    r: int
-    cost: int
-    itemsize: int
-    is_pinned: bool
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def r(self) -> int: ...  # noqa: D102
+    @property
+    def cost(self) -> int: ...  # noqa: D102
+    @property
+    def itemsize(self) -> int: ...  # noqa: D102
+    @property
+    def is_pinned(self) -> bool: ...  # noqa: D102
 
 
 class Measured(NamedTuple):
     """What was measured on examples.
 
     Args:
-        sums: `metric.kept` of each size of a plan's ladder, (sizes, 5).
+        sums: `metric.kept` of each measured size, (sizes, 5).
         judged: Loss, right answers and judged labels of each of them, and of the whole adapter, (sizes + 1, 3).
         examples: How many examples.
         kind: What the outputs are.
@@ -137,10 +143,9 @@ class Limits:
         """Raise ConfigError for a value out of range, or for none that decides."""
         for field in ("keep", "size"):
             value = getattr(self, field)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1
-            ):
-                raise bad_value(field, value, "give a share above 0 and at most 1, such as 0.2 of the size")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value <= 1):
+                raise bad_value(field, value, "give a share above 0 and at most 1")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise bad_value("rank", self.rank, "give the largest rank of a weight, 1 or more")
         if not has_examples and self.keep is not None:
@@ -148,77 +153,73 @@ class Limits:
         if not has_examples and self.size is None and self.rank is None:
             raise bad_value("batches", None, "without examples nothing says how much to keep; give size or rank")
 
-    def plan(self, weights: Sequence[Weight], values: Sequence[Tensor]) -> Plan:
-        """Return the sizes to measure; `values` orders the directions of each weight, (r,), descending."""
-        total = sum(weight.r * weight.cost for weight in weights)
+    def sizes(self, weights: Sequence[Weight], values: Sequence[Tensor]) -> list[list[int]]:
+        """Return the rank of every weight at each size that may stay, ascending.
+
+        `values` orders the directions of each weight that exist, (r,), descending.
+        """
         # Of a pinned update that is zero, one direction of zeros.
         pairs = zip(values, weights, strict=True)
-        some = [torch.zeros(1) if one.is_pinned and not len(value) else value for value, one in pairs]
-        capped = [value[: self.rank] for value in some]
-        costs, pinned = [weight.cost for weight in weights], [weight.is_pinned for weight in weights]
-        sizes = ladder(capped, costs, pinned, total, self.size)
-        return Plan(self, weights, total, sizes)
+        some = [torch.zeros(1) if one.is_pinned and not len(value) else value[: self.rank] for value, one in pairs]
+        costs, pinned = [one.cost for one in weights], [one.is_pinned for one in weights]
+        return ladder(some, costs, pinned, _stored(weights, _whole(weights)), self.size)
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The sizes of an adapter that are measured.
-
-    Args:
-        limits: What a person asked for.
-        weights: The adapted weights.
-        total: Numbers that the adapter stores.
-        allowed: Rank of every weight at each size that may stay, ascending.
-    """
-
-    limits: Limits
-    weights: Sequence[Weight]
-    total: int
-    allowed: list[list[int]]
-
-    @property
-    def whole(self) -> list[int]:
-        """Rank of every weight of the whole adapter, whose answers are the others' reference."""
-        return [weight.r for weight in self.weights]
-
-    @property
-    def ladder(self) -> list[list[int]]:
-        """Rank of every weight at each size to measure, ascending, from none to less than all."""
-        return [[0] * len(self.weights), *(ranks for ranks in self.allowed if ranks != self.whole)]
-
-    def ranks(self, place: int) -> list[int]:
-        """Return the rank of every weight at a size of the curve, by its index."""
-        return [*self.ladder, self.whole][place]
-
-    def curve(self, measured: Measured | None) -> list[Size]:
-        """Return the sizes of the ladder and the whole adapter, with what was measured of each."""
-        sizes = [self._size(ranks) for ranks in (*self.ladder, self.whole)]
-        if measured is None:
-            return sizes
-        kept = [*(effect(sums, measured.examples) for sums in measured.sums), (1.0, 0.0)]
-        found = []
-        for size, (share, error), (loss, right, judged) in zip(sizes, kept, measured.judged.tolist(), strict=True):
-            labels = {} if not judged else {"loss": loss / judged, "score": None if right != right else right / judged}
-            found.append(replace(size, effect=share, standard_error=error, **labels))
-        return found
-
-    def _size(self, ranks: Sequence[int]) -> Size:
-        stored = [rank * weight.cost for rank, weight in zip(ranks, self.weights, strict=True)]
-        size = sum(count * weight.itemsize for count, weight in zip(stored, self.weights, strict=True))
-        return Size(sum(stored) / self.total, sum(ranks), max(ranks), size)
-
-    def choose(self, curve: Sequence[Size]) -> tuple[int, str]:
-        """Return the index in `curve` of what stays, and why."""
-        keep, size, rank = self.limits.keep, self.limits.size, self.limits.rank
-        keep = KEEP if keep is None and size is None and rank is None else keep
-        limits = {"at most {:.4g} of its size": size, "at most rank {}": rank}
+    def choose(self, sizes: Sequence[Size]) -> tuple[Size, str]:
+        """Return which of the sizes that may stay does, and why."""
+        keep = KEEP if (self.keep, self.size, self.rank) == (None, None, None) else self.keep
+        limits = {"at most {:.4g} of its size": self.size, "at most rank {}": self.rank}
         asked = " and ".join(text.format(value) for text, value in limits.items() if value is not None)
-        sizes = range(1, 1 + len(self.allowed))
-        allowed = [place for place in sizes if size is None or curve[place].share <= size * (1 + 1e-9)] or [1]
+        allowed = [one for one in sizes if self.size is None or one.share <= self.size * (1 + 1e-9)] or [sizes[0]]
         if keep is None:
             return allowed[-1], f"{asked} were asked for"
         within = f" with {asked}" if asked else ""
-        enough = [place for place in allowed if (curve[place].effect or 0.0) >= keep]
+        enough = [one for one in allowed if (one.effect or 0.0) >= keep]
         if not enough:
             return allowed[-1], f"the largest{within}, which keeps less than {keep:.4g}"
         return enough[0], f"the smallest of {len(allowed)} sizes{within} that keeps {keep:.4g}"
+
+
+def to_measure(weights: Sequence[Weight], sizes: Sequence[list[int]]) -> list[list[int]]:
+    """Return the ranks that are measured: of none, and of `sizes` without the whole adapter, their reference."""
+    return [[0] * len(weights), *(ranks for ranks in sizes if ranks != _whole(weights))]
+
+
+def conclude(
+    limits: Limits,
+    weights: Sequence[Weight],
+    sizes: Sequence[list[int]],
+    measured: Measured | None,
+    left_alone: Sequence[str],
+) -> tuple[Compression, list[int]]:
+    """Return what is done with an adapter, and the rank that every weight keeps.
+
+    `sizes`: the ranks that may stay, as `Limits.sizes` returns them.
+    """
+    ladder = [*to_measure(weights, sizes), _whole(weights)]
+    total = _stored(weights, ladder[-1])
+    curve = []
+    for place, ranks in enumerate(ladder):
+        bytes_ = sum(rank * one.cost * one.itemsize for rank, one in zip(ranks, weights, strict=True))
+        size = Size(_stored(weights, ranks) / total, sum(ranks), max(ranks), bytes_)
+        if measured is not None:
+            is_whole = place == len(measured.sums)
+            share, error = (1.0, 0.0) if is_whole else effect(measured.sums[place], measured.examples)
+            loss, right, judged = measured.judged[place].tolist()
+            size = replace(size, effect=share, standard_error=error)
+            if judged:
+                size = replace(size, loss=loss / judged, score=None if math.isnan(right) else right / judged)
+        curve.append(size)
+    chosen, reason = limits.choose(curve[1 : 1 + len(sizes)])
+    place = curve.index(chosen)
+    pairs = {one.name: (one.r, rank) for one, rank in zip(weights, ladder[place], strict=True)}
+    examples, kind = (0, None) if measured is None else (measured.examples, measured.kind)
+    return Compression(curve, place, reason, pairs, examples, kind, [*left_alone]), ladder[place]
+
+
+def _whole(weights: Sequence[Weight]) -> list[int]:
+    return [one.r for one in weights]
+
+
+def _stored(weights: Sequence[Weight], ranks: Sequence[int]) -> int:
+    """Return how many numbers an adapter of these ranks stores."""
+    return sum(rank * one.cost for rank, one in zip(ranks, weights, strict=True))

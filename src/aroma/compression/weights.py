@@ -67,6 +67,11 @@ class AdaptedWeight:
         A, B = self.parameters
         return (A.numel() + B.numel()) // self.r
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.parameters[0].element_size()
+
     def is_product(self) -> bool:
         """Whether the update is a product B A of each matrix, as that of a grouped convolution is not."""
         A, B = self.parameters
@@ -102,29 +107,24 @@ class AdaptedWeight:
 
     @torch.no_grad()
     def narrow(self, product: Product) -> None:
-        """Give the layer the rank of `product`, which it then computes with scale 1."""
-        layer, name = self.layer, self.adapter
-        layer.scaling[name], layer.use_rslora[name] = 1.0, False
-        A, B = self.parameters
-        for parameter, values in zip((A, B), self.shaped(product, A.dtype), strict=True):
+        """Give the layer the update and rank of `product`, with scale 1; of rank 0 it is adapted no more."""
+        layer, name, rank = self.layer, self.adapter, product.A.shape[1]
+        if not rank:
+            # `delete_adapter` of PEFT would activate another one.
+            held = [getattr(layer, attribute) for attribute in (*layer.adapter_layer_names, *layer.other_param_names)]
+            for values in (*held, layer.lora_variant):
+                if name in values:
+                    del values[name]
+            return
+        for parameter, values in zip(self.parameters, self.shaped(product, self.parameters[0].dtype), strict=True):
             parameter.data, parameter.grad = values.contiguous(), None
-        rank = product.A.shape[1]
+        layer.scaling[name], layer.use_rslora[name] = 1.0, False
         layer.r[name] = layer.lora_alpha[name] = rank
         if name in layer.lora_A:
             inner, outer = layer.lora_A[name], layer.lora_B[name]
-            sides = (
-                ("out_features", "in_features") if isinstance(inner, nn.Linear) else ("out_channels", "in_channels")
-            )
-            for module, side in zip((inner, outer), sides, strict=True):
+            kind = "features" if isinstance(inner, nn.Linear) else "channels"
+            for module, side in ((inner, f"out_{kind}"), (outer, f"in_{kind}")):
                 setattr(module, side, rank * self.matrices)
-
-    def remove(self) -> None:
-        """Take the adapter out of the layer. `delete_adapter` of PEFT would activate another one there."""
-        layer: Any = self.layer
-        held = [getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)]
-        for values in (*held, layer.lora_variant):
-            if self.adapter in values:
-                del values[self.adapter]
 
 
 class Adapter:
