@@ -28,7 +28,6 @@ LONGEST = (
     "test_sharded",
     "test_resume",
     "test_grid_kill",
-    "test_planted_ranks",
     "test_engine",
     "test_kills",
     "test_rank_kills",

@@ -80,7 +80,8 @@ def test_a_run_leaves_what_is_recalled_and_the_ranks(kind: str, options: dict[st
 
 
 def test_facts_are_evaluated_in_paraphrases(tmp_path: Path) -> None:
-    result = run_trial(trial_of("evidence", {"r": 2}, pairs=60, templates=3), tmp_path / "run")
+    result = run_trial(trial_of("compressed", {"r": 2}, pairs=60, templates=3), tmp_path / "run")
+    assert 0 < result["total_rank"] <= 2 * len(result["ranks"])
     assert result["examples"] == {"train": 120, "paraphrases": 60}
     assert result["score"] == result["held_out"]["recalled"]
 

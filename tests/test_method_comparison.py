@@ -10,8 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from aroma import compact
-from aroma.evidence.updates import Updates
+import aroma
 from models import base, batch
 
 MAKE = str(Path(__file__).parents[1] / "method_comparison" / "make.py")
@@ -21,10 +20,8 @@ def test_an_experiment_has_the_ranks_of_an_adapter(tmp_path: Path, monkeypatch: 
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(base("llama"), config)
-    updates = Updates(model)
-    sizes = updates.to_singular_directions()
-    updates.cut(sizes >= sizes.median())
-    ranks = compact(model)
+    found = aroma.compress(model, None, size=0.5)
+    ranks = {name: rank for name, (_, rank) in found.ranks.items() if rank}
     model.save_pretrained(tmp_path / "adapter")
     words = ["make.py", str(tmp_path / "adapter"), str(tmp_path / "out"), "--learning-rate", "0.01"]
     monkeypatch.setattr("sys.argv", words)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from aroma import CompressCallback
 from aroma.errors import ConfigError
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.loop import attach
@@ -16,6 +17,7 @@ from aroma_lab.methods import (
     AdaLora,
     Aroma,
     BitFit,
+    Compressed,
     Frozen,
     Full,
     HeadOnly,
@@ -24,7 +26,6 @@ from aroma_lab.methods import (
     Lora,
     Pfeiffer,
     ReLora,
-    Truncated,
     make_method,
 )
 from aroma_lab.methods.head import encoder_linears, find_targets
@@ -193,22 +194,35 @@ def test_components_are_the_whole_update(method):
             torch.testing.assert_close(before[name] + B @ A, module.weight, atol=1e-6, rtol=1e-5)
 
 
-# A cut to a given size -----------------------------------------------------------------------------------------------
+# Compressed at the end -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("spread", "size"), [("even", 1.5), ("largest", 1.25)])
-def test_a_truncated_lora_keeps_the_largest_singular_values_of_each_matrix_or_of_all(spread, size):
-    method = Truncated(r=4, alpha=5, size=size, spread=spread)
+@pytest.mark.parametrize(("option", "value"), [("rank", 2), ("size", 0.3)])
+def test_by_size_the_largest_singular_values_stay_of_each_matrix_or_of_all(option, value):
+    method = Compressed(r=4, alpha=5, by="size", **{option: value})
     model = built(method)
     train(method, model, 12)
-    values = {name: torch.linalg.svdvals(B @ A) for name, (B, A) in method.components(model).items()}
-    threshold = torch.cat([*values.values()]).sort(descending=True).values[round(size * MODULES) - 1]
-    method.callbacks(model)[-1].on_train_end(None, None, None, model=model)
-    ranks = method.ranks(model)
-    for name, (B, A) in method.components(model).items():
-        expected = 2 if spread == "even" else int((values[name] >= threshold * 0.9999).sum())
-        assert ranks[name] == B.shape[1] == expected
-        torch.testing.assert_close(torch.linalg.svdvals(B @ A)[:expected], values[name][:expected])
+    before = {name: torch.linalg.svdvals(B @ A) for name, (B, A) in method.components(model).items()}
+    (hooks,) = method.callbacks(model)
+    hooks.on_train_end(None, None, None, model=model)
+    after, ranks = method.components(model), method.ranks(model)
+    assert {name: B.shape[1] for name, (B, _) in after.items()} == ranks
+    for name, (B, A) in after.items():
+        torch.testing.assert_close(torch.linalg.svdvals(B @ A)[: ranks[name]], before[name][: ranks[name]])
+    if option == "rank":
+        assert set(ranks.values()) == {2}
+    else:
+        stored = sum(B.numel() + A.numel() for B, A in after.values())
+        assert 0.25 < stored / (4 * PAIR) <= 0.3
+        assert len(set(ranks.values())) > 1
+
+
+def test_by_effect_is_the_library_s_own_callback():
+    method = Compressed(keep=0.9, size=0.5, rank=3, examples=20)
+    hooks, callback = method.callbacks(built(method))
+    assert type(hooks) is Hooks
+    assert isinstance(callback, CompressCallback)
+    assert callback.examples == 20
 
 
 # Targets -------------------------------------------------------------------------------------------------------------
@@ -270,6 +284,14 @@ def test_options_by_name():
         ("aroma", {"resett": "zero"}, r"options\.resett='zero': .* the nearest is 'options\.reset'"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
         ("lora", {"dropout": 1}, r"dropout=1\.0: give a probability in \[0, 1\)"),
+        ("compressed", {"keep": 0}, r"keep=0\.0: give a share in \(0, 1\]"),
+        ("compressed", {"size": 1.1}, r"size=1\.1: give a share in \(0, 1\]"),
+        ("compressed", {"rank": 0}, "rank=0: give 1 or more"),
+        ("compressed", {"examples": 15}, "examples=15: give 16 or more"),
+        ("compressed", {"by": "size"}, "by='size': give a size or a rank"),
+        ("compressed", {"by": "size", "rank": 2, "keep": 0.9}, r"keep=0\.9: by size no effect is measured"),
+        ("compressed", {"by": "loss"}, r"options\.by='loss'"),
+        ("evidence", {}, "kind='evidence': there is no such kind of method"),
         ("adalora", {"target_r": 12}, "target_r=12: give 1 or more, and less than init_r=12"),
     ],
 )

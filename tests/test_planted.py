@@ -156,6 +156,16 @@ def test_an_encoder_learns_the_hidden_states_of_its_teacher(material: Path, tmp_
     assert 0 < result["reported"]["fresh"]["error"] < 1, "it has learnt something"
 
 
+def test_planted_models_are_compared_by_their_hidden_states(material: Path, tmp_path: Path) -> None:
+    options = {"r": 2, "examples": 16, "size": 0.5}
+    for trial in (
+        net_trial("compressed", options),
+        replace(encoder_trial(material), kind="compressed", options=options),
+    ):
+        result = run_trial(trial, tmp_path / trial.task.name)
+        assert 0 < result["total_rank"] < 2 * len(result["ranks"])
+
+
 def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
     job: Any = job_of(encoder_trial(material))
     rows = [job.rows["fresh"][place] for place in range(6)]

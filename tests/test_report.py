@@ -116,8 +116,6 @@ def test_failed_unfinished_and_absent_runs_are_listed():
 
 
 def test_the_caption_says_how_it_was_measured(grid):
-    edit(grid / "runs/mrpc/lora-r8/seed-0/result.json", lambda content: content.update(asked_examples=21))
-    assert "lora-r8 holds out 21 of the tokenized examples." in table(grid).caption
     for path in grid.glob("**/result.json"):
         edit(path, lambda content: content["examples"].pop("held_out", None))
     found = table(grid, "ranks")

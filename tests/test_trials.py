@@ -166,13 +166,20 @@ def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Pa
     assert (result["steps"], result["stopped_early"], result["parameters"]["final"]) == (STEPS, False, 0)
 
 
-def test_examples_that_a_method_asks_are_not_trained_on(material: Path, tmp_path: Path) -> None:
-    """Of 96 examples 24 are held out: an epoch has 9 steps, and would have 12 with them."""
-    options = {"r": 2, "held_out_share": 0.25}
-    trial = trial_of(material, max_steps=None, epochs=1, save_steps=None)
-    result = run_trial(replace(trial, kind="evidence", options=options), tmp_path / "run")
-    assert (result["steps"], result["planned_steps"]) == (9, 9)
-    assert (result["examples"]["train"], result["asked_examples"]) == (96, 24)
+@pytest.mark.parametrize("by", ["effect", "size"])
+def test_a_compressed_run_trains_all_and_saves_less(material: Path, tmp_path: Path, by: str) -> None:
+    """Of 96 examples nothing is held out: an epoch has 12 steps of 8."""
+    options = {"r": 4, "by": by, "size": 0.4, "examples": 32}
+    trial = replace(trial_of(material, max_steps=None, epochs=1, save_steps=None), kind="compressed", options=options)
+    result = run_trial(trial, tmp_path / "run")
+    whole = run_trial(replace(trial, kind="lora", options={"r": 4}), tmp_path / "whole")
+    assert (result["steps"], result["examples"]) == (12, whole["examples"])
+    assert read(tmp_path / "run" / "history.json")["loss"] == read(tmp_path / "whole" / "history.json")["loss"]
+    assert (result["trained_rank"], whole["total_rank"]) == (4, 4 * len(result["ranks"]))
+    assert 0 < result["total_rank"] <= 0.5 * whole["total_rank"]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    found = {name: len(tensor) for name, tensor in saved.items() if "lora_A" in name}
+    assert sorted(found.values()) == sorted(rank for rank in result["ranks"].values() if rank)
 
 
 # The loop ------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,6 @@ from .files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .compression.plan import Compression
-
 SUFFIXES = (".png", ".svg", ".pdf")
 """Kinds of files that a picture can be written to."""
 INK, FAINT, GRID = "#222222", "#767676", "#E4E4E4"
@@ -81,8 +79,11 @@ def draw_ranks(panels: Mapping[str, Sequence[Any]]) -> Figure:
     return _circles(rows, {"rank": _OUTER, "effective rank": _EFFECTIVE, "rank 0": _CROSS})[0]
 
 
-def compression_picture(found: Compression, path: str | os.PathLike[str]) -> None:
-    """Draw what each size of an adapter keeps, if examples were measured, and below it the ranks before and after."""
+def compression_picture(found: Any, path: str | os.PathLike[str]) -> None:
+    """Draw what each size of an adapter keeps, if examples were measured, and below it the ranks before and after.
+
+    `found`: a `Compression`.
+    """
     size = found.size
     title = f"Ranks: {size.directions} of {found.curve[-1].directions} directions stay"
     rows = {title: [(name, before, after, after) for name, (before, after) in found.ranks.items()]}
@@ -97,7 +98,7 @@ def compression_picture(found: Compression, path: str | os.PathLike[str]) -> Non
     save_picture(figure, path)
 
 
-def _curve(axes: Any, found: Compression, title: str, key: str) -> None:
+def _curve(axes: Any, found: Any, title: str, key: str) -> None:
     """Draw one value of an adapter against its size, and mark the chosen size."""
     points = found.curve[1:]  # without the adapter's updates its share is 0
     x, y = [one.share for one in points], [getattr(one, key) for one in points]
@@ -107,22 +108,17 @@ def _curve(axes: Any, found: Compression, title: str, key: str) -> None:
     axes.set_title(f"{title}: {now}{said}", loc="left", fontsize=10, color=INK)
     axes.axvline(found.size.share, color=_EFFECTIVE["color"], linewidth=1, linestyle=":")
     axes.plot(x, y, color=_AFTER["color"], marker="o", markersize=4, linewidth=1.3)
-    if key == "effect":
-        errors = [one.standard_error or 0.0 for one in points]
-        low, high = ([value + sign * error for value, error in zip(y, errors, strict=True)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=_OUTER["color"], linewidth=0)
     ring = {"facecolor": "white", "edgecolor": _EFFECTIVE["color"], "linewidth": 2, "zorder": 3}
     axes.scatter(found.size.share, getattr(found.size, key), s=70, **ring)
-    side = {"xytext": (-5, 0), "ha": "right"} if found.size.share > 0.2 else {"xytext": (5, 0), "ha": "left"}
-    place = (found.size.share, 0.9 if key == "loss" else 0.06)
-    words = {
-        "xycoords": axes.get_xaxis_transform(),
-        "textcoords": "offset points",
-        "fontsize": 9,
-        "color": INK,
-        **side,
-    }
-    axes.annotate(f"chosen: {found.size.share:.1%} of the size", place, **words)
+    if key == "effect":
+        low, high = (
+            [value + sign * (one.standard_error or 0.0) for value, one in zip(y, points, strict=True)]
+            for sign in (-1, 1)
+        )
+        axes.fill_between(x, low, high, color=_OUTER["color"], linewidth=0)
+        side = {"xytext": (-5, 0), "ha": "right"} if found.size.share > 0.2 else {"xytext": (5, 0), "ha": "left"}
+        words = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "fontsize": 9, "color": INK}
+        axes.annotate(f"chosen: {found.size.share:.1%} of the size", (found.size.share, 0.06), **words, **side)
     axes.set_xscale("log")
     ticks = [tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if tick >= min(x) * 0.9]
     axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import compress as chosen
 from pathlib import Path
@@ -17,9 +17,10 @@ from transformers import AutoConfig, DataCollatorForSeq2Seq, DataCollatorWithPad
 from aroma import Compression, compress
 from aroma.compression.compress import FEWEST
 from aroma.compression.files import compress_saved
+from aroma.compression.weights import require_products
 from aroma.errors import DataError, bad_value
 from aroma.export import is_causal_lm
-from aroma.files import read_tensors, write_json, write_tensors
+from aroma.files import own_file, read_tensors, write_json, write_tensors
 from aroma.outputs import TASK_FILE, TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from aroma.pictures import compression_picture
 from aroma.state import WEIGHTS_NAME, read_config
@@ -80,11 +81,8 @@ def compress_adapter(
         found = compress_saved(folder, target, size=want.size, rank=want.rank)
     else:
         found, note = _by_effect(folder, data, target, want)
-    inputs = {
-        "adapter": str(folder),
-        "data": data,
-        **(asdict(want) if data else {"size": want.size, "rank": want.rank}),
-    }
+    asked = asdict(want) if data else {"size": want.size, "rank": want.rank}
+    inputs = {"adapter": str(folder), "data": data, **asked}
     report = {**found.as_dict(), "says": str(found), "note": note, "inputs": inputs}
     write_json(target / REPORT, report | {"versions": provenance()["versions"]})
     if find_spec("matplotlib"):
@@ -94,23 +92,27 @@ def compress_adapter(
 
 def _by_effect(folder: Path, data: str, target: Path, want: Wishes) -> tuple[Compression, str]:
     config, rows = read_config(folder), read_located("--data", data)
+    require_products(config)
     _require_base(want.base or config.get("base_model_name_or_path"))
-    types = {name: tensor.dtype for name, tensor in read_tensors(folder / WEIGHTS_NAME).items()}
+    tensors = read_tensors(own_file(folder, WEIGHTS_NAME))
     model, examples, collate, note = (_language if is_causal_lm(config) else _texts)(folder, rows, want)
     if len(examples) < FEWEST:
-        remedy = (
-            f"{len(examples)} examples decide nothing; give a file of {FEWEST} or more, some hundreds if there are"
-        )
+        remedy = f"{len(examples)} examples decide nothing; give {FEWEST} or more, some hundreds if there are"
         raise bad_value("--data", data, remedy, DataError)
-    batches = [
-        collate(examples[start : start + want.batch_size]) for start in range(0, len(examples), want.batch_size)
-    ]
+    starts = range(0, len(examples), want.batch_size)
+    batches = [collate(examples[start : start + want.batch_size]) for start in starts]
+    loaded, stored = (
+        next(tensor.dtype.itemsize for name, tensor in some if ".lora_" in name)
+        for some in (model.named_parameters(), tensors.items())
+    )
     found = compress(model, batches, keep=want.keep, size=want.size, rank=want.rank, progress=True)
+    # PEFT computes in float32 what may be stored in fewer bits.
+    found = replace(found, curve=[replace(one, bytes=one.bytes * stored // loaded) for one in found.curve])
     with filled_at_once(target) as staging:
         model.save_pretrained(staging)
-        kept = read_tensors(staging / WEIGHTS_NAME)  # PEFT computes in float32 what may be stored in fewer bits
-        stored = {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in kept.items()}
-        write_tensors(staging / WEIGHTS_NAME, stored)
+        kept = read_tensors(staging / WEIGHTS_NAME)
+        types = {name: tensors[name].dtype if name in tensors else tensor.dtype for name, tensor in kept.items()}
+        write_tensors(staging / WEIGHTS_NAME, {name: tensor.to(types[name]) for name, tensor in kept.items()})
         copy_files([folder], staging, (*TOKENIZER_FILES, TASK_FILE))
     return found, note
 

@@ -112,13 +112,12 @@ def _show(found: Compression) -> None:
 
     labels = {"loss": ("loss", "{:.4f}"), "score": ("right answers", "{:.1%}")}
     labels = {key: shown for key, shown in labels.items() if getattr(found.size, key) is not None}
-    table = Table("size", box=None, pad_edge=False)
-    for title in ("directions", "largest rank", "bytes", "effect kept", *(title for title, _ in labels.values()), ""):
-        table.add_column(title, justify="right")
+    table = Table(box=None, pad_edge=False)
+    for title in ("size", "directions", "rank", "bytes", "effect kept", *(title for title, _ in labels.values())):
+        table.add_column(title, justify="right", no_wrap=True)
     for place, one in enumerate(found.curve):
-        effect = f"{one.effect or 0.0:.2%} ± {one.standard_error or 0.0:.2%}"
+        mark, style = ("→ ", "bold") if place == found.chosen else ("", "")
+        counts = [f"{mark}{one.share:.1%}", str(one.directions), str(one.largest_rank), f"{one.bytes:,}"]
         values = [form.format(getattr(one, key)) for key, (_, form) in labels.items()]
-        mark, style = ("← stays", "bold") if place == found.chosen else ("", "")
-        counts = [str(one.directions), str(one.largest_rank), f"{one.bytes:,}"]
-        table.add_row(f"{one.share:.1%}", *counts, effect, *values, mark, style=style)
+        table.add_row(*counts, f"{one.effect or 0.0:.2%} ± {one.standard_error or 0.0:.2%}", *values, style=style)
     Console().print(table)

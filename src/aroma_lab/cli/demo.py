@@ -17,11 +17,11 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "demo",
-        "train LoRA, evidence and AROMA on real news articles, offline, in about two minutes",
+        "train LoRA and AROMA on real news articles, and compress, offline, in about two minutes",
         (
-            "Train a pretrained sentence encoder to sort 1,780 BBC News articles: the head alone, LoRA r=8 and r=16,\n"
-            "LoRA with evidence, and AROMA as published. Evaluate on the 445 others, and load both\n"
-            "adapters in plain PEFT. Needs no network and no GPU."
+            "Train a pretrained sentence encoder to sort 1,780 BBC News articles: the head alone, LoRA r=4 and r=16,\n"
+            "and AROMA as published. Compress LoRA r=16 by its effect, and to the same size by that alone. Evaluate\n"
+            "on the 445 others, and load the adapters in plain PEFT. Needs no network and no GPU."
         ),
         "aroma demo",
         "aroma demo --out runs/demo --threads 2",

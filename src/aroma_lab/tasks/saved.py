@@ -164,7 +164,8 @@ def _task_of(model: Any, folder: Path) -> Task:
     labels, outputs, problem = about_model(model, None).values()
     is_regression = problem == "regression" or (outputs == 1 and problem is None)
     if outputs is None or problem == "multi_label_classification" or (is_regression and outputs != 1):
-        remedy = "an example has no label, or several labels or numbers; ask its model in plain PEFT"
+        found = "no label" if outputs is None else "several labels or numbers"
+        remedy = f"an example has {found}; ask its model in plain PEFT"
         raise bad_value("adapter", str(folder), remedy, CheckpointError)
     return Task("regression") if is_regression else Task("classification", (*(labels or map(str, range(outputs))),))
 
