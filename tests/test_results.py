@@ -91,4 +91,3 @@ def test_the_page_has_the_tables_of_the_runs() -> None:
     assert all(tool["table"](*which) in page for which in tool["TABLES"].values())
     languages = runpy.run_path(str(ROOT / "tools" / "languages.py"))
     assert all(languages["table"](task) in page for task in languages["MEASURES"])
-    assert tool["readme"]() in (ROOT / "README.md").read_text(encoding="utf-8")
