@@ -75,5 +75,5 @@ def test_on_the_index_page_the_links_of_the_readme_lead_to_the_tag(tmp_path: Pat
     subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env={**os.environ, **names}, check=True)
     targets = re.findall(r"\]\(([^)]+)\)", copy.read_text(encoding="utf-8"))
     assert all(target.startswith("https://") for target in targets)
-    assert "https://example.org/a/b/raw/v1/docs/pictures/ranks.png" in targets
+    assert "https://example.org/a/b/raw/v1/docs/pictures/compression.png" in targets
     assert "https://example.org/a/b/blob/v1/CITATION.cff" in targets

@@ -23,9 +23,15 @@ def test_the_trainer_example_is_the_one_that_runs() -> None:
     assert blocks("python")[0].strip() == shown.replace("  # noqa: E402", "").strip()
 
 
-def test_the_output_shown_is_what_the_script_printed() -> None:
-    printed = (ROOT / "examples" / "trainer.out.txt").read_text(encoding="utf-8").splitlines()
-    assert {*blocks("text")[0].splitlines()} <= {*printed}
+@pytest.mark.parametrize(("place", "file"), [(0, "results/readme/compress.txt"), (1, "examples/trainer.out.txt")])
+def test_the_output_shown_is_what_was_printed(place: int, file: str) -> None:
+    printed = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    assert {*blocks("text")[place].splitlines()} <= {*printed}
+
+
+def test_the_first_command_is_the_one_that_was_run() -> None:
+    run = (ROOT / "results" / "readme" / "compress.txt").read_text(encoding="utf-8")
+    assert f"$ {blocks('bash')[0]}" in run
 
 
 def test_the_two_commands_of_a_newcomer_are_there_as_written() -> None:
@@ -44,6 +50,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     end = runpy.run_path(str(EXAMPLE))
     assert end["trainer"].state.log_history[-1]["eval_accuracy"] > 0.87
-    ranks = {rank for ranks in end["evidence"].history[-1].ranks.values() for rank in ranks}
-    assert len(ranks) > 1, "matrices are meant to end with ranks of their own"
+    found = end["compress"].compression
+    assert found.size.effect >= 0.998
+    assert found.size.share < 0.5
+    assert len({after for _, after in found.ranks.values()}) > 1, "matrices are meant to end with ranks of their own"
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
