@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -68,15 +68,13 @@ class CompressCallback(TrainingCallback):
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < FEWEST:
             raise bad_value("examples", examples, f"give {FEWEST} or more")
         if data is not None and (not hasattr(data, "__len__") or len(data) < FEWEST):
-            raise bad_value(
-                "data", type(data).__name__, f"give a data set of {FEWEST} examples or more, with a length"
-            )
+            remedy = f"give a data set of {FEWEST} examples or more, with a length"
+            raise bad_value("data", type(data).__name__, remedy)
         self.data, self.examples = data, examples
         self.compression: Compression | None = None
         self._options: dict[str, Any] = {"keep": keep, "size": size, "rank": rank, "outputs": outputs}
         self._trainer: Any = None
-        self._seen: deque[tuple[int, int, dict[str, Any]]] = deque()
-        """Rows, texts and inputs of batches."""
+        self._seen: deque[_Batch] = deque()
         self._hook: Any = None
 
     def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
@@ -98,26 +96,27 @@ class CompressCallback(TrainingCallback):
         if self.data is None:
             self._hook = adapter.model.register_forward_pre_hook(self._note, with_kwargs=True)
         else:
-            self._seen.extend((0, 0, batch) for batch in self._batches())
+            self._seen.extend(map(_counted, self._batches()))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Keep the last inputs of training forwards, as many as have `examples`."""
-        is_trained = model.training and torch.is_grad_enabled()
-        if not is_trained or inputs or not _rows(options):
+        if not model.training or not torch.is_grad_enabled() or inputs:
             return
         given = {name: value for name, value in options.items() if name not in _NOT_INPUTS}
-        given = send_to_device(given, "cpu")
-        self._seen.append((_rows(given), _texts(given), given))
-        least = [-(-count // distributed.world_size()) for count in (FEWEST, self.examples)]
-        while all(sum(one[place] for one in [*self._seen][1:]) >= count for place, count in enumerate(least)):
+        self._seen.append(_counted(send_to_device(given, "cpu")))
+        texts, rows = (-(-count // distributed.world_size()) for count in (self.examples, FEWEST))
+        while (
+            sum(one.texts for one in self._seen) - self._seen[0].texts >= texts
+            and sum(one.rows for one in self._seen) - self._seen[0].rows >= rows
+        ):
             self._seen.popleft()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         """Compress, and log what stays; the adapter is the best checkpoint's where that was loaded."""
-        batches = [batch for *_, batch in self._seen]
+        batches = [one.inputs for one in self._seen]
         self._forget()
         try:
             if not batches:
@@ -151,16 +150,19 @@ class CompressCallback(TrainingCallback):
         self._hook = None
 
 
-def _rows(inputs: Mapping[str, Any]) -> int:
-    """Return how many rows the inputs of a model have; 0 if none is a tensor."""
-    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+class _Batch(NamedTuple):
+    """Inputs of a model, and how many rows and texts they have: several texts may be packed into one row."""
+
+    inputs: dict[str, Any]
+    rows: int
+    texts: int
 
 
-def _texts(inputs: Mapping[str, Any]) -> int:
-    """Return how many examples are in the rows: packed into one, many, and the positions of each begin anew."""
-    rows, places = _rows(inputs), inputs.get("position_ids")
-    is_packed = rows == 1 and isinstance(places, Tensor)
-    return max(rows, int((places == 0).sum())) if is_packed else rows
+def _counted(inputs: dict[str, Any]) -> _Batch:
+    rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+    places = inputs.get("position_ids")
+    begun = int((places == 0).sum()) if isinstance(places, Tensor) and rows == 1 else 0
+    return _Batch(inputs, rows, max(rows, begun))
 
 
 def _prepared(trainer: Any, data: Any) -> Any:

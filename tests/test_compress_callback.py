@@ -1,0 +1,487 @@
+"""CompressCallback in the Trainer: training is as without it, and what is saved has the effect that was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+import models
+import trainer_runs
+from aroma import CompressCallback, compress
+from aroma.errors import AromaWarning, ConfigError
+from quick import slow_but
+from trainer_runs import arguments, assert_same, tiny_bert
+
+STEPS = 24
+ROWS = 8
+"""Of a step."""
+FILE = "adapter_model.safetensors"
+
+
+# Trainings, and what a plain script measures -------------------------------------------------------------------------
+
+
+class Seen(TrainerCallback):
+    """Notes what the adapted model is given in training, from outside."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._hook = model.base_model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: Any, inputs: Any, options: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            tensors = {name: value.clone() for name, value in options.items() if isinstance(value, Tensor)}
+            self.batches.append({name: value for name, value in tensors.items() if value.dim()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hook.remove()
+
+    def last(self, examples: int) -> list[dict[str, Any]]:
+        """The last batches with as many examples."""
+        count = next(n for n in range(1, 1 + len(self.batches)) if rows_of(self.batches[-n:]) >= examples)
+        return self.batches[-count:]
+
+
+def rows_of(batches: Sequence[dict[str, Any]]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def adapted(base: Any = None, **options: Any) -> Any:
+    torch.manual_seed(3)
+    settings = {"r": 6, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "SEQ_CLS", **options}
+    return get_peft_model(base or tiny_bert(), LoraConfig(**settings))
+
+
+def trainer_for(
+    out: Path | str,
+    *callbacks: Any,
+    model: Any = None,
+    train: Any = None,
+    kind: type[Trainer] = Trainer,
+    **changes: Any,
+) -> Trainer:
+    train = trainer_runs.examples(192) if train is None else train
+    settings = arguments(out, **{"max_steps": STEPS, "save_steps": STEPS // 2, **changes})
+    model = adapted() if model is None else model
+    trainer = kind(model, settings, train_dataset=train, eval_dataset=trainer_runs.examples(16, seed=3))
+    trainer.remove_callback(PrinterCallback)
+    for one in callbacks:
+        trainer.add_callback(one)
+    return trainer
+
+
+def reloaded(base: Any, folder: Path) -> Any:
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+def total_rank(folder: Path) -> int:
+    saved = load_file(folder / FILE)
+    return sum(len(value) for name, value in saved.items() if "lora_A" in name)
+
+
+@torch.no_grad()
+def logits_of(model: Any, batch: dict[str, Any]) -> Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if "position_ids" in batch:
+        inputs["use_cache"] = False  # else transformers takes packed texts for one
+    found: Tensor = model(**inputs).logits.double()
+    return found
+
+
+def effect_of(base: Any, whole: Path, kept: Path, batches: Sequence[dict[str, Any]]) -> float:
+    """Share of the effect of the adapter in `whole` that the one in `kept` has, as a plain script measures it.
+
+    `base` makes the base model. Of classes and tokens it is by the KL divergence, of one number by the distance.
+    """
+    models_ = [reloaded(base(), whole), reloaded(base(), kept), reloaded(base(), whole)]
+    for name, parameter in models_[2].named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    lost = total = 0.0
+    for batch in batches:
+        right, changed, none = (logits_of(model, batch) for model in models_)
+        if right.dim() == 3:
+            counts = batch["labels"][:, 1:] != -100 if "labels" in batch else batch["attention_mask"][:, 1:] == 1
+            right, changed, none = (values[:, :-1][counts] for values in (right, changed, none))
+        lost, total = lost + apart(right, changed), total + apart(right, none)
+    return 1 - lost / total
+
+
+def apart(right: Tensor, other: Tensor) -> float:
+    if right.shape[-1] == 1:
+        return float((right - other).square().sum() / 2)
+    one, two = right.log_softmax(-1), other.log_softmax(-1)
+    return float((one.exp() * (one - two)).sum())
+
+
+def assert_saved_as_measured(
+    trainer: Any, callback: CompressCallback, seen: Seen, base: Any, whole: Path, close: float = 1e-5
+) -> None:
+    """The saved adapter reloads equal, is smaller, and has the effect that was measured, on the last inputs."""
+    found = callback.compression
+    assert found is not None
+    assert 0 < found.size.share < 1
+    batches = seen.last(callback.examples)
+    assert found.examples == rows_of(batches)
+    kept = Path(trainer.args.output_dir) / "adapter"
+    trainer.model.save_pretrained(kept)
+    for batch in batches[:2]:
+        torch.testing.assert_close(
+            logits_of(reloaded(base(), kept), batch),
+            logits_of(trainer.model.eval(), batch),
+            rtol=0,
+            atol=max(close, 1e-5),
+        )
+    assert effect_of(base, whole, kept, batches) == pytest.approx(found.size.effect, abs=close)
+    assert total_rank(kept) == found.size.directions
+
+
+# Training is left alone ----------------------------------------------------------------------------------------------
+
+
+def test_training_is_as_without_it_and_the_saved_adapter_has_the_effect_that_was_measured(tmp_path: Path) -> None:
+    callback, seen = CompressCallback(examples=60), Seen()
+    trainer = trainer_for(tmp_path / "with", callback, seen)
+    trainer.train()
+    plain = trainer_for(tmp_path / "without")
+    plain.train()
+    for step in (STEPS // 2, STEPS):
+        one, other = (tmp_path / name / f"checkpoint-{step}" for name in ("with", "without"))
+        assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+        for name in (FILE, "adapter_config.json"):
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+        assert_same(*(torch.load(folder / "optimizer.pt", weights_only=True) for folder in (one, other)))
+        random = [torch.load(folder / "rng_state.pth", weights_only=False) for folder in (one, other)]
+        assert repr(random[0]) == repr(random[1])
+        assert torch.equal(random[0]["cpu"], random[1]["cpu"])
+        states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (one, other)]
+        assert states[0] == states[1]
+    assert_saved_as_measured(trainer, callback, seen, tiny_bert, tmp_path / "with" / f"checkpoint-{STEPS}")
+
+
+# What the Trainer can do -------------------------------------------------------------------------------------------
+
+
+class WithoutLabels(Trainer):
+    """Gives the model no labels."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(output.logits, labels)
+        return (loss, output) if return_outputs else loss
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Rows without a number of them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from trainer_runs.examples(400)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "labels popped": {"kind": WithoutLabels},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant checkpointing": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "bf16": {"bf16": True},
+    "by length": {"train_sampling_strategy": "group_by_length"},
+    "a stream": {"train": Stream()},
+    "evaluation at every step": {"eval_strategy": "steps", "eval_steps": 1},
+    "epochs": {"max_steps": -1, "num_train_epochs": 1},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["labels popped", "accumulation", "bf16", "a stream"], OPTIONS))
+def test_it_works_with_the_trainers_options(tmp_path: Path, name: str) -> None:
+    callback, seen = CompressCallback(examples=48), Seen()
+    trainer = trainer_for(tmp_path, callback, seen, **OPTIONS[name])
+    trainer.train()
+    whole = tmp_path / f"checkpoint-{STEPS}"
+    assert_saved_as_measured(trainer, callback, seen, tiny_bert, whole, close=0.02 if name == "bf16" else 1e-5)
+    assert callback.compression is not None
+    has_labels = name not in ("labels popped", "label smoothing")
+    assert (callback.compression.size.score is not None) == has_labels
+
+
+def test_a_regression(tmp_path: Path) -> None:
+    def base() -> Any:
+        model = tiny_bert()
+        model.num_labels = model.config.num_labels = 1
+        torch.manual_seed(4)
+        model.classifier = torch.nn.Linear(32, 1)
+        return model
+
+    rows = [{**row, "labels": row["labels"].float()} for row in trainer_runs.examples(192)]
+    callback, seen = CompressCallback(examples=48), Seen()
+    trainer = trainer_for(tmp_path, callback, seen, model=adapted(base()), train=rows)
+    trainer.train()
+    assert_saved_as_measured(trainer, callback, seen, base, tmp_path / f"checkpoint-{STEPS}")
+    assert callback.compression is not None
+    assert callback.compression.outputs == "values"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_language_model(tmp_path: Path, name: str) -> None:
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in trainer_runs.examples(192)]
+    callback, seen = CompressCallback(examples=48, keep=0.99), Seen()
+    model = adapted(models.base(name), task_type="CAUSAL_LM")
+    trainer = trainer_for(tmp_path, callback, seen, model=model, train=rows)
+    trainer.train()
+    assert_saved_as_measured(trainer, callback, seen, lambda: models.base(name), tmp_path / f"checkpoint-{STEPS}")
+
+
+def test_the_best_checkpoint_is_compressed(tmp_path: Path) -> None:
+    """Here one in the middle, whose weights are not those that the training ends with."""
+    callback, seen = CompressCallback(examples=48), Seen()
+    best: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
+    trainer = trainer_for(tmp_path, callback, seen, metric_for_best_model="worst", greater_is_better=False, **best)
+    losses = iter([3.0, 2.0, 0.1, *([5.0] * 20)])
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **options: evaluate(*args, **options) | {"eval_worst": next(losses)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-12")
+    assert_saved_as_measured(trainer, callback, seen, tiny_bert, tmp_path / "checkpoint-12")
+
+
+class OutOfMemory(Trainer):
+    """Has room for batches of half the size only, as it finds at its third step."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > ROWS // 2 and self.state.global_step == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_a_training_that_begins_again_with_smaller_batches(tmp_path: Path) -> None:
+    callback, model = CompressCallback(examples=10_000), adapted()
+    trainer = trainer_for(tmp_path, callback, model=model, kind=OutOfMemory, auto_find_batch_size=True)
+    trainer.train()
+    assert callback.compression is not None
+    size = trainer._train_batch_size
+    assert size < ROWS
+    assert callback.compression.examples == STEPS * size, "nothing of the first try"
+    assert not model._forward_pre_hooks
+
+
+# Resuming ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_training_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, resumed = CompressCallback(examples=60), CompressCallback(examples=60)
+    trainer = trainer_for(tmp_path / "whole", whole)
+    trainer.train()
+    again = trainer_for(tmp_path / "again", resumed)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{STEPS // 2}"))
+    assert whole.compression is not None
+    assert resumed.compression == whole.compression
+    assert_same(again.model.state_dict(), trainer.model.state_dict())
+
+
+def test_without_a_step_nothing_is_compressed(tmp_path: Path) -> None:
+    callback = CompressCallback(examples=60)
+    trainer_for(tmp_path, TrainerCallback()).train()
+    again = trainer_for(tmp_path, callback)
+    with pytest.warns(AromaWarning, match=r"no step was taken.*aroma compress"):
+        again.train(resume_from_checkpoint=True)
+    assert callback.compression is None
+    folder = tmp_path / f"checkpoint-{STEPS}"
+    again.model.save_pretrained(tmp_path / "end")
+    assert_same(load_file(tmp_path / "end" / FILE), load_file(folder / FILE))
+
+
+def test_given_examples_serve_without_a_step(tmp_path: Path) -> None:
+    trainer_for(tmp_path, TrainerCallback()).train()
+    callback = CompressCallback(trainer_runs.examples(40, seed=9))
+    trainer_for(tmp_path, callback).train(resume_from_checkpoint=True)
+    assert callback.compression is not None
+    assert callback.compression.examples == 40
+
+
+def test_a_finished_training_is_not_lost(tmp_path: Path) -> None:
+    """Two steps of four examples are too few to decide anything."""
+    callback = CompressCallback()
+    trainer = trainer_for(tmp_path, callback, max_steps=2, per_device_train_batch_size=4)
+    with pytest.warns(AromaWarning, match=r"stays as it was trained: .*8 examples.*give 16 or more"):
+        trainer.train()
+    assert callback.compression is None
+    assert {layer.r["default"] for layer in trainer.model.modules() if hasattr(layer, "lora_A")} == {6}
+
+
+def test_a_second_training_goes_on_with_what_stays(tmp_path: Path) -> None:
+    callback = CompressCallback(examples=48, size=0.4)
+    trainer = trainer_for(tmp_path, callback, save_strategy="no")
+    trainer.train()
+    first = callback.compression
+    trainer.train()
+    assert first is not None
+    assert callback.compression is not None
+    assert callback.compression.curve[-1].directions == first.size.directions
+    assert callback.compression.size.directions < first.size.directions
+
+
+# What is measured on -------------------------------------------------------------------------------------------------
+
+
+def test_given_examples_are_measured_on_as_a_script_would(tmp_path: Path) -> None:
+    """With their labels; of more than `examples` a part."""
+    rows = trainer_runs.examples(64, seed=9)
+    callback = CompressCallback(rows, examples=64)
+    trainer = trainer_for(tmp_path / "with", callback)
+    trainer.train()
+    other = trainer_for(tmp_path / "without")
+    other.train()
+    batches = [{name: torch.stack([row[name] for row in rows]) for name in rows[0]}]
+    found = compress(other.model, batches)
+    assert callback.compression is not None
+    assert callback.compression.curve[0].loss == pytest.approx(found.curve[0].loss)
+    assert callback.compression.curve[-1].score == found.curve[-1].score
+    part = CompressCallback(rows, examples=20)
+    trainer_for(tmp_path / "part", part, max_steps=3).train()
+    assert part.compression is not None
+    assert part.compression.examples == 20
+
+
+class MostRows(TrainerCallback):
+    """Notes how many rows a callback holds after each step."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.held = callback, [0]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.held.append(sum(one.rows for one in self.callback._seen))
+
+
+def test_no_more_examples_are_held_than_are_measured_on(tmp_path: Path) -> None:
+    callback = CompressCallback(examples=20)
+    rows = MostRows(callback)
+    trainer_for(tmp_path, callback, rows).train()
+    assert max(rows.held) == 24
+    assert callback.compression is not None
+    assert callback.compression.examples == 24
+    assert not callback._seen
+
+
+# Trackers ----------------------------------------------------------------------------------------------------------
+
+
+class Told(TrainerCallback):
+    """Notes what a tracker is told before it closes."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+        self.is_open = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        assert self.is_open
+        self.logs.append(dict(logs))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_open = False
+
+
+def test_trackers_are_told_before_they_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    told, callback = Told(), CompressCallback(examples=20)
+    trainer = trainer_for(tmp_path, told, TensorBoardCallback(), callback)
+    trainer.train()
+    found = callback.compression
+    assert found is not None
+    expected = {f"compress/{name}": value for name, value in found.totals().items()}
+    assert {"compress/share", "compress/total_rank", "compress/largest_rank", "compress/effect"} == {*expected}
+    assert expected.items() <= told.logs[-1].items()
+    assert expected.items() <= trainer.state.log_history[-1].items()
+    assert len([*(tmp_path / "board").glob("events*")]) == 1
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    for name, value in expected.items():
+        (event,) = board.Scalars(f"train/{name}")
+        assert event.value == pytest.approx(value)
+        assert event.step == STEPS
+
+
+def test_it_says_what_stays_unless_progress_is_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_off in (False, True):
+        callback = CompressCallback(examples=20)
+        trainer_for(tmp_path, callback, max_steps=4, disable_tqdm=is_off, save_strategy="no").train()
+        captured = capsys.readouterr()
+        assert (str(callback.compression) in captured.out) != is_off
+        assert ("effect of each size" in captured.err) != is_off
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": 1.5}, "keep=1.5"),
+        ({"size": 0}, "size=0"),
+        ({"rank": 0}, "rank=0"),
+        ({"examples": 15}, "examples=15: give 16 or more"),
+        ({"examples": 20.0}, "examples=20.0"),
+        ({"data": trainer_runs.examples(15)}, "data='list': give a data set of 16 examples or more"),
+        ({"data": iter(trainer_runs.examples(20))}, "data="),
+    ],
+    ids=lambda case: str(case)[:20],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CompressCallback(**options)
+
+
+def no_adapter() -> Any:
+    return tiny_bert()
+
+
+def of_aroma() -> Any:
+    return trainer_runs.adapted()
+
+
+def another_kind() -> Any:
+    from peft import IA3Config
+
+    return get_peft_model(
+        tiny_bert(), IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[])
+    )
+
+
+def merged() -> Any:
+    model = adapted()
+    model.merge_adapter()
+    return model
+
+
+@pytest.mark.parametrize("make", [no_adapter, of_aroma, another_kind, merged], ids=lambda make: make.__name__)
+def test_a_model_that_cannot_be_compressed_is_refused_before_a_step(tmp_path: Path, make: Any) -> None:
+    trainer = trainer_for(tmp_path, CompressCallback(), model=make())
+    with pytest.raises(ConfigError, match=r"^model="):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_examples_of_which_the_trainer_makes_no_inputs_are_refused_before_a_step(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, CompressCallback([{"size": torch.zeros(3)}] * 20))
+    trainer.args.remove_unused_columns = False
+    with pytest.raises(ConfigError, match="data='Trainer': it makes no inputs of the model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
