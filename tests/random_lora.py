@@ -153,6 +153,8 @@ def cases(draw: st.DrawFn) -> Case:
     r = draw(st.integers(1, 4)) * groups
     names = ["embed", "linear", "layers.0.linear", "layers.1.linear", "gpt", "conv", "attention"]
     targets = draw(st.lists(st.sampled_from(names), max_size=4, unique=True))
+    if "gpt" in targets:  # a Conv1D makes PEFT transpose an attention that it adapts later
+        targets = [name for name in targets if name != "attention"]
     parameters = draw(st.lists(st.sampled_from(["experts.up", "experts.down"]), max_size=2, unique=True))
     form = draw(st.sampled_from(["names", "names", "pattern", "all"]))
     options: dict[str, Any] = {
@@ -164,7 +166,8 @@ def cases(draw: st.DrawFn) -> Case:
         "modules_to_save": draw(st.sampled_from([None, ["head"]])),
         "target_modules": {"names": targets, "pattern": r".*(linear|gpt)", "all": "all-linear"}[form],
     }
-    if parameters and draw(st.booleans()):
+    # PEFT refuses experts where the last layer before them is a Conv1D.
+    if parameters and form == "names" and "gpt" not in targets and draw(st.booleans()):
         options["target_parameters"] = parameters
     if draw(st.booleans()):
         options["rank_pattern"] = {draw(st.sampled_from(names)): draw(st.integers(1, 3)) * groups}

@@ -20,7 +20,7 @@ SETTINGS = BenchSettings(
     batch_size=2,
     length=8,
     rounds=2,
-    only=("lora-r1", "lora-r8", "aroma-0", "aroma-8", "lora-r8-dropout", "aroma-8-dropout"),
+    only=("lora-r1", "lora-r8", "aroma-0", "aroma-8", "lora-r8-dropout", "aroma-8-dropout", "compress"),
 )
 TARGETS = ["linear"]
 
@@ -101,6 +101,9 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
     assert cases["aroma-8"]["optimizer_bytes"] < cases["lora-r8"]["optimizer_bytes"]
     assert cases["floor"]["forward_backward_ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
     assert cases["lora-r8-dropout"]["step_over_lora"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
+    # Eight batches of two, each seen once with gradients and at a dozen sizes.
+    assert cases["compress"]["forward_backward_ratio"]["median"] > 8
+    assert cases["compress"]["optimizer_bytes"] == 0
     assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(content["provenance"])
 
 

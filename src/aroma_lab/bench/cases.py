@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aroma.compression.compress import FEWEST, compress
 from aroma.errors import bad_value
 from aroma.integrations.loop import attach
 from aroma.tuner import aroma_layers
@@ -18,6 +20,9 @@ from .models import copy_model
 
 FLOOR = "floor"
 """Key of the case that all others are compared with."""
+
+COMPRESS = "compress"
+"""Key of the case that trains nothing, and compresses an adapter of LoRA r=16."""
 
 PLANNED_STEPS = 10_000
 """Length of the run that the methods plan for; they are measured at its beginning."""
@@ -96,6 +101,26 @@ class Contender:
             self.optimizer.zero_grad()
 
 
+class Compressing(Contender):
+    """Compresses a finished adapter by the least number of examples; its time is that of all of it.
+
+    All directions stay, so that every round has the same work.
+    """
+
+    def __init__(self, case: Case, base: Any, batch: dict[str, Tensor], seed: int) -> None:
+        super().__init__(case, base, batch, seed)
+        self.optimizer = None
+        self._batches = [batch] * math.ceil(FEWEST / len(batch["input_ids"]))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=1e-2)
+
+    def forward_backward(self) -> None:
+        """Compress."""
+        compress(self.model, self._batches, keep=1.0, size=1.0)
+
+
 def all_cases() -> list[Case]:
     """Return all cases in the order in which they take turns."""
     cases = [Case(FLOOR, Frozen()), Case("head", HeadOnly()), Case("adalora", AdaLora()), Case("full", Full())]
@@ -103,7 +128,7 @@ def all_cases() -> list[Case]:
         cases += [Case(f"lora-r{r}{suffix}", Lora(r=r, dropout=dropout)) for r in (1, 8, 16)]
         aroma = Aroma(lora_dropout=dropout, **_NEVER_ENDS)
         cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in (0, 8, 64)]
-    return cases
+    return [*cases, Case(COMPRESS, Lora(r=16))]
 
 
 def select_cases(only: Sequence[str] | None) -> list[Case]:

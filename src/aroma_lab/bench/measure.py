@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from aroma.errors import bad_value
 
 from ..run.machine import keep_freed_memory, provenance
-from .cases import FLOOR, Case, Contender, select_cases
+from .cases import COMPRESS, FLOOR, Case, Compressing, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
 Result = dict[str, Any]
@@ -46,7 +46,8 @@ def measure(settings: BenchSettings, progress: bool = False) -> Result:
     keeps_memory = keep_freed_memory()
     base = make_model(settings)
     batch = make_batch(base, settings)
-    contenders = [Contender(case, base, batch, settings.seed) for case in cases]
+    kinds = {COMPRESS: Compressing}
+    contenders = [kinds.get(case.key, Contender)(case, base, batch, settings.seed) for case in cases]
     sizes: dict[str, dict[str, int]] = {}
     with tqdm(desc="counting bytes", total=len(contenders), disable=not progress) as bar:
         for one in contenders:

@@ -38,6 +38,7 @@ def table(result: Result) -> str:
             f"{processor}; {found['threads']} of {found['cpu_count']} threads, OMP_WAIT_POLICY "
             f"{found['wait_policy'] or 'not set'}.",
             f"{versions}; revision {found['git_revision'] or 'unknown'}.",
+            "compress: all of `aroma.compress`, by 16 examples, of an adapter of r=16.",
             "The backbone's own dropouts are 0; a dropout in a case's name is the adapter's.",
         ]
     )
