@@ -77,7 +77,7 @@ def test_the_example_of_tasks_gives_each_an_adapter(tmp_path: Path, monkeypatch:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(packaged_encoder()).save_pretrained(tmp_path / "model")
-    words = [str(tmp_path / "out"), "--data", str(ROOT.parent / "shared" / "data"), "--steps", "5"]
+    words = [str(tmp_path / "out"), "--data", str(ROOT.parent / "shared" / "data"), "--steps", "40"]
     monkeypatch.setattr("sys.argv", ["tasks_in_a_row.py", *words, "--model", str(tmp_path / "model")])
     main()
     tasks = ("trec", "sst2", "banking77")
