@@ -75,7 +75,8 @@ def compress(
         directions = [by_size(one) for one in found]
         sizes = limits.sizes(weights, [*map(worths, found, directions)])
     else:
-        examples = _Examples(adapter, _listed(batches, outputs), outputs, progress)
+        with distributed.refuse_together():
+            examples = _Examples(adapter, _listed(batches, outputs), outputs, progress)
         with _measuring(adapter):
             directions = [by_effect(M, N) for M, N in examples.metric(found)]
             worth = map(worths, found, directions)
@@ -137,22 +138,23 @@ class _Examples:
             # Checkpointing needs its layer in training mode; dropout, in modules of its own, stays off.
             module.training = bool(getattr(module, "gradient_checkpointing", False))
         generators: dict[torch.device, torch.Generator] = {}
-        for batch in self._with_bar("gradients of drawn answers", 1):
-            answers = predictions_of(self._model, batch, self._outputs)
-            if not answers.values.requires_grad:
-                remedy = "they do not depend on the adapter, or were detached; return what the model computes"
-                raise bad_value("outputs", "without gradient", remedy)
-            device = answers.values.device
-            generator = generators.setdefault(device, torch.Generator(device).manual_seed(distributed.rank()))
-            for A in trained:
-                A.grad = None
-            answers.values.backward(pull(answers, drawn(answers, generator)))
-            self._count, self._kind = self._count + len(answers), answers.kind
-            for weight, A, product, total in zip(self._weights, trained, factors, sums, strict=True):
-                if A.grad is not None:  # a layer may take no part in some batches
-                    G = weight.rows(A.grad)[:, : product.A.shape[1]].to(product.A) @ product.A.mT
-                    total += torch.stack([G @ G.mT, G.mT @ G])
-            self._bar.update()
+        with distributed.refuse_together():
+            for batch in self._with_bar("gradients of drawn answers", 1):
+                answers = predictions_of(self._model, batch, self._outputs)
+                if not answers.values.requires_grad:
+                    remedy = "they do not depend on the adapter, or were detached; return what the model computes"
+                    raise bad_value("outputs", "without gradient", remedy)
+                device = answers.values.device
+                generator = generators.setdefault(device, torch.Generator(device).manual_seed(distributed.rank()))
+                for A in trained:
+                    A.grad = None
+                answers.values.backward(pull(answers, drawn(answers, generator)))
+                self._count, self._kind = self._count + len(answers), answers.kind
+                for weight, A, product, total in zip(self._weights, trained, factors, sums, strict=True):
+                    if A.grad is not None:  # a layer may take no part in some batches
+                        G = weight.rows(A.grad)[:, : product.A.shape[1]].to(product.A) @ product.A.mT
+                        total += torch.stack([G @ G.mT, G.mT @ G])
+                self._bar.update()
         self._model.eval()
         counts = torch.tensor([self._count, len(self._batches)], dtype=torch.float64)
         counts, *sums = _over_processes([counts, *sums])
@@ -177,15 +179,16 @@ class _Examples:
             versions.append([weight.shaped(product, dtype) for weight, product, dtype in pairs])
         sums = torch.zeros(len(ladder), 5, dtype=torch.float64)
         judged = torch.zeros(len(ladder) + 1, 3, dtype=torch.float64)
-        for batch in self._with_bar("effect of each size", len(versions) + 1):
-            whole = self._answers(batch, self._whole).detached()
-            judged[-1] += against_labels(whole)
-            changes: list[Tensor] = []
-            for place, version in enumerate(versions):
-                answers = self._answers(batch, version)
-                judged[place] += against_labels(answers)
-                changes.append(divergence(whole, answers))
-                sums[place] += kept(changes[-1], changes[0])
+        with distributed.refuse_together():
+            for batch in self._with_bar("effect of each size", len(versions) + 1):
+                whole = self._answers(batch, self._whole).detached()
+                judged[-1] += against_labels(whole)
+                changes: list[Tensor] = []
+                for place, version in enumerate(versions):
+                    answers = self._answers(batch, version)
+                    judged[place] += against_labels(answers)
+                    changes.append(divergence(whole, answers))
+                    sums[place] += kept(changes[-1], changes[0])
         sums, judged = _over_processes([sums, judged])
         if not float(sums[0, 1]) > 0:
             raise bad_value("batches", "no effect", "the adapter changes no prediction of these examples; give others")
