@@ -64,7 +64,7 @@ def _row(module: str, B: np.ndarray[Any, Any], A: np.ndarray[Any, Any]) -> RankR
     shares = shares[shares > 0] / max(shares.sum(), math.ulp(0.0))
     if not len(shares):
         return RankRow(module, 0, 0.0, (len(B), A.shape[1]))
-    rank = int((A.any(1) & B.any(0)).sum())  # directions that a checkup has cut are zero
+    rank = int((A.any(1) & B.any(0)).sum())  # rows and columns of zeros are no directions
     return RankRow(module, rank, float(np.exp(-(shares * np.log(shares)).sum())), (len(B), A.shape[1]))
 
 

@@ -59,8 +59,8 @@ class AromaConfig(LoraConfig):
         r: Rank of one component. The paper uses 1, and 8 for hard tasks.
         lora_alpha: Every component is scaled by s = lora_alpha / r.
         lora_dropout: Dropout on the input of the component in training; finished components have none.
-        target_modules: As in `LoraConfig`; linear layers only. For convolutions, embeddings and experts use evidence
-            on PEFT's `LoraConfig`.
+        target_modules: As in `LoraConfig`; linear layers only. For convolutions, embeddings and experts, use
+            PEFT's `LoraConfig` and `aroma.compress`.
         inner_tolerance: ε_in of equation (5). `None`: every inner loop lasts `max_inner_steps`.
         inner_check_interval: ΔT_in, in optimizer steps.
         max_inner_steps: T_in, in optimizer steps. `None`: a twelfth of the planned steps, at least 50; for ReLoRA, the

@@ -322,7 +322,7 @@ def require_linear(base: nn.Module, name: str) -> None:
             "target_modules",
             name,
             f"it is a {type(base).__name__}, and only linear layers grow; leave it out, or name it in "
-            "exclude_modules; evidence on PEFT's LoraConfig cuts others",
+            "exclude_modules; aroma.compress cuts others, of PEFT's LoraConfig",
         )
 
 
