@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -186,6 +187,15 @@ class WithoutLabels(Trainer):
         return (loss, output) if return_outputs else loss
 
 
+class Embedded(Trainer):
+    """Gives the model embeddings, which a gradient flows through."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        words = self.model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
+        output = model(inputs_embeds=words * 1.0, labels=inputs["labels"])
+        return (output.loss, output) if return_outputs else output.loss
+
+
 class Stream(IterableDataset):  # type: ignore[type-arg]
     """Rows without a number of them."""
 
@@ -196,6 +206,7 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
 OPTIONS: dict[str, dict[str, Any]] = {
     "labels popped": {"kind": WithoutLabels},
     "label smoothing": {"label_smoothing_factor": 0.1},
+    "embedded": {"kind": Embedded},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant checkpointing": {
@@ -361,24 +372,49 @@ def test_given_examples_are_measured_on_as_a_script_would(tmp_path: Path) -> Non
     assert part.compression.examples == 20
 
 
-class MostRows(TrainerCallback):
-    """Notes how many rows a callback holds after each step."""
+class Held(TrainerCallback):
+    """Notes what a callback holds after each step."""
 
     def __init__(self, callback: Any) -> None:
-        self.callback, self.held = callback, [0]
+        self.callback, self.rows = callback, [0]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.held.append(sum(one.rows for one in self.callback._seen))
+        self.rows.append(sum(one.rows for one in self.callback._seen))
+        tensors = [value for one in self.callback._seen for value in one.inputs.values()]
+        assert not any(value.requires_grad for value in tensors), "nor what was computed from them"
 
 
-def test_no_more_examples_are_held_than_are_measured_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Trainer, Embedded])
+def test_no_more_is_held_than_the_examples_that_are_measured_on(tmp_path: Path, kind: type[Trainer]) -> None:
     callback = CompressCallback(examples=20)
-    rows = MostRows(callback)
-    trainer_for(tmp_path, callback, rows).train()
-    assert max(rows.held) == 24
+    held = Held(callback)
+    trainer_for(tmp_path, callback, held, kind=kind, save_strategy="no").train()
+    assert max(held.rows) == 24
     assert callback.compression is not None
     assert callback.compression.examples == 24
     assert not callback._seen
+
+
+class Uncopied(list[Any]):
+    """A training set that nobody may copy."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("a copy of the model is to hold no copy of the trainer")
+
+
+class Average(TrainerCallback):
+    """Copies the model while it trains, as a moving average of its weights does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.model = copy.deepcopy(model)
+
+
+def test_a_copy_of_the_model_is_no_copy_of_the_trainer(tmp_path: Path) -> None:
+    callback, average = CompressCallback(examples=20), Average()
+    trainer_for(tmp_path, callback, average, train=Uncopied(trainer_runs.examples(64)), max_steps=3).train()
+    assert callback.compression is not None
+    assert callback.compression.examples == 24
+    assert {layer.r["default"] for layer in average.model.modules() if hasattr(layer, "lora_A")} == {6}
 
 
 # Trackers ----------------------------------------------------------------------------------------------------------

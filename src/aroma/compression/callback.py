@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
@@ -94,7 +94,8 @@ class CompressCallback(TrainingCallback):
             raise bad_value("callbacks", "CompressCallback", remedy)
         adapter = Adapter(distributed.unwrapped(model), is_trained=False)
         if self.data is None:
-            self._hook = adapter.model.register_forward_pre_hook(self._note, with_kwargs=True)
+            # A function of its own: a copy of the model, as of a moving average, would copy a method's owner too.
+            self._hook = adapter.model.register_forward_pre_hook(lambda *given: self._note(*given), with_kwargs=True)
         else:
             self._seen.extend(map(_counted, self._batches()))
 
@@ -104,7 +105,7 @@ class CompressCallback(TrainingCallback):
         if not model.training or not torch.is_grad_enabled() or inputs:
             return
         given = {name: value for name, value in options.items() if name not in _NOT_INPUTS}
-        self._seen.append(_counted(send_to_device(given, "cpu")))
+        self._seen.append(_counted(recursively_apply(lambda tensor: tensor.detach().cpu(), given)))
         texts, rows = (-(-count // distributed.world_size()) for count in (self.examples, FEWEST))
         while (
             sum(one.texts for one in self._seen) - self._seen[0].texts >= texts
