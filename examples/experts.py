@@ -97,14 +97,14 @@ def main() -> None:
     start = loss(base, unseen)
 
     config = LoraConfig(
-        r=8,
-        lora_alpha=32,
+        r=16,
+        lora_alpha=64,
         task_type="CAUSAL_LM",
         target_modules=[],  # attention stays as it is
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
     model = get_peft_model(base, config)
-    compress = CompressCallback()
+    compress = CompressCallback(keep=0.99)
     train(model, Blocks(python, needed), 5e-3, compress)
     model.save_pretrained(OUT / "adapter")
 
