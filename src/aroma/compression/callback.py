@@ -127,6 +127,8 @@ class CompressCallback(TrainingCallback):
             message = f"the adapter stays as it was trained: {error}. `aroma compress` cuts it after it was saved"
             warnings.warn(f"CompressCallback: {message}", AromaWarning, stacklevel=2)
             return
+        # A second training goes on with this optimizer, whose moments have the shapes before.
+        distributed.unwrapped_optimizer(kwargs["optimizer"]).state.clear()
         if state.is_world_process_zero and not args.disable_tqdm:
             tqdm.write(str(self.compression))
         self._trainer.log({f"compress/{name}": value for name, value in self.compression.totals().items()})
