@@ -102,6 +102,28 @@ def test_a_step_that_fp16_skipped_is_no_step(tmp_path: Path, monkeypatch: pytest
     assert used[8] == used[9] == used[10] == 0.01, "the re-warm-up of outer step 2 is over by then"
 
 
+class OutOfMemory(Trainer):
+    """Has room for batches of 4, as it finds out in a step of the second inner loop."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 10 and self._train_batch_size > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_training_that_begins_again_with_smaller_batches_goes_on_growing(tmp_path: Path) -> None:
+    """`auto_find_batch_size` keeps model and optimizer, and begins at step 0 with them."""
+    trainer = trainer_for(
+        adapted(), tmp_path, AromaCallback(), kind=OutOfMemory, max_steps=12, auto_find_batch_size=True
+    )
+    trainer.train()
+    controller = growth(trainer).controller
+    assert trainer._train_batch_size < 8
+    assert controller.global_step == 12
+    assert controller.earlier_outer_steps > 0
+    verify_adapter(tmp_path / "checkpoint-12")
+
+
 # Stopping ------------------------------------------------------------------------------------------------------------
 
 

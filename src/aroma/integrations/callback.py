@@ -67,7 +67,6 @@ class AromaCallback(TrainingCallback, ExportableState):
 
     def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
         """Resume from a whole checkpoint only; come before the trackers, so that its totals reach them."""
-        self._detach()  # after an earlier training that ended with an exception
         self.controller = None
         flow_first = (DefaultFlowCallback, AromaCallback)
         trainer.callback_handler.callbacks.sort(key=lambda one: [not isinstance(one, kind) for kind in flow_first])
@@ -80,6 +79,7 @@ class AromaCallback(TrainingCallback, ExportableState):
         self, args: Any, state: TrainerState, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
+        self._detach()  # after a training that ended with an exception, or that `auto_find_batch_size` begins again
         self.controller = AromaController(
             model,
             optimizer,
