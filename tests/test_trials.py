@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import wraps
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
-from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from aroma.errors import AromaWarning, CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import load_trial
 from aroma_lab.tasks.classification import encode, load_tokenizer
@@ -180,6 +182,29 @@ def test_a_compressed_run_trains_all_and_saves_less(material: Path, tmp_path: Pa
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     found = {name: len(tensor) for name, tensor in saved.items() if "lora_A" in name}
     assert sorted(found.values()) == sorted(rank for rank in result["ranks"].values() if rank)
+
+
+def test_a_compressed_run_is_resumed_to_the_bit(material: Path, tmp_path: Path) -> None:
+    """From two steps before its end, where the last inputs would be too few."""
+    options = {"r": 4, "size": 0.4, "examples": 32}
+    trial = replace(trial_of(material, save_steps=STEPS - 2), kind="compressed", options=options)
+    run_trial(trial, tmp_path / "whole", keep_checkpoints=True)
+    (tmp_path / "again").mkdir()
+    for name in ("trial.json", "checkpoints"):
+        place = tmp_path / "whole" / name
+        (shutil.copytree if place.is_dir() else shutil.copy)(place, tmp_path / "again" / name)
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / f"checkpoint-{STEPS}", ignore_errors=True)
+    run_trial(trial, tmp_path / "again")
+    saved = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "again")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
+
+
+def test_a_compression_that_fails_fails_the_run(material: Path, tmp_path: Path) -> None:
+    trial = replace(trial_of(material, learning_rate=1e-60), kind="compressed", options={"r": 2, "examples": 16})
+    with pytest.warns(AromaWarning), pytest.raises(ConfigError, match="kind='compressed': the adapter could not be"):
+        run_trial(trial, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 # The loop ------------------------------------------------------------------------------------------------------------

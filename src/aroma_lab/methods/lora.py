@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from aroma import CompressCallback, compress
+from aroma.errors import bad_value
 
 from .base import Hooks, Method
 from .head import Head, base_name, find_targets, head_of
@@ -122,8 +123,23 @@ class Compressed(Lora):
     ) -> list[TrainerCallback]:
         """Return the callback that compresses by effect; see `Method.callbacks`."""
         wanted: dict[str, Any] = {name: getattr(self, name) for name in ("keep", "size", "rank", "examples")}
-        compressing = [CompressCallback(**wanted)] if self.by == "effect" else []
+        compressing = [_Compress(**wanted)] if self.by == "effect" else []
         return [*super().callbacks(model, on_event, early_stop), *compressing]
+
+
+class _Compress(CompressCallback):
+    """Measures on examples drawn from the training set, so that a resumed run sees the same ones; see `Compressed`."""
+
+    def before_training(self, trainer: Any, resume_from_checkpoint: Any) -> Any:
+        """Take the training set."""
+        self.data = trainer.train_dataset
+        return super().before_training(trainer, resume_from_checkpoint)
+
+    def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
+        """Compress; ConfigError if that failed, of which the library only warns."""
+        super().on_train_end(*arguments, **kwargs)
+        if self.compression is None:
+            raise bad_value("kind", "compressed", "the adapter could not be compressed; the warning before says why")
 
 
 class _Cut(Hooks):
