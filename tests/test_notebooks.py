@@ -29,6 +29,7 @@ def printed_by(name: str, folder: Path) -> str:
     book = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     NotebookClient(book, timeout=500, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [output for output in outputs if output.get("name") != "stderr"]  # of warnings, which come late
     assert not [output for output in outputs if output.output_type == "error"]
     # A kernel may send a line in two parts.
     shown = (output.get("text") or f"\n{output.get('data', {}).get('text/plain', '')}\n" for output in outputs)
