@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
+import aroma.checkpoint
 import trainer_runs
 from aroma import AromaCallback, aroma_layers, attach, last_complete_checkpoint
-from aroma.errors import AromaError
+from aroma.checkpoint import whole_checkpoint
+from aroma.distributed import refuse_together
+from aroma.errors import CheckpointError
 from aroma.files import tensors_digest
 from aroma.sharding import own_entries
 from trainer_runs import Run, adapted, examples, growth, live, tiny_bert, trainer_for
@@ -293,11 +297,24 @@ def broken_checkpoint(out: Path) -> None:
     grow(wrapped, optimizer, resume_from=str(folder))
 
 
+def missing_adapter(_: Path) -> None:
+    grow(DistributedDataParallel(adapted()), adapter_name=("default", "other")[rank()])
+
+
+def unforeseen(_: Path) -> None:
+    """An error that AROMA does not raise itself, on one rank."""
+    with refuse_together():
+        if rank() == 1:
+            os.fspath(3)
+
+
 REFUSALS = [
     other_tolerances,
     not_wrapped,
     broken_component,
     broken_checkpoint,
+    missing_adapter,
+    unforeseen,
 ]
 
 
@@ -305,7 +322,7 @@ def refusal(refuse: Callable[[Path], None], out: Path) -> list[str]:
     """Kind and message of the error that is raised."""
     try:
         refuse(out)
-    except AromaError as error:
+    except Exception as error:
         return [type(error).__name__, str(error)]
     return ["nothing", ""]
 
@@ -325,6 +342,21 @@ def tell_refusals(out: Path, refusals: Iterable[Callable[[Path], None]]) -> None
     (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
 
 
+def tell_resumed(out: Path) -> None:
+    """Write which checkpoint `resume_from_checkpoint=True` takes, and how many this rank has read to find it."""
+    read: list[Any] = []
+    own = aroma.checkpoint.verify_checkpoint
+    aroma.checkpoint.verify_checkpoint = lambda folder: read.append(folder) or own(folder)
+    for name in ("trainer", "nothing"):
+        arguments = SimpleNamespace(output_dir=out / name, local_process_index=rank())
+        try:
+            found = whole_checkpoint(True, arguments)
+        except CheckpointError as error:
+            found = str(error)
+        (out / f"resumed-{name}-{rank()}.json").write_text(json.dumps([found, len(read)]))
+    aroma.checkpoint.verify_checkpoint = own
+
+
 def tell_all(out: Path, run_json: str) -> None:
     """All loops and refusals, and a Trainer, in one process group: starting one takes longer than they do."""
     dist.init_process_group("gloo", timeout=TIMEOUT)
@@ -332,6 +364,7 @@ def tell_all(out: Path, run_json: str) -> None:
         torch.save(run_loop(loop), out / f"loop-{number}-{rank()}.pt")
     train_and_tell(out / "trainer", run_json)
     tell_refusals(out, REFUSALS)
+    tell_resumed(out)
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------

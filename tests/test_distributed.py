@@ -8,6 +8,7 @@ with hardly any gradient move as the rounding of 1e-7 wants, to 1e-3 of a tensor
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ import distributed_runs
 from aroma import AromaController
 from aroma.errors import ConfigError
 from aroma.sharding import refuse_sharding
-from distributed_runs import LOOPS, REFUSALS, UNLIKE_MODULES, ManyRun, adamw, end_of, run_loop
+from distributed_runs import LOOPS, UNLIKE_MODULES, ManyRun, adamw, end_of, run_loop
 from ranks import launch
 from trainer_runs import adapted, assert_same, read_events
 
@@ -126,12 +127,29 @@ SAYS = {
     "not_wrapped": ("ConfigError", "the replicas drift apart; wrap the model"),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
     "broken_checkpoint": ("CheckpointError", "aroma_state.json: the file is missing"),
+    "missing_adapter": ("ConfigError", "adapter_name='other': "),
 }
 
 
-@pytest.mark.parametrize("name", [refuse.__name__ for refuse in REFUSALS])
+@pytest.mark.parametrize("name", SAYS)
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     distributed_runs.assert_refused(told, name, *SAYS[name])
+
+
+def test_an_error_of_one_rank_that_no_one_foresaw_ends_all(told: Path) -> None:
+    first, second = (json.loads((told / f"refused-{rank}.json").read_text())["unforeseen"] for rank in (0, 1))
+    assert first == ["AromaError", f"rank 1: TypeError: {second[1]}"]
+    assert second[0] == "TypeError"
+
+
+def test_one_rank_finds_the_checkpoint_and_tells_the_other(told: Path) -> None:
+    for name, said in (("trainer", str(told / "trainer" / "checkpoint-")), ("nothing", "resume_from_checkpoint=True")):
+        (first, read), (second, nothing) = (
+            json.loads((told / f"resumed-{name}-{rank}.json").read_text()) for rank in (0, 1)
+        )
+        assert said in first
+        assert said in second
+        assert (read, nothing) == (1, 0)
 
 
 # One process ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from .card import CARD_FILE
-from .distributed import rank, refuse_together, world_size
+from .distributed import of_first_rank, rank, refuse_together, world_size
 from .errors import AromaWarning, CheckpointError, bad_value
 from .files import read_manifest, replacing_files, require_files, write_errors, write_manifest
 from .saved import read_adapter
@@ -182,12 +182,16 @@ def whole_checkpoint(resumed: Any, args: TrainingArguments) -> str:
     Raises:
         CheckpointError: It is not, or there is none.
     """
+    found = resumed
     with refuse_together():
-        folder = last_complete_checkpoint(str(args.output_dir)) if resumed is True else os.fspath(resumed)
-        if folder is None:
-            remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"
-            raise bad_value("resume_from_checkpoint", True, remedy, CheckpointError)
+        if resumed is True and rank() == 0:
+            found = last_complete_checkpoint(str(args.output_dir))
+            if found is None:
+                remedy = f"{args.output_dir} holds no whole checkpoint; train anew, without it"
+                raise bad_value("resume_from_checkpoint", True, remedy, CheckpointError)
+    found = of_first_rank(found) if resumed is True else os.fspath(resumed)
+    with refuse_together():
         # One process of every machine, whose disk may be its own.
-        if resumed is not True and args.local_process_index == 0:
-            verify_checkpoint(folder)
-    return folder
+        if args.local_process_index == 0 and (resumed is not True or rank() > 0):
+            verify_checkpoint(found)
+    return str(found)

@@ -59,13 +59,13 @@ class AromaController(PaperRule):
         compiled: bool = False,
     ) -> None:
         wrapper, model = model, unwrapped(model)
-        self.live = live_adapter(model, adapter_name)
         self.adapter_name = adapter_name
         self.optimizer = optimizer
         self.total_steps = total_steps
-        self.config = self.live.config
-        self.matrices = matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
         with refuse_together():
+            self.live = live_adapter(model, adapter_name)
+            self.config = self.live.config
+            self.matrices = matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
             refuse_sharding(wrapper, optimizer)
             inner_steps = self.config.resolve_inner_steps(total_steps)
             matrices.require_held_by_optimizer()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import compat
 from .errors import AromaError, ConfigError, shown_value
+
+T = TypeVar("T")
 
 _DRIFT = 1e-3
 """Relative difference of a norm between replicas that rounding cannot explain: DDP keeps them equal bit for bit."""
@@ -97,9 +99,9 @@ def agree(names: Sequence[str], norms: Sequence[float], device: torch.device) ->
     return agreed
 
 
-def of_first_rank(number: int) -> int:
-    """Return rank 0's `number`; a collective."""
-    sent = [number]
+def of_first_rank(value: T) -> T:
+    """Return rank 0's `value`, which must be picklable; a collective."""
+    sent = [value]
     if is_distributed():
         dist.broadcast_object_list(sent, src=0)
     return sent[0]
@@ -113,20 +115,27 @@ def refuse_together() -> Iterator[None]:
     """Raise on every rank what one of them raises in the block, which must hold no collective and no such block.
 
     Raises:
-        AromaError: Of the kind that the first failing rank raised.
+        AromaError: Of the kind that the first failing rank raised; its own error, of any kind, on a rank that failed.
     """
-    error: AromaError | None = None
+    error: Exception | None = None
     try:
         yield
-    except AromaError as caught:
+    except Exception as caught:
         error = caught
-    said = _of_all_ranks(None if error is None else (type(error), str(error)))
+    said = _of_all_ranks(None if error is None else _told(error))
     if error is not None:
         raise error
     for number, found in enumerate(said):
         if found is not None:
             kind, message = found
             raise kind(f"rank {number}: {message}")
+
+
+def _told(error: Exception) -> tuple[type[AromaError], str]:
+    """Return kind and message of the error that the other ranks raise."""
+    if isinstance(error, AromaError):
+        return type(error), str(error)
+    return AromaError, f"{type(error).__name__}: {error}"
 
 
 def require_equal(facts: Mapping[str, object]) -> None:
