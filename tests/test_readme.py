@@ -29,6 +29,13 @@ def test_the_output_shown_is_what_was_printed(place: int, file: str) -> None:
     assert {*blocks("text")[place].splitlines()} <= {*printed}
 
 
+def test_the_curve_shown_is_what_was_printed() -> None:
+    page = (ROOT / "docs" / "compress.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    printed = (ROOT / "results" / "readme" / "compress.txt").read_text(encoding="utf-8")
+    assert shown in "\n".join(line.rstrip() for line in printed.splitlines()) + "\n"
+
+
 def test_the_first_command_is_the_one_that_was_run() -> None:
     run = (ROOT / "results" / "readme" / "compress.txt").read_text(encoding="utf-8")
     assert f"$ {blocks('bash')[0]}" in run
