@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aroma.errors import CheckpointError
-from aroma.files import finish_save, replacing_files
+from aroma.files import replacing_files, require_adapter_folder
 from kills import ADAPTERS, CHECKPOINT, contents, strikes
 
 NAMES = ("config", "weights", "state")
@@ -53,14 +53,23 @@ def test_other_files_stay_and_an_exception_leaves_everything(tmp_path: Path) -> 
         put(folder / "notes", "one")
 
 
-def test_a_killed_move_is_finished_by_whoever_comes_next(tmp_path: Path) -> None:
+def test_a_killed_move_is_finished_by_the_next_save_and_readers_change_nothing(tmp_path: Path) -> None:
     put(tmp_path, "one")
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "config").write_text("two")
     (tmp_path / ".aroma-arriving").symlink_to("outside")
-    finish_save(tmp_path)
-    assert (tmp_path / "config").read_text() == "one"
+    with pytest.raises(NotADirectoryError):
+        put(tmp_path, "three")
+    assert (tmp_path / "outside" / "config").exists(), "no save leaves a symlink"
     (tmp_path / ".aroma-arriving").unlink()
     (tmp_path / "outside").rename(tmp_path / ".aroma-arriving")
-    finish_save(tmp_path)
+    before = contents(tmp_path)
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match=rf"aroma-arriving: .* move these files into {tmp_path} and remove"):
+        require_adapter_folder(tmp_path)
+    tmp_path.chmod(0o700)
+    assert contents(tmp_path) == before
+    with pytest.raises(FileNotFoundError), replacing_files(tmp_path) as new:
+        (new / "nowhere" / "config").write_text("three")
     assert contents(tmp_path) == {"config": b"two", "weights": b"one", "state": b"one"}
+    assert require_adapter_folder(str(tmp_path)) == tmp_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from torch import nn
 from aroma import AromaConfig, AromaController, Attachment, aroma_layers, attach, save_adapter
 from aroma.checkpoint import verify_adapter
 from aroma.errors import CheckpointError
-from aroma.files import finish_save, replacing_files
 from aroma.state import read_controller_state
 from aroma.tuner import live_adapter
 from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
@@ -143,22 +141,6 @@ class SimulatedCrash(Exception):
 
 def crash(*_: Any, **__: Any) -> None:
     raise SimulatedCrash
-
-
-def test_a_reader_may_finish_a_save_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    move, moved = os.replace, []
-
-    def after_a_reader(source: Path, target: Path) -> None:
-        if not moved:
-            moved.append(target)
-            finish_save(tmp_path)  # of another process: it moves all files, and removes the folder
-        move(source, target)
-
-    monkeypatch.setattr(os, "replace", after_a_reader)
-    with replacing_files(tmp_path) as new:
-        for name in ("a", "b"):
-            Path(new, name).write_text(name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,8 @@ _LEFT = re.compile(r"\..+\.tmp")
 def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write an adapter of `model` into `folder` atomically: a kill leaves the old adapter or the new one.
 
-    All files are written elsewhere, checked, synced to the disk, and then moved to their places. A reader of AROMA, or
-    the next save, finishes a move that was killed (docs/serving.md).
+    All files are written elsewhere, checked, synced to the disk, and then moved to their places. After a kill among
+    the moves the next save finishes them, and readers of AROMA refuse the folder until then (docs/serving.md).
 
     Under DistributedDataParallel, ZeRO-1 and ZeRO-2 rank 0 calls this. Under FSDP2 and ZeRO-3 all ranks do: they
     gather the trained parameters, and wait until rank 0 has written them.

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +105,9 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder; at the end of the block its files replace those in `folder`, as one act.
 
     One rename marks the new files as complete; then each moves to its place. A kill before that rename leaves the old
-    files. A kill after it leaves the rest of the new ones in `.aroma-arriving`, and whoever opens or saves the folder
-    next moves them (`finish_save`). Files of other names stay. One process at a time may write. A missing folder is
-    made, and a symlink followed.
+    files. A kill after it leaves the rest of the new ones in `.aroma-arriving`: the next save moves them, and readers
+    refuse the folder until then (`require_adapter_folder`). Files of other names stay. One process at a time may
+    write. A missing folder is made, and a symlink followed.
 
     Raises:
         CheckpointError: It is a file.
@@ -116,7 +116,7 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise bad_value("folder", str(target), "it is a file; give a folder", CheckpointError)
     target.mkdir(parents=True, exist_ok=True)
-    finish_save(target)
+    _finish_save(target)
     for left in target.glob(f"{_SAVING}*"):  # by a killed writer
         shutil.rmtree(left, ignore_errors=True)
     new = Path(tempfile.mkdtemp(dir=target, prefix=_SAVING))
@@ -126,23 +126,19 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(file)
         new.rename(target / _ARRIVING)
         _sync(target)
-        finish_save(target)
+        _finish_save(target)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def finish_save(folder: str | os.PathLike[str]) -> None:
-    """Finish a save into `folder` that was killed while its files moved to their places."""
-    target, arriving = Path(folder), Path(folder, _ARRIVING)
+def _finish_save(target: Path) -> None:
+    """Move the files of a save that arrived to their places; the save may be one that was killed meanwhile."""
+    arriving = target / _ARRIVING
     if arriving.is_dir() and not arriving.is_symlink():  # no save leaves a symlink
-        # A reader may move the same files at the same time: each file is moved by one of the two.
-        with suppress(FileNotFoundError):
-            for file in [*arriving.iterdir()]:
-                with suppress(FileNotFoundError):
-                    os.replace(file, target / file.name)
+        for file in [*arriving.iterdir()]:
+            os.replace(file, target / file.name)
         _sync(target)
-        with suppress(OSError):  # gone, or the next save has arrived
-            arriving.rmdir()
+        arriving.rmdir()
 
 
 def _sync(path: Path) -> None:
@@ -163,16 +159,20 @@ def _sync(path: Path) -> None:
 
 
 def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of an adapter, after the end of a save into it that was killed.
+    """Return the folder of an adapter.
 
     Raises:
-        CheckpointError: There is no such folder.
+        CheckpointError: There is no such folder, or it has files of two saves.
     """
     if not os.path.isdir(path):
         raise bad_value(
             "adapter", str(path), "no such folder; give the folder that holds adapter_config.json", CheckpointError
         )
-    finish_save(path)
+    if (arriving := Path(path, _ARRIVING)).is_dir():
+        raise CheckpointError(
+            f"{arriving}: files of a save that is not finished, or was killed before its last moves; save again, or "
+            f"move these files into {path} and remove the empty folder"
+        )
     return Path(path)
 
 
