@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 import trainer_runs
 from aroma import AromaCallback, last_complete_checkpoint
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
+from aroma.state import read_controller_state
+from aroma.tuner import live_adapter
+from aroma.tuner.config import METHOD_FIELDS
 from quick import slow_but
 from ranks import processes
 from trainer_runs import (
@@ -192,6 +196,40 @@ def test_another_configuration_is_refused(checkpoint: Path) -> None:
     ):
         assert part in message
     assert "inner_tolerance" not in message
+
+
+def test_each_field_that_decides_growth_is_refused_if_it_is_another(checkpoint: Path) -> None:
+    others = {
+        **{"r": 2, "lora_alpha": 8, "lora_dropout": 0.1, "inner_tolerance": 0.3, "inner_check_interval": 4},
+        **{"max_inner_steps": 9, "outer_tolerance": None, "min_components": 1, "max_components": 3},
+        **{"inner_criterion": "update_change", "reset": "none", "prune_ratio": 0.5, "rewarmup_steps": 3},
+        "component_seed": 6,
+    }
+    assert others.keys() == {*METHOD_FIELDS}
+    state = read_controller_state(checkpoint)
+    assert state is not None
+    for name, value in others.items():
+        model = adapted(**{name: value})
+        with pytest.raises(ConfigError, match=rf"^cannot resume with another configuration: {name}="):
+            live_adapter(model).check_resumable(state["state"]["config"])
+
+
+def test_a_run_of_more_steps_goes_on_with_its_own_inner_loops_and_says_so(tmp_path: Path) -> None:
+    derived = {"max_inner_steps": None, "outer_tolerance": None}
+    train(tmp_path, Run(steps=60, method=derived, training={"save_steps": 30}))
+    trainer = trainer_for(adapted(**derived), tmp_path, AromaCallback(), max_steps=720)
+    trainer.add_callback(StopAt(31))
+    with pytest.warns(AromaWarning, match=r"^max_inner_steps=None: 720 planned steps would give 60, and .* own 50;"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
+    assert growth(trainer).controller.max_inner_steps == 50
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
 
 
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:

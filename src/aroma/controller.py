@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from .algorithm import PaperRule
 from .compat import is_compiled
 from .criteria import Pair
 from .distributed import is_distributed, of_first_rank, refuse_together, require_equal, unwrapped, unwrapped_optimizer
-from .errors import CheckpointError, bad_value
+from .errors import AromaWarning, CheckpointError, bad_value
 from .events import Event, ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .sharding import refuse_sharding, sharding_modules
@@ -163,9 +164,13 @@ class AromaController(PaperRule):
 
     @torch.no_grad()
     def load_state_dict(self, exported: dict[str, Any]) -> None:
-        """Restore what `state_dict()` returned, onto the adapter loaded from the same checkpoint.
+        """Restore what `state_dict()` returned, onto the adapter loaded from the same checkpoint; all ranks call it.
 
-        All ranks call it; the checkpoint may be of another number of processes.
+        The number of processes may be another, and so may planned steps, batches and learning rates. The fields of the
+        configuration that decide growth must be the same, and T_in stays what it was.
+
+        Warns:
+            AromaWarning: The planned steps would give another T_in.
 
         Raises:
             ConfigError: The checkpoint has another configuration, or the optimizer lacks a pair that trained then.
@@ -176,6 +181,13 @@ class AromaController(PaperRule):
         with refuse_together():
             self.live.check_resumable(state["config"])
             self.matrices.require_same(state, pairs)
+            if (inner_steps := state["max_inner_steps"]) != self.max_inner_steps:
+                warnings.warn(
+                    f"max_inner_steps=None: {self.total_steps} planned steps would give {self.max_inner_steps}, and "
+                    f"the run goes on with its own {inner_steps}; start a new run for another",
+                    AromaWarning,
+                    stacklevel=2,
+                )
             self.set_counters(state)
             self.matrices.restore(state, exported["tensors"])
             self._stale = False

@@ -31,6 +31,9 @@ class AromaCallback(TrainingCallback, ExportableState):
         model = get_peft_model(base, AromaConfig(task_type="SEQ_CLS"))
         Trainer(model=model, callbacks=[AromaCallback()], ...).train()
 
+    A resumed run has the `AromaConfig` of its checkpoint, or is refused. It may have other `max_steps`, batches,
+    learning rates and numbers of processes; T_in stays what it was.
+
     Args:
         early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
             `False`, other trainable parameters, such as a classification head, train to the end.
