@@ -1,9 +1,6 @@
-"""Readers of private names of torch and TRL, which a release may rename; a missing one is an AttributeError."""
+"""Readers of private names of torch, which a release may rename; a missing one is an AttributeError."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, jit, nn
@@ -63,19 +60,3 @@ def report_rates(scheduler: object, rates: list[float]) -> None:
     """Let `scheduler`, if it is one of torch's, report `rates` as the last ones it set."""
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = rates
-
-
-@contextmanager
-def without_metrics(loss: object) -> Iterator[None]:
-    """Keep a trainer of TRL, whose `compute_loss` is `loss`, from reporting the batches that it is called with."""
-    noted = getattr(getattr(loss, "__self__", None), "_metrics", None)
-    if not isinstance(noted, dict) or not all(isinstance(of, dict) for of in noted.values()):
-        yield
-        return
-    before = {mode: {name: [*values] for name, values in of.items()} for mode, of in noted.items()}
-    try:
-        yield
-    finally:
-        for mode, of in before.items():
-            noted[mode].clear()
-            noted[mode].update(of)
