@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from aroma import aroma_layers, verify_adapter
@@ -75,6 +75,20 @@ def test_the_uniform_export_is_read_by_plain_peft(tmp_path: Path, name: str, ran
         "aroma_state.json",
     ]
     verify_adapter(tmp_path / "out")
+
+
+def test_a_head_that_is_missing_is_not_exported(tmp_path: Path) -> None:
+    """PEFT raises a KeyError for such an adapter, and did so for its export."""
+    saved(tmp_path / "adapter", "bert", [2])
+    weights, config = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
+    (tmp_path / "adapter" / "aroma_state.json").unlink()
+    save_file({name: one for name, one in load_file(weights).items() if "classifier" not in name}, weights)
+    with pytest.raises(ConfigError, match=r"^modules_to_save=\['classifier', 'score'\]: the adapter has no tensor"):
+        export_uniform(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": None, "task_type": None}))
+    assert export_uniform(tmp_path / "adapter", tmp_path / "out") == 8
+    PeftModel.from_pretrained(base("bert"), tmp_path / "out")
 
 
 def test_a_rank_of_ones_own(tmp_path: Path) -> None:

@@ -59,10 +59,13 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         rank: Rank to pad to; by default the smallest of 8, 16, 32, 64, 128, 256 that is large enough.
 
     Raises:
-        ConfigError: `rank` is too small, or the adapter's rank is above 256.
+        ConfigError: `rank` is too small, the adapter's rank is above 256, or its head is missing.
         OutputError: `out` is not empty, or cannot be written.
     """
     adapter = read_adapter(folder)
+    if (heads := adapter.config.get("modules_to_save")) and not adapter.others:
+        remedy = "the adapter has no tensor of them, so PEFT cannot load it; save it again with its head"
+        raise bad_value("modules_to_save", heads, f"{remedy}, or set it and task_type to null to use the base model's")
     target = new_folder("out", out)
     uniform = _uniform_rank(adapter, rank)
     tensors = dict(adapter.others)
