@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -133,6 +133,25 @@ def test_the_configuration_on_disk_is_plain_lora(tmp_path: Path) -> None:
 
 
 # Atomic --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_is_plain_as_long_as_the_plain_tensors_are_held(tmp_path: Path) -> None:
+    model = adapted("bert")
+    config = model.peft_config["default"]
+
+    def kind_on_disk() -> str:
+        config.save_pretrained(tmp_path)
+        return str(json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"])
+
+    tensors = get_peft_model_state_dict(model)
+    assert [kind_on_disk(), kind_on_disk()] == ["LORA", "LORA"]
+    get_peft_model_state_dict(model)  # as a rank that writes nothing: those that go do not take these along, or stay
+    newer = get_peft_model_state_dict(model)
+    del tensors
+    assert kind_on_disk() == "LORA"
+    del newer
+    assert config.collected is None
+    assert kind_on_disk() == "AROMA"
 
 
 class SimulatedCrash(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -99,7 +100,7 @@ class AromaConfig(LoraConfig):
     rewarmup_steps: int = 50
     component_seed: int | None = None
     collected = cast("Collected | None", None)  # unannotated, so no field
-    """Set while PEFT saves: it collects the tensors, and then calls `save_pretrained` of the configuration."""
+    """Set while the tensors that were collected last live: PEFT holds them while it saves the configuration."""
 
     def __post_init__(self) -> None:
         for name, (fits, remedy) in _CHECKS.items():
@@ -170,13 +171,22 @@ class AromaConfig(LoraConfig):
         """Return the fields that decide a run; JSON-able."""
         return {name: getattr(self, name) for name in METHOD_FIELDS}
 
+    def collect(self, collected: Collected, one: Tensor) -> None:
+        """Note what was collected, as long as `one` (any shape) of the adapter's plain tensors lives."""
+        self.collected = collected
+        weakref.finalize(one, self._forget, collected).atexit = False
+
+    def _forget(self, collected: Collected) -> None:
+        if self.collected is collected:
+            del self.collected
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration.
 
-        Once after PEFT has collected the adapter's tensors, as when it saves a model, that is their plain LoRA
+        Where someone holds the adapter's plain tensors, as PEFT does when it saves a model, that is their plain LoRA
         configuration, with `aroma_state.json` beside it. At any other moment it is this configuration itself.
         """
-        collected: Collected | None = self.__dict__.pop("collected", None)
+        collected = self.collected
         if collected is None:
             super().save_pretrained(save_directory, **kwargs)
             return

@@ -149,7 +149,8 @@ class AromaModel(LoraModel):
             "controller": run["state"],
         }
         fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-        config.collected = Collected(state, run["tensors"], fan_in_fan_out)
+        # An A: PEFT replaces tensors that are not contiguous.
+        config.collect(Collected(state, run["tensors"], fan_in_fan_out), next(iter(saved.values())))
         # PEFT next adds what it finds of a target that is an embedding or an output layer: its base layer alone.
         for name in [name for name in state_dict if name.rpartition(".lora_")[0] in layers]:
             del state_dict[name]
