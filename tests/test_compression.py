@@ -73,8 +73,8 @@ def test_the_gradient_in_r_by_r_is_that_of_A_of_B_and_of_the_dense_weight() -> N
     A, B, W = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.get_base_layer().weight
     W.requires_grad_()
     found = predictions.predictions_of(model, batches()[0], answers)
-    right = predictions.drawn(found, torch.Generator().manual_seed(0))
-    of_A, of_B, of_W = torch.autograd.grad(found.values, [A, B, W], predictions.pull(found, right))
+    pulled = predictions.pull(found, torch.Generator().manual_seed(0))
+    of_A, of_B, of_W = torch.autograd.grad(found.values, [A, B, W], pulled)
     G = of_A @ A.T
     torch.testing.assert_close(B.T @ of_B, G)
     torch.testing.assert_close(layer.scaling["default"] * B.T @ of_W @ A.T, G)
@@ -94,8 +94,10 @@ def test_the_metric_is_that_of_gradients_of_each_batch(kind: str) -> None:
     generator, moments = torch.Generator().manual_seed(0), [[0.0, 0.0] for _ in found]
     for batch in batches():
         logits = answers(model, batch).logits
-        right = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(logits, right, reduction="sum") / len(logits) ** 0.5
+        noise, shares = torch.empty_like(logits).normal_(generator=generator), logits.softmax(-1).detach()
+        # The root of diag(p) − p pᵀ, times noise.
+        roots = shares.sqrt().diag_embed() - shares[:, :, None] * shares.sqrt()[:, None]
+        loss = ((roots @ noise[..., None])[..., 0] * logits).sum() / len(logits) ** 0.5
         gradients = torch.autograd.grad(loss, [weight.parameters[0] for weight in adapter.weights])
         for moment, weight, gradient, one in zip(moments, adapter.weights, gradients, found, strict=True):
             G = (weight.rows(gradient) @ weight.rows(weight.parameters[0].detach()).mT)[
@@ -323,7 +325,7 @@ def test_positions_that_are_padding_or_not_learned_do_not_count() -> None:
     learned = predictions.predictions_of(model, {"input_ids": tokens, "labels": labels})
     assert learned.counts is not None
     assert learned.counts.nonzero()[:, 1].unique().tolist() == [2, 3, 4, 5, 6]
-    pulled = predictions.pull(learned, predictions.drawn(learned, torch.Generator().manual_seed(0)))
+    pulled = predictions.pull(learned, torch.Generator().manual_seed(0))
     assert (pulled.abs().sum(-1) > 0).equal(learned.counts)
     last = predictions.predictions_of(model, {"input_ids": tokens, "labels": labels, "logits_to_keep": 3})
     assert last.counts is not None
@@ -353,15 +355,24 @@ def test_hidden_states_and_functions_of_a_user() -> None:
 
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "values"])
-def test_drawn_answers_pull_nowhere_on_average(kind: Any) -> None:
-    """The score of the drawn answers has mean 0, and for classes the variance of the Fisher information."""
-    logits = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def test_the_pull_has_mean_and_covariance_of_the_score(kind: Any) -> None:
+    """That of answers drawn from the predictions, by torch's distributions."""
+    logits = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found, generator = Predictions(kind, logits), torch.Generator().manual_seed(1)
-    pulls = torch.stack([predictions.pull(found, predictions.drawn(found, generator)) for _ in range(4000)])
-    assert pulls.mean(0).abs().max() < 0.05
-    shares = logits.softmax(-1) if kind == "classes" else logits.sigmoid()
-    expected = torch.ones_like(shares) if kind == "values" else shares * (1 - shares)
-    torch.testing.assert_close(pulls.var(0) * 2, expected, rtol=0.1, atol=0.02)  # two examples a batch
+    pulls = torch.stack([predictions.pull(found, generator) for _ in range(20_000)])
+    torch.manual_seed(2)
+    made = {"classes": Categorical, "labels": Bernoulli}.get(kind)
+    spread = made(logits=logits) if made else Normal(logits, 1.0)
+    drawn = spread.sample((20_000,))
+    shares = logits.detach().softmax(-1) if kind == "classes" else logits.detach().sigmoid()
+    scores = {
+        "classes": lambda: nn.functional.one_hot(drawn, 3) - shares,
+        "labels": lambda: drawn - shares,
+        "values": lambda: drawn - logits.detach(),
+    }[kind]()
+    assert pulls.mean(0).abs().max() < 0.03
+    pairs = [torch.einsum("ned,nef->edf", part.flatten(1, 2), part.flatten(1, 2)) / 20_000 for part in (pulls, scores)]
+    torch.testing.assert_close(pairs[0] * 2, pairs[1], rtol=0.1, atol=0.03)  # two examples a batch
 
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "values"])
@@ -374,6 +385,7 @@ def test_divergences_are_those_of_torch_and_chunks_change_nothing(kind: Any, mon
     pair = [made(logits=x) if made else Normal(x, 1.0) for x in (one, two)]
     expected = kl_divergence(*pair)
     expected = (expected if kind == "classes" else expected.sum(-1)) * counts
+    pulls: list[Tensor] = []
     for chunk in (2**24, 7, 15):
         monkeypatch.setattr(predictions, "CHUNK", chunk)
         whole, other = (Predictions(kind, x, counts, labels if kind == "classes" else one.round()) for x in (one, two))
@@ -382,11 +394,9 @@ def test_divergences_are_those_of_torch_and_chunks_change_nothing(kind: Any, mon
             loss, right, judged = predictions.against_labels(other).tolist()
             assert loss == pytest.approx(float(nn.functional.cross_entropy(two.flatten(0, 1), labels.flatten())) * 20)
             assert (right, judged) == (int((two.argmax(-1) == labels).sum()), 20)
-            drawn = predictions.drawn(whole, torch.Generator().manual_seed(1))
-            leaf = one.clone().requires_grad_()
-            log = Categorical(logits=leaf).log_prob(drawn) * counts
-            (gradient,) = torch.autograd.grad(-log.sum() / 5**0.5, leaf)
-            torch.testing.assert_close(predictions.pull(whole, drawn), gradient)
+            pulls.append(predictions.pull(whole, torch.Generator().manual_seed(1)))
+            torch.testing.assert_close(pulls[-1], pulls[0])
+            assert (pulls[-1].abs().sum(-1) > 0).equal(counts)
 
 
 # What must not change ------------------------------------------------------------------------------------------------

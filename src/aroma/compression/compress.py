@@ -16,7 +16,7 @@ from .. import distributed
 from ..errors import bad_value
 from .metric import Product, Spectrum, balanced, by_effect, by_size, cut, kept, spectrum, worths
 from .plan import Compression, Limits, Measured, conclude, to_measure
-from .predictions import OutputFunction, Predictions, against_labels, divergence, drawn, predictions_of, pull
+from .predictions import OutputFunction, Predictions, against_labels, divergence, predictions_of, pull
 from .weights import Adapter, wide
 
 FEWEST = 16
@@ -139,7 +139,7 @@ class _Examples:
             module.training = bool(getattr(module, "gradient_checkpointing", False))
         generators: dict[torch.device, torch.Generator] = {}
         with distributed.refuse_together():
-            for batch in self._with_bar("gradients of drawn answers", 1):
+            for batch in self._with_bar("gradients of the predictions", 1):
                 answers = predictions_of(self._model, batch, self._outputs)
                 if not answers.values.requires_grad:
                     remedy = "they do not depend on the adapter, or were detached; return what the model computes"
@@ -148,7 +148,7 @@ class _Examples:
                 generator = generators.setdefault(device, torch.Generator(device).manual_seed(distributed.rank()))
                 for A in trained:
                     A.grad = None
-                answers.values.backward(pull(answers, drawn(answers, generator)))
+                answers.values.backward(pull(answers, generator))
                 self._count, self._kind = self._count + len(answers), answers.kind
                 for weight, A, product, total in zip(self._weights, trained, factors, sums, strict=True):
                     if A.grad is not None:  # a layer may take no part in some batches

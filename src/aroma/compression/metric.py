@@ -5,11 +5,11 @@ batch gives one r×r matrix,
 
     G = (∂L/∂A) Aᵀ = Bᵀ (∂L/∂B),
 
-the gradient with respect to P in B P A at P = 1, where L is the negative log likelihood of answers drawn from the
-model's own predictions. With M = mean G Gᵀ / trace and N = mean Gᵀ G, replacing 1 by P changes the predictions by
-about ½ ‖M^½ (1 − P) N^½‖² nats: the Fisher information, to second order and factored as in K-FAC (arXiv 1503.05671).
-So the best P of rank k comes from the k largest singular values S of M^½ N^½, and S² is what a direction is worth, in
-the same unit for every weight.
+the gradient with respect to P in B P A at P = 1. Here ∂L has the covariance of the score of the predictions
+(`predictions.pull`). With M = mean G Gᵀ / trace and N = mean Gᵀ G, replacing 1 by P changes the predictions by about
+½ ‖M^½ (1 − P) N^½‖² nats: the Fisher information, to second order and factored as in K-FAC (arXiv 1503.05671). So the
+best P of rank k comes from the k largest singular values S of M^½ N^½, and S² is what a direction is worth, in the
+same unit for every weight.
 
 All arrays have a leading axis of matrices, 1 or the number of experts that share a parameter: A (matrices, r, n) and
 B (matrices, m, r). Direction k of a stack is direction k of each of its matrices.

@@ -1,4 +1,4 @@
-"""What a model answers, how far apart two answers lie, and the gradient of answers that are drawn from it."""
+"""What a model answers, how far apart two answers lie, and random gradients of its Fisher information."""
 
 from __future__ import annotations
 
@@ -135,40 +135,28 @@ def _following(tokens: Any, last: int, positions: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def drawn(found: Predictions, generator: torch.Generator) -> Tensor:
-    """Return answers drawn from the predictions, in the shape of `labels`: the score has mean 0 with them.
+def pull(found: Predictions, generator: torch.Generator) -> Tensor:
+    """Return a random gradient by `found.values`, with the covariance that the score has by the predictions.
 
-    `generator` is on the device of the predictions.
-    """
-    if found.kind == "values":
-        noise = torch.empty_like(found.values, dtype=torch.float32).normal_(generator=generator)
-        return found.values.detach() + noise
-    if found.kind == "labels":
-        return torch.bernoulli(found.values.detach().float().sigmoid(), generator=generator)
-    shares = (logits.softmax(-1) for _, logits in _chunks(found.values.detach()))
-    parts = [torch.multinomial(share, 1, generator=generator)[:, 0] for share in shares]
-    return torch.cat(parts).view(found.values.shape[:-1])
+    The score is the gradient of the negative log likelihood of answers drawn from the predictions, so products of it
+    estimate the Fisher information. Drawn answers of a confident classifier say almost nothing, but for a few that say
+    all. Normal noise of the same covariance estimates the same with far fewer examples.
 
-
-@torch.no_grad()
-def pull(found: Predictions, answers: Tensor) -> Tensor:
-    """Return the gradient of the negative log likelihood of `answers`, as `drawn` gives them, by `found.values`.
-
-    It is summed over an example and divided by the root of the number of examples, so that the variance of drawn
-    answers is that of one example, whatever the size of the batch.
+    It is divided by the root of the number of examples, so that its products are those of one example, whatever the
+    size of the batch. `generator` is on the device of the predictions.
     """
     values = found.values.detach()
-    if found.kind == "classes":
-        gradient = torch.empty_like(values)
-        for place, logits in _chunks(values):
-            shares, right = logits.softmax(-1), answers.flatten()[place].clamp(min=0)
-            shares[torch.arange(len(shares), device=shares.device), right] -= 1
-            gradient.flatten(0, -2)[place] = shares.to(gradient)
-    else:
-        mean = values.sigmoid() if found.kind == "labels" else values
-        gradient = (mean - answers).to(values)
-    gradient /= len(found) ** 0.5
-    return gradient if found.counts is None else gradient.mul_(found.counts.unsqueeze(-1))
+    pulled = torch.empty_like(values).normal_(generator=generator)
+    if found.kind == "labels":
+        share = values.float().sigmoid()
+        pulled *= (share * (1 - share)).sqrt()
+    elif found.kind == "classes":
+        for place, logits in _chunks(values):  # of covariance diag(p) − p pᵀ
+            shares, noise = logits.softmax(-1), pulled.flatten(0, -2)[place]
+            roots = shares.sqrt() * noise
+            noise.copy_(roots - shares * roots.sum(-1, keepdim=True))
+    pulled /= len(found) ** 0.5
+    return pulled if found.counts is None else pulled.mul_(found.counts.unsqueeze(-1))
 
 
 @torch.no_grad()
