@@ -786,7 +786,7 @@ def test_it_says_what_stays_and_why_in_three_lines() -> None:
     found = aroma.compress(adapted(KINDS["gpt"]), batches(), outputs=answers, keep=0.9)
     lines = str(found).split("\n")
     assert len(lines) == 3
-    assert f"{found.size.share:.1%} of the adapter and {found.size.effect:.2%} of its effect" in lines[0]
+    assert f"{found.size.share:.1%} of the adapter keeps {found.size.effect:.2%} of its effect" in lines[0]
     assert "keeps 0.9" in lines[0]
     assert f"{found.size.directions} of {found.curve[-1].directions} directions" in lines[1]
     assert "24 examples" in lines[2]

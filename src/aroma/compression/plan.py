@@ -82,10 +82,11 @@ class Compression:
 
     def __str__(self) -> str:
         none, size, whole = self.curve[0], self.size, self.curve[-1]
-        kept = "" if size.effect is None else f" and {size.effect:.2%} of its effect (± {size.standard_error:.2%})"
+        kept = "stays" if size.effect is None else f"keeps {size.effect:.2%} of its effect"
+        kept += "" if size.effect is None else f" (± {size.standard_error:.2%})"
         used = sum(after > 0 for _, after in self.ranks.values())
         lines = [
-            f"{size.share:.1%} of the adapter{kept} stays: {self.reason}",
+            f"{size.share:.1%} of the adapter {kept}: {self.reason}",
             f"{size.directions} of {whole.directions} directions in {used} of {len(self.ranks)} matrices; largest "
             f"rank {size.largest_rank} of {whole.largest_rank}; {size.bytes:,} of {whole.bytes:,} bytes",
         ]
@@ -171,7 +172,7 @@ class Limits:
         asked = " and ".join(text.format(value) for text, value in limits.items() if value is not None)
         allowed = [one for one in sizes if self.size is None or one.share <= self.size * (1 + 1e-9)] or [sizes[0]]
         if keep is None:
-            return allowed[-1], f"{asked} were asked for"
+            return allowed[-1], f"{asked} was asked for"
         within = f" with {asked}" if asked else ""
         enough = [one for one in allowed if (one.effect or 0.0) >= keep]
         if not enough:
