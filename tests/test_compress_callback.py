@@ -519,8 +519,9 @@ def test_a_model_that_cannot_be_compressed_is_refused_before_a_step(tmp_path: Pa
     assert trainer.state.global_step == 0
 
 
-def test_examples_of_which_the_trainer_makes_no_inputs_are_refused_before_a_step(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, CompressCallback([{"size": torch.zeros(3)}] * 20))
+@pytest.mark.parametrize("column", ["size", "labels"])
+def test_examples_of_which_the_trainer_makes_no_inputs_are_refused_before_a_step(tmp_path: Path, column: str) -> None:
+    trainer = trainer_for(tmp_path, CompressCallback([{column: torch.tensor(1)}] * 20))
     trainer.args.remove_unused_columns = False
     with pytest.raises(ConfigError, match="data='Trainer': it makes no inputs of the model"):
         trainer.train()
