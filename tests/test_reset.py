@@ -205,9 +205,16 @@ class Strange(torch.optim.Optimizer):
             self.state[param] = {**known, **extra}
 
 
+@pytest.mark.parametrize("kind", ["prune", "zero", "none"])
+def test_other_weights_than_the_parameter_are_refused_whatever_the_reset(kind: str) -> None:
+    """Schedule-free methods draw the parameter towards them."""
+    param = nn.Parameter(torch.randn(3, 5))
+    with pytest.raises(ResetError, match=r"^optimizer=Strange: it keeps other weights of a parameter, \['z'\]"):
+        check_resettable(Strange([param], {"z": torch.ones(3, 5)}), param, kind)
+
+
 CODES = {"state1": torch.ones(3, 5, dtype=torch.uint8), "qmap1": torch.linspace(-1, 1, 255)}
 REFUSED = {
-    "an iterate": ({"z": torch.ones(3, 5)}, ["'z'", "shape (3, 5)"]),
     "an object": ({"projector": object()}, ["'projector'", "type object"]),
     "another shape": ({"exp_avg": torch.ones(5, 3)}, ["'exp_avg'", "shape (5, 3)", "(3, 5)"]),
     "no block scales": (CODES, ["'state1'"]),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import trainer_runs
 from aroma import AromaCallback, last_complete_checkpoint
@@ -86,6 +86,21 @@ def copy_until(tmp_path: Path, step: int) -> Path:
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", out / f"checkpoint-{step}")
     shutil.copy(tmp_path / "whole" / "events.jsonl", out)
     return out
+
+
+class Announced(Trainer):
+    """A trainer with a `train` of its own, as libraries have them."""
+
+    def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
+        return super().train(resume_from_checkpoint, **options)
+
+
+def test_a_trainer_with_a_train_of_its_own_grows_and_resumes(tmp_path: Path) -> None:
+    whole = train(tmp_path, Run(steps=12))
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    again = trainer_for(adapted(), tmp_path, AromaCallback(), kind=Announced, max_steps=12)
+    again.train(True)
+    assert_same(live(again), live(whole))
 
 
 def test_a_moved_run_resumes_without_the_original(tmp_path: Path) -> None:

@@ -99,6 +99,20 @@ def test_the_reference_is_the_base_model_however_the_adapter_has_grown(tmp_path:
     assert losses(own) == pytest.approx(losses(other), abs=1e-6)
 
 
+@pytest.mark.parametrize("trains_on", [False, True])
+def test_a_reference_computed_before_the_training_is_the_same(tmp_path: Path, trains_on: bool) -> None:
+    """`precompute_ref_log_probs`: before the adapter grows, not after."""
+    found = []
+    for precomputed in (False, True):
+        start: dict[str, Any] = {"model": grown(tmp_path / "start"), "config": None} if trains_on else {}
+        changes = {"max_steps": 10, "save_strategy": "no", "precompute_ref_log_probs": precomputed, **start}
+        trainer = trainer_for("dpo", tmp_path / str(precomputed), AromaCallback(), **changes)
+        trainer.train()
+        found.append(losses(trainer))
+        assert min(growth(trainer).controller.ranks().values()) > 1
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", quick("dpo", kinds=WITH_REFERENCE))
 def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, kind: str) -> None:
     start = grown(tmp_path / "start")

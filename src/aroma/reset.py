@@ -23,8 +23,8 @@ _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 _FIRST_COUNTS = {"step": 0, "mu_product": 1}
 """Counts of steps, by what they begin with; NAdam's is the product of the momenta so far."""
 
-_ITERATES = ("z", "ax", "slow_buffer")
-"""Schedule-free, averaging and lookahead methods keep iterates, shaped like moments; to zero one wrecks the run."""
+_ITERATES = {"z", "ax", "slow_buffer"}
+"""Schedule-free, averaging and lookahead methods keep iterates: other weights, those of the merged component."""
 
 
 class _Moment(NamedTuple):
@@ -132,6 +132,11 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
         ResetError: Some of the state is no moment.
     """
     state = optimizer_state(optimizer, param)
+    if iterates := sorted(_ITERATES & {*state.values}):
+        raise ResetError(
+            f"optimizer={type(unwrapped_optimizer(optimizer)).__name__}: it keeps other weights of a parameter, "
+            f"{iterates}, which would draw a new component back to the merged one; use e.g. torch.optim.AdamW"
+        )
     counts_together = "step" not in state.values and any("step" in group for group in optimizer.param_groups)
     if kind == "zero" and (state.is_flat or (state.values and counts_together)):
         remedy = "it counts the steps of many parameters at once, so one count cannot be zeroed; set reset='prune'"
@@ -151,7 +156,7 @@ def _read_moment(optimizer: Any, state: OptimizerState, key: str) -> _Moment | N
     if is_number or value is None or key in _FIRST_COUNTS or key.startswith(("qmap", "absmax", "unorm")):
         return None
     entries = state.entries(value) if isinstance(value, Tensor) else None
-    if entries is not None and entries.shape in _moment_shapes(state.shape) and key not in _ITERATES:
+    if entries is not None and entries.shape in _moment_shapes(state.shape):
         if value.is_floating_point():
             return _Moment(entries)
         qmap, absmax = (state.values.get(name) for name in _CODEBOOKS.get(key, ("", "")))
