@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -58,8 +59,8 @@ def test_the_metadata_say_what_is_required(archives: dict[str, Path]) -> None:
     with zipfile.ZipFile(archives["wheel"]) as wheel:
         path = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
         metadata = message_from_bytes(wheel.read(path))
-    required = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    assert required == set(PROJECT["dependencies"])
+    required = {Requirement(line) for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
+    assert required == {*map(Requirement, PROJECT["dependencies"])}
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"plot", "gguf", "quant", "lab", "language", "demo"} <= set(metadata.get_all("Provides-Extra", []))

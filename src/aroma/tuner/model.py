@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import peft
 import torch
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
@@ -25,6 +26,11 @@ from .layout import components_in, finished_tensors, plain_factors
 
 HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
 """Names of the heads that PEFT trains whole, by task type."""
+_OVERRIDDEN = (
+    *("_check_target_module_exists", "_create_new_module", "_cast_adapter_dtype", "_check_merge_allowed"),
+    *("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load"),
+)
+"""Private methods of LoraModel; renamed there, those here would never be called."""
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
 
@@ -239,7 +245,13 @@ def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
 
 
 def register() -> None:
-    """Enter the tuner in PEFT's mappings; their keys are strings, so no enum is changed."""
+    """Enter the tuner in PEFT's mappings; their keys are strings, so no enum is changed.
+
+    Raises:
+        ImportError: This PEFT lacks a method that the tuner overrides.
+    """
+    if missing := [name for name in _OVERRIDDEN if not hasattr(LoraModel, name)]:
+        raise ImportError(f"peft {peft.__version__}: LoraModel has no {missing[0]}; pip install 'peft>=0.21,<0.22'")
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AromaConfig
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AromaModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "lora_"
