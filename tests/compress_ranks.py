@@ -31,9 +31,9 @@ STEPS, ROWS, BATCH = 24, 64, 4
 """Steps of a training, examples that decide, and rows of a batch of one process."""
 
 
-def draw_the_least_likely() -> None:
-    """Let every process draw the same answers of an example: by themselves they draw others."""
-    COMPRESSING.drawn = lambda found, generator: found.values.argmin(-1)
+def pull_without_noise() -> None:
+    """Let every process pull on the outputs of an example alike: by themselves they draw noise of their own."""
+    COMPRESSING.pull = lambda found, generator: (found.values.detach().softmax(-1) - 0.5) / len(found) ** 0.5
 
 
 def adapted(dtype: torch.dtype = torch.float64) -> Any:
@@ -70,7 +70,7 @@ def learnt(dtype: torch.dtype) -> Any:
 
 def call(dtype: torch.dtype) -> dict[str, Any]:
     """Compress with this process's batches, after a step under DDP, whose hooks then lie on the parameters."""
-    draw_the_least_likely()
+    pull_without_noise()
     model = learnt(dtype)
     batches = [stacked(batch_of(number, BATCH)) for number in range(ROWS // BATCH)]
     if size() > 1:
@@ -109,7 +109,7 @@ def calls(out: Path) -> None:
 
 def trained(out: Path, data: Any = None, model: Any = None, **several: Any) -> dict[str, Any]:
     """What a Trainer comes to whose batches, of 4 rows, are shared by the processes, or of one process in turn."""
-    draw_the_least_likely()
+    pull_without_noise()
     callback = CompressCallback(data, examples=ROWS)
     trainer = trainer_for(
         adapted() if model is None else model,

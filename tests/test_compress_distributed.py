@@ -28,8 +28,8 @@ RUNS = compress_ranks.__file__
 
 @pytest.fixture(autouse=True)
 def _drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo what the one process of a comparison does to draw as the two."""
-    monkeypatch.setattr(COMPRESSING, "drawn", COMPRESSING.drawn)
+    """Undo what the one process of a comparison does to pull as the two."""
+    monkeypatch.setattr(COMPRESSING, "pull", COMPRESSING.pull)
 
 
 @pytest.fixture(scope="module")
