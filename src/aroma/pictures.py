@@ -104,7 +104,7 @@ def _curve(axes: Any, found: Any, title: str, key: str) -> None:
     x, y = [one.share for one in points], [getattr(one, key) for one in points]
     form = "{:.4g}" if key == "loss" else "{:.1%}"
     now, before = (form.format(getattr(one, key)) for one in (found.size, points[-1]))
-    said = "" if key == "effect" else f" (whole adapter {before})"
+    said = "" if key == "effect" else f" (whole {before})"
     axes.set_title(f"{title}: {now}{said}", loc="left", fontsize=10, color=INK)
     axes.axvline(found.size.share, color=_EFFECTIVE["color"], linewidth=1, linestyle=":")
     axes.plot(x, y, color=_AFTER["color"], marker="o", markersize=4, linewidth=1.3)

@@ -1,4 +1,4 @@
-"""Compressing a saved adapter by size alone: no base model is read, so it takes a second wherever it was trained."""
+"""Compressing a saved adapter by size alone: no base model is read, so it works wherever it was trained."""
 
 from __future__ import annotations
 
