@@ -38,6 +38,7 @@ class Collected(NamedTuple):
 
     state: dict[str, Any]  # what aroma_state.json says, but for the configuration
     tensors: dict[str, Tensor]  # what the state of the run needs beside it, by name; of any shape
+    names: set[str]  # of all modules of the base model
     fan_in_fan_out: bool  # whether a base layer stores its weight as (n, m)
 
 
@@ -191,7 +192,7 @@ class AromaConfig(LoraConfig):
             super().save_pretrained(save_directory, **kwargs)
             return
         ranks = {name: entry["rank"] for name, entry in collected.state["modules"].items()}
-        plain = plain_config(self, ranks, collected.fan_in_fan_out)
+        plain = plain_config(self, ranks, collected.names, collected.fan_in_fan_out)
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_json(Path(save_directory) / CONFIG_NAME, plain)

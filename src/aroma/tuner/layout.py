@@ -8,7 +8,7 @@ scales by 1.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +27,15 @@ if TYPE_CHECKING:
 # Written -------------------------------------------------------------------------------------------------------------
 
 
-def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> dict[str, Any]:
-    """Return the plain LoRA configuration, JSON-able, of an adapter whose growing modules have `ranks`."""
+def plain_config(
+    config: AromaConfig, ranks: Mapping[str, int], names: Iterable[str], fan_in_fan_out: bool
+) -> dict[str, Any]:
+    """Return the plain LoRA configuration, JSON-able, of an adapter whose growing modules have `ranks`.
+
+    `names` are those of all modules: PEFT takes for a target, too, whose name ends with that of one.
+    """
     targets = _targets(ranks)
+    also = sorted(name for name in {*names} - {*targets} if name.endswith(tuple(f".{one}" for one in targets)))
     r = min(targets.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in targets.items() if rank != r}
     plain = LoraConfig(
@@ -37,6 +43,7 @@ def plain_config(config: AromaConfig, ranks: Mapping[str, int], fan_in_fan_out: 
         lora_alpha=r,
         lora_dropout=config.lora_dropout,
         target_modules=sorted(targets),
+        exclude_modules="|".join(map(re.escape, also)) or None,
         rank_pattern=dict(patterns),
         alpha_pattern=dict(patterns),
         fan_in_fan_out=fan_in_fan_out,

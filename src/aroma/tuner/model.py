@@ -56,7 +56,7 @@ class AromaModel(LoraModel):
         """Put growing layers into `model`.
 
         Raises:
-            ConfigError: A module that `target_modules` matches cannot grow.
+            ConfigError: A module that `target_modules` matches cannot grow; the model is as it was.
         """
         config = self.peft_config[adapter_name]
         # TRL's trainers keep the adapter as it was before the training, made of the same configuration object, and
@@ -65,7 +65,11 @@ class AromaModel(LoraModel):
         original = same[0] if same and adapter_name == REFERENCE else None
         if original is not None:
             self.peft_config[adapter_name] = replace(config, inference_mode=True)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ConfigError:
+            _remove_adapter(model, adapter_name)
+            raise
         self._bring_to_life(model, adapter_name)
         if original is not None:
             _copy_adapter(model, original, adapter_name)
@@ -155,8 +159,9 @@ class AromaModel(LoraModel):
             "controller": run["state"],
         }
         fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
+        names = {module_name(key).replace(".base_layer", "") for key, _ in model.named_modules()}
         # An A: PEFT replaces tensors that are not contiguous.
-        config.collect(Collected(state, run["tensors"], fan_in_fan_out), next(iter(saved.values())))
+        config.collect(Collected(state, run["tensors"], names, fan_in_fan_out), next(iter(saved.values())))
         # PEFT next adds what it finds of a target that is an embedding or an output layer: its base layer alone.
         for name in [name for name in state_dict if name.rpartition(".lora_")[0] in layers]:
             del state_dict[name]
@@ -231,6 +236,15 @@ def _make_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             elif is_partitioned(parameter) and held.data_ptr() == parameter.data_ptr():
                 sharded[name] = parameter
     state_dict.update(zip(sharded, gathered([*sharded.values()]), strict=True))
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Put the layers as they were in the places of those that have no other adapter."""
+    for key, layer in _layers_by_key(model, adapter_name).items():
+        layer.delete_adapter(adapter_name)
+        if not layer.lora_A:
+            parent, _, name = key.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer.get_base_layer())
 
 
 def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
