@@ -27,13 +27,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
 from aroma.compression.metric import Directions, Product, Spectrum, balanced, by_effect, by_size, cut, ladder, spectrum
-from aroma.compression.predictions import drawn, predictions_of, pull
+from aroma.compression.predictions import Predictions, predictions_of, pull
 from aroma.compression.weights import Adapter
 from aroma.files import write_text
 from aroma_lab.run.machine import provenance
@@ -58,8 +60,9 @@ class Asked:
         order: `"effect"`: in the metric of the predictions; `"size"`: singular values (PARA; with `rank` alone,
             LoRA-Squeeze).
         size, keep, rank: One of them is given; see `aroma.compress`.
-        examples, split, labels, batch: Calibration: how many examples, `"train"` or `"held_out"`, whether labels are
-            `"drawn"` from the predictions or `"given"`, and how many examples share a gradient.
+        examples, split, labels, batch: Calibration: how many examples, `"train"` or `"held_out"`, whether gradients
+            are normal `"noise"` as in the library, or those of labels `"drawn"` from the predictions or `"given"`, and
+            how many examples share a gradient.
         per: What a direction's worth is divided by: `"number"` that it stores, or by nothing (`"direction"`).
         heal: Steps of Adam after the cut on the divergence from the whole adapter, on training texts.
     """
@@ -70,7 +73,7 @@ class Asked:
     rank: int | None = None
     examples: int = 256
     split: str = "train"
-    labels: Literal["drawn", "given"] = "drawn"
+    labels: Literal["noise", "drawn", "given"] = "noise"
     batch: int = 8
     per: Literal["number", "direction"] = "number"
     heal: int = 0
@@ -89,6 +92,7 @@ PARTS = ("curve", "squeeze", "rule", "unseen", "variants", "variants-rule", "hea
 VARIANTS: list[dict[str, Any]] = [
     *({"examples": count} for count in (64, 128, 512)),
     {"split": "held_out"},
+    {"labels": "drawn"},
     {"labels": "given"},
     *({"batch": size} for size in (1, 16)),
     {"per": "direction"},
@@ -103,7 +107,10 @@ def asked(part: str, r: int, shares: Sequence[float]) -> list[Asked]:
         "curve": [Asked(order, size=share) for order in ("effect", "size") for share in shares],
         "squeeze": [Asked("size", rank=rank) for rank in by_rank],
         "rule": [Asked(keep=keep) for keep in KEEPS],
-        "unseen": [Asked(split="held_out", **one) for one in ({"size": 0.1}, {"size": 0.2}, {"keep": 0.998})],
+        "unseen": [
+            *(Asked(size=size, split="held_out") for size in (0.1, 0.2)),
+            Asked(keep=0.998, split="held_out"),
+        ],
         "variants": [Asked(size=share, **one) for one in VARIANTS for share in (0.1, 0.2)],
         "variants-rule": [Asked(keep=0.998, **one) for one in VARIANTS],
         "healing": [Asked(size=share, heal=heal) for share in (0.03, 0.05, 0.1) for heal in (0, 60)],
@@ -175,9 +182,8 @@ class Finished:
                 for weight in self.weights:
                     weight.parameters[0].requires_grad_(True).grad = None
                 answers = predictions_of(self.model, batch)
-                labels = drawn(answers, generator) if asked.labels == "drawn" else answers.labels
-                assert labels is not None
-                answers.values.backward(pull(answers, labels))
+                pulled = pull(answers, generator) if asked.labels == "noise" else of_labels(answers, asked, generator)
+                answers.values.backward(pulled)
                 for place, weight in enumerate(self.weights):
                     A: Any = weight.parameters[0]
                     G = A.grad.double() @ A.detach().double().T
@@ -189,7 +195,7 @@ class Finished:
     def _calibration(self, asked: Asked) -> list[dict[str, Any]]:
         batches = self.batches(asked.split, asked.examples, asked.batch)
         for batch in batches:
-            if asked.labels == "drawn" and "input_ids" in batch and batch["labels"].dim() == 1:
+            if asked.labels != "given" and "input_ids" in batch and batch["labels"].dim() == 1:
                 del batch["labels"]  # those of a language model say which positions count
         return batches
 
@@ -234,7 +240,8 @@ class Finished:
         """
         key = Asked(**{**asdict(asked), "keep": None})
         if key not in self._effects:
-            batches, measured, rungs = self.batches(asked.split, asked.examples), [], self.ladder(asked)
+            batches, rungs = self.batches(asked.split, asked.examples), self.ladder(asked)
+            measured: list[tuple[list[int], float]] = []
             for some in (rungs[-6:], rungs[:-6]):
                 versions = {str(place): self.products(asked, ranks) for place, ranks in enumerate(some)}
                 found = self.outcomes(versions, batches, "float32")
@@ -325,7 +332,7 @@ class Finished:
     def _compute_with(self, products: Sequence[Product]) -> None:
         """Write base weights + B A into the plain model."""
         for weight, base, product in zip(self.weights, self.base, products, strict=True):
-            self.plain.get_submodule(weight.name).weight.copy_(base + (product.B[0] @ product.A[0]).to(base))
+            self.plain.get_submodule(weight.name).weight.copy_(base + product.B[0].to(base) @ product.A[0].to(base))
 
     @torch.no_grad()
     def _answers(self, batch: Mapping[str, Any], precision: str) -> tuple[Tensor, Tensor, bool]:
@@ -350,11 +357,21 @@ class Finished:
         if self.job.metric == "recalled":
             return "recalled", max(0.0, 1 - loss / math.log(self.plain.config.vocab_size))
         if self.is_language:
-            texts = [one.content for one in self.job.parts[self.test]]
-            if all(isinstance(text, str) for text in texts):
-                return "bits_per_byte", outcome.loss / math.log(2) / len("".join(texts).encode())
             return "loss", loss
         return "accuracy", outcome.right / outcome.items
+
+
+@torch.no_grad()
+def of_labels(found: Predictions, asked: Asked, generator: torch.Generator) -> Tensor:
+    """Return the gradient of the negative log likelihood of labels, drawn from the predictions or given."""
+    shares = found.values.detach().softmax(-1)
+    flat = shares.flatten(0, -2)
+    labels = torch.multinomial(flat, 1, generator=generator) if asked.labels == "drawn" else found.labels
+    assert labels is not None
+    right = F.one_hot(labels.flatten().clamp(min=0), flat.shape[-1]).view_as(shares)
+    counts = 1 if found.counts is None else found.counts[..., None]
+    gradient: Tensor = (shares - right) * counts / len(found) ** 0.5
+    return gradient
 
 
 @dataclass
@@ -380,9 +397,10 @@ class Outcome:
                 self.divergence += float((one.double() - two.double()).square().sum()) / 2
                 self.loss += float((two.double() - right.double()).square().sum())
                 continue
-            logs, others = one.double().log_softmax(-1), two.double().log_softmax(-1)
-            self.divergence += float((logs.exp() * (logs - others)).sum())
-            self.loss += float(F.nll_loss(others, right, reduction="sum"))
+            wide = torch.float32 if one.shape[1] > 256 else torch.float64  # of large vocabularies it takes the longest
+            logs, others = one.to(wide).log_softmax(-1), two.to(wide).log_softmax(-1)
+            self.divergence += float((logs.exp() * (logs - others)).sum(-1).double().sum())
+            self.loss += float(F.nll_loss(others, right, reduction="none").double().sum())
             before, after = one.argmax(-1), two.argmax(-1)
             self.right += int((after == right).sum())
             self.flips += int((before != after).sum())
@@ -474,6 +492,195 @@ def measure(folder: Path, parts: Sequence[str], shares: Sequence[float], root: P
     return f"{folder}: {len(rows)} rows"
 
 
+# Tables --------------------------------------------------------------------------------------------------------------
+
+TEXTS = ("trec", "sst2", "banking77", "bbc-news", "mrpc")
+_HEAD = """# What compressing finished adapters costs
+
+Written by `python tools/study.py tables` from the rows beside this page. Divergences are from the whole adapter's
+answers to the test set, as a share of what the adapter changes; geometric means over tasks. ± is the standard error
+over seeds, of paired differences; it is missing where a task has one seed. Of language models the change of the score
+is that of the loss, in per cent, which is that of bits per byte; less than 0 is worse. The default calibrates on 256
+training examples, in batches of 8, without labels.
+"""
+GROUPS = {"five texts": TEXTS, "the same with 30 % wrong labels": tuple(f"{name}-wrong" for name in TEXTS)}
+
+
+def _read(root: Path) -> pd.DataFrame:
+    """Return all rows; `cut` is what was asked for, as JSON, and `gain` the score minus the whole adapter's.
+
+    Of language models it is minus the relative change of the loss, and so of bits per byte.
+    """
+    files = sorted(root.glob("*.jsonl"))
+    table = pd.DataFrame([json.loads(line) for path in files for line in path.read_text().splitlines()])
+    table["cut"] = [_key(**one) for one in table["asked"]]
+    is_loss = table["measure"] == "loss"
+    table["gain"] = (table["score"] - table["score_whole"]).where(~is_loss, 1 - table["score"] / table["score_whole"])
+    return table
+
+
+def _key(**given: Any) -> str:
+    return json.dumps(given, sort_keys=True)
+
+
+class Pairs:
+    """Values of a cut, by task and seed, and their mean over tasks with its standard error over seeds."""
+
+    def __init__(self, values: pd.Series) -> None:
+        self.by_task = values.dropna().groupby(level="task")
+        self.count = int(self.by_task.size().sum())
+        self.mean = float(self.by_task.mean().mean())
+        error = np.sqrt((self.by_task.sem() ** 2).sum(skipna=False)) / max(len(self.by_task), 1)
+        self.error = None if np.isnan(error) else float(error)
+
+    def points(self) -> str:
+        """Return a difference of scores, in points."""
+        spread = "" if self.error is None else f" ± {100 * self.error:.2f}"
+        return f"{100 * self.mean:+.2f}".replace("-", "−") + spread
+
+    def ratio(self) -> str:
+        """Return the geometric mean of ratios, of which these are logarithms; ± is a factor's standard error."""
+        middle = math.exp(self.mean)
+        return f"{middle:.2f}" + ("" if self.error is None else f" ± {middle * self.error:.2f}")
+
+    def share(self) -> str:
+        """Return the mean of shares, in per cent."""
+        return f"{100 * self.mean:.3g} %"
+
+    def geometric(self) -> str:
+        """Return the geometric mean."""
+        return f"{math.exp(self.mean):.2g}"
+
+
+def _tables(rows: pd.DataFrame) -> Iterator[str]:
+    """Yield the parts of the page."""
+    rows = rows.drop_duplicates(["task", "seed", "cut"], keep="last")
+
+    def column(tasks: Sequence[str], cut: str, name: str) -> pd.Series:
+        some = rows[rows["task"].isin(tasks) & (rows["cut"] == cut)]
+        return some.set_index(["task", "seed"])[name].astype(float)
+
+    def log(tasks: Sequence[str], cut: str) -> pd.Series:
+        return np.log(column(tasks, cut, "divergence"))
+
+    def sizes(title: str, tasks: Sequence[str]) -> Iterator[str]:
+        yield f"\n### By size: {title}\n"
+        yield "| size | divergence | of PARA | ratio | score − whole's | of PARA | flips | of PARA | runs |"
+        yield "|--:|" + "--:|" * 8
+        for size in (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7):
+            one, two = _key(size=size), _key(order="size", size=size)
+            if (ratios := Pairs(log(tasks, one) - log(tasks, two))).count:
+                both = column(tasks, two, "share").index
+                pairs = [Pairs(log(tasks, cut).reindex(both)) for cut in (one, two)]
+                cells = [f"{size:.0%}", *(pair.geometric() for pair in pairs), ratios.ratio()]
+                cells += [Pairs(column(tasks, cut, "gain")).points() for cut in (one, two)]
+                cells += [Pairs(column(tasks, cut, "flips")).share() for cut in (one, two)]
+                yield f"| {' | '.join(cells)} | {ratios.count} |"
+
+    def rule(title: str, tasks: Sequence[str]) -> Iterator[str]:
+        yield f"\n### By rule: {title}\n"
+        yield (
+            "| keep | measured on | size | mean rank | kept there | divergence of the test set | score − whole's "
+            "| flips | least of a run | 1 point less, and 2 standard errors of its flips | runs |"
+        )
+        yield "|--:|---" + "|--:" * 9 + "|"
+        for split in ("train", "held_out"):
+            for keep in KEEPS:
+                cut = _key(keep=keep) if split == "train" else _key(keep=keep, split=split)
+                if (gains := Pairs(column(tasks, cut, "gain"))).count:
+                    facts = [Pairs(column(tasks, cut, name)) for name in ("share", "mean_rank", "effect", "flips")]
+                    cells = [f"{keep:.1%}", split, facts[0].share(), f"{facts[1].mean:.1f}", f"{facts[2].mean:.4f}"]
+                    cells += [Pairs(log(tasks, cut)).geometric(), gains.points(), facts[3].share()]
+                    gain, lost, won, items = (column(tasks, cut, name) for name in ("gain", "lost", "won", "items"))
+                    is_beyond = (gain < -0.01) & (lost - won > 2 * np.sqrt((lost + won) / items))
+                    cells += [f"{100 * gain.min():+.1f}".replace("-", "−"), str(is_beyond.sum()), str(gains.count)]
+                    yield f"| {' | '.join(cells)} |"
+
+    def changes(title: str, tasks: Sequence[str]) -> Iterator[str]:
+        yield f"\n### One change at a time: {title}\n"
+        yield "| change | size | divergence, ratio to the default's | difference of scores | runs |"
+        yield "|---|--:|--:|--:|--:|"
+        for change in VARIANTS:
+            for asked in ({"size": 0.1}, {"size": 0.2}, {"keep": 0.998}):
+                one, two = _key(**asked, **change), _key(**asked)
+                ratios = Pairs(log(tasks, one) - log(tasks, two))
+                if ratios.count:
+                    gains = Pairs(column(tasks, one, "gain") - column(tasks, two, "gain"))
+                    words = ", ".join(f"{name} {value}" for name, value in change.items())
+                    size = f"{asked['size']:.0%}" if "size" in asked else Pairs(column(tasks, one, "share")).share()
+                    yield f"| {words} | {size} | {ratios.ratio()} | {gains.points()} | {ratios.count} |"
+
+    def squeeze(title: str, tasks: Sequence[str]) -> Iterator[str]:
+        yield f"\n### One rank for all (LoRA-Squeeze): {title}\n"
+        yield "| rank | size | its divergence | ratio of ours, at its size | its score − whole's | runs |"
+        yield "|--:|" + "--:|" * 5
+        curves = {
+            key: some.sort_values("share")
+            for key, some in rows[rows["task"].isin(tasks) & ~rows["size"].isna() & rows["by_effect"]].groupby(
+                ["task", "seed"]
+            )
+        }
+        for rank in sorted(rows["rank"].dropna().unique()):
+            cut = _key(order="size", rank=int(rank))
+            theirs, shares = log(tasks, cut), column(tasks, cut, "share")
+            ours = {
+                key: float(
+                    np.interp(np.log(shares[key]), np.log(curves[key]["share"]), np.log(curves[key]["divergence"]))
+                )
+                for key in theirs.index
+                if key in curves and curves[key]["share"].min() <= shares[key] <= curves[key]["share"].max()
+            }
+            if ours:
+                of_ours = pd.Series(ours.values(), pd.MultiIndex.from_tuples(ours, names=["task", "seed"]))
+                ratios = Pairs(of_ours - theirs)
+                cells = [str(int(rank)), Pairs(shares).share(), Pairs(theirs).geometric(), ratios.ratio()]
+                yield f"| {' | '.join(cells)} | {Pairs(column(tasks, cut, 'gain')).points()} | {ratios.count} |"
+
+    def trained(title: str, tasks: Sequence[str]) -> Iterator[str]:
+        yield f"\n### LoRA trained at the nearest rank, with its own rate: {title}\n"
+        yield "| task | whole | compressed | its mean rank | LoRA of rank | its score | compressed − it | runs |"
+        yield "|---|" + "--:|" * 7
+        fixed = _trained()
+        differences = []
+        for task in tasks:
+            rank = Pairs(column([task], _key(keep=0.998), "mean_rank")).mean
+            if task in fixed.index and rank > 0:
+                nearest = min((1, 2, 4, 8), key=lambda one: abs(math.log(one / rank)))
+                scores = column([task], _key(keep=0.998), "score")
+                theirs = fixed.loc[[task]].query("method == @name", local_dict={"name": f"lora-r{nearest}"})
+                theirs = theirs.groupby(["task", "seed"])["score"].mean()
+                differences.append((scores - theirs).dropna())
+                whole = column([task], _key(keep=0.998), "score_whole").mean()
+                cells = [task, f"{100 * whole:.1f}", f"{100 * scores.mean():.1f}", f"{rank:.1f}", str(nearest)]
+                cells += [f"{100 * theirs.mean():.1f}", Pairs(differences[-1]).points(), str(len(differences[-1]))]
+                yield f"| {' | '.join(cells)} |"
+        if len(differences) > 1:
+            every = Pairs(pd.concat(differences))
+            yield f"| mean | | | | | | {every.points()} | {every.count} |"
+
+    rows["size"], rows["rank"] = ([one.get(name) for one in rows["asked"]] for name in ("size", "rank"))
+    rows["by_effect"] = [{*one} == {"size"} for one in rows["asked"]]
+    texts = [task for tasks in GROUPS.values() for task in tasks]
+    alone = [*sorted({*rows["task"]} - {*texts}), *texts]
+    groups = GROUPS | {f"{task} alone": (task,) for task in alone}
+    for title, tasks in groups.items():
+        for part in (sizes, squeeze, rule, changes, *((trained,) if len(tasks) > 1 else ())):
+            lines = [*part(title, tasks)]
+            if not lines[-1].startswith("|-"):
+                yield from lines
+
+
+def _trained() -> pd.DataFrame:
+    """Return the reported runs of LoRA on the five texts, at ranks and rates of their own, by task."""
+    lab = ROOT.parent / "lab"
+    runs = pd.concat([pd.read_parquet(lab / grid / "runs.parquet") for grid in ("minilm-six", "mrpc")])
+    is_reported = runs["selects"].isna() | ~runs["selects"].astype(bool)
+    return runs[is_reported & (runs["kind"] == "lora")].set_index("task")
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
 def folders_of(paths: Sequence[str]) -> list[Path]:
     """Return the finished runs below some folders, by seed first."""
     found = {file.parent for path in paths for file in Path(path).rglob("result.json")}
@@ -502,6 +709,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "run":
         run_all(folders_of(given.paths), given.parts, given.shares, given.workers, given.every)
+    else:
+        write_text(ROOT / "README.md", _HEAD + "\n".join(_tables(_read(ROOT))) + "\n")
 
 
 if __name__ == "__main__":
