@@ -15,8 +15,8 @@ from trl import SFTConfig, SFTTrainer
 import trl_runs
 from aroma import CompressCallback
 from aroma.errors import ConfigError
+from compress_trainings import Seen, assert_saved_as_measured, rows_of
 from quick import slow_but
-from test_compress_callback import Seen, assert_saved_as_measured, rows_of
 from trl_runs import KINDS, ONLINE, base, examples, tokenizer, trainer_for
 
 STEPS = 12

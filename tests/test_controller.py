@@ -212,8 +212,8 @@ def test_a_component_that_is_not_finite_is_named_at_a_check(value: float) -> Non
 def test_an_optimizer_whose_state_is_unknown_is_refused_at_the_first_step() -> None:
     bench = Bench()
     train(bench, 1)
-    bench.optimizer.state[bench.layers["first"].pair("default")[0]]["z"] = torch.zeros(M, 1)
-    message = r"optimizer=AdamW: .*'z' of shape \(6, 1\).*AdamW, or reset='none', which leaves it alone"
+    bench.optimizer.state[bench.layers["first"].pair("default")[0]]["mask"] = torch.zeros(2, 1)
+    message = r"optimizer=AdamW: .*'mask' of shape \(2, 1\).*AdamW, or reset='none', which leaves it alone"
     with pytest.raises(ResetError, match=message):
         bench.controller.step()
 

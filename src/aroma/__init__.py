@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
-    from .controller import AromaController
     from .compression.callback import CompressCallback
     from .compression.compress import compress
     from .compression.plan import Compression, Size
+    from .controller import AromaController
     from .errors import AromaError
     from .events import Event, ModuleSummary
     from .integrations.callback import AromaCallback
