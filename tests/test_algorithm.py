@@ -124,6 +124,35 @@ def test_the_rate_climbs_after_every_outer_step_but_the_first():
     assert factors == pytest.approx([*[1.0] * 6, 0, 1 / 3, 2 / 3, 1, 1, 1])
 
 
+def test_a_climb_of_one_step_begins_at_zero_and_one_of_none_is_none():
+    for climb, first in ((0, 1.0), (1, 0.0)):
+        numbers = Numbers(Number("slow", 100.0, 1000.0))
+        rule = PaperRule(replace(CONFIG, rewarmup_steps=climb), INNER_STEPS, numbers)
+        numbers.train(rule, 6)
+        assert rule.lr_factor == first
+        numbers.train(rule, 1)
+        assert rule.lr_factor == 1.0
+
+
+def test_a_component_of_just_the_tolerance_is_kept():
+    """Equation (6) drops what is below it."""
+    numbers = Numbers(Number("just", 1.0, 6.0), Number("below", 0.99, 6.0))
+    numbers.train(PaperRule(replace(CONFIG, inner_tolerance=None), INNER_STEPS, numbers), 6)
+    assert [number.rank for number in numbers.numbers] == [1, 0]
+
+
+def test_it_says_why_matrices_finished_and_how_many_train():
+    numbers = Numbers(Number("full", 100.0, 1.0, rank=2), Number("useless", 0.1, 0.1), Number("open", 100.0, 1.0))
+    rule = PaperRule(replace(CONFIG, max_components=2), INNER_STEPS, numbers)
+    assert rule.explanation() == "1 of 3 matrices have finished (1 have max_components=2); 2 still train"
+    numbers.train(rule, 6)
+    reasons = "1 found the next component too small, 1 have max_components=2"
+    assert rule.explanation() == f"2 of 3 matrices have finished ({reasons}); 1 still train"
+    )
+    fresh = Numbers(Number("open", 1.0, 1.0))
+    assert PaperRule(CONFIG, INNER_STEPS, fresh).explanation() == "0 of 1 matrices have finished; 1 still train"
+
+
 def test_a_continued_adapter_draws_new_directions_and_full_matrices_stay_as_they_are():
     numbers = Numbers(Number("full", 100.0, 1.0, rank=3), Number("open", 100.0, 1.0, rank=1))
     rule = PaperRule(replace(CONFIG, max_components=3), INNER_STEPS, numbers)
