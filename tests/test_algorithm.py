@@ -148,7 +148,6 @@ def test_it_says_why_matrices_finished_and_how_many_train():
     numbers.train(rule, 6)
     reasons = "1 found the next component too small, 1 have max_components=2"
     assert rule.explanation() == f"2 of 3 matrices have finished ({reasons}); 1 still train"
-    )
     fresh = Numbers(Number("open", 1.0, 1.0))
     assert PaperRule(CONFIG, INNER_STEPS, fresh).explanation() == "0 of 1 matrices have finished; 1 still train"
 
