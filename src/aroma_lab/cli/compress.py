@@ -62,8 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Before PyTorch loads.
     _check(arguments)
-    out, folder = Path(arguments.out), require_adapter_folder(arguments.adapter)
+    out = Path(arguments.out)
     new_folder("--out", out)
+    folder = require_adapter_folder(arguments.adapter)
     if out.resolve().is_relative_to(folder.resolve()):
         remedy = "it is ADAPTER or lies in it, which stays as it is; give another folder"
         raise bad_value("--out", arguments.out, remedy, OutputError)
